@@ -1,0 +1,99 @@
+"""What the adversary is, what it was told, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from simulator.types import Batch, LocalTraining, Observation, Schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """Who attacks and what it is told beyond its view; the default is the weakest adversary.
+
+    Attributes:
+        adversary: an honest-but-curious server follows the protocol and analyses what it received.
+        labels: what it is told of the private labels: nothing, how many of each class, or each one.
+        public_data: whether it holds public records of the same kind (the data set's public split).
+    """
+
+    adversary: Literal["honest-but-curious"] = "honest-but-curious"
+    labels: Literal["none", "counts", "exact"] = "none"
+    public_data: bool = False
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the threat model disclosed; everything withheld is None.
+
+    Attributes:
+        model: the architecture, in the mode (train or eval) that the recipe states; parameters come from the broadcast.
+        schema: shape of a record and number of classes.
+        training: the recipe that the clients follow; the server wrote it.
+        num_examples: records behind the upload: n_i, or their sum under secure aggregation.
+        labels: the private labels, in the clients' order.
+        label_counts: how often each class occurs among them.
+        public: public records of the same kind.
+        defenses: name and settings of each defense (Kerckhoffs), never its randomness.
+    """
+
+    model: nn.Module
+    schema: Schema
+    training: LocalTraining
+    num_examples: int
+    labels: Int[Tensor, " batch"] | None = None
+    label_counts: Int[Tensor, " classes"] | None = None
+    public: Batch | None = None
+    defenses: tuple[tuple[str, Mapping[str, object]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The adversary's guess of the records behind one upload.
+
+    Attributes:
+        inputs: guessed inputs, in [0, 1]; None when the attack recovers labels only.
+        labels: guessed class indices, in the order of ``inputs``.
+        objective: the attack's own objective at the guess, lower is better; it ranks restarts and never saw the truth.
+        trace: (step, objective) pairs over the run of the attack.
+        certificate: for each record, the name of the proof that it is exact, or "" where there is none.
+        seconds: wall-clock time; for attacks that take many victims at once, the victim's share.
+        converged: whether the objective had flattened when the attack stopped.
+    """
+
+    inputs: Float[Tensor, "batch channel height width"] | None
+    labels: Int[Tensor, " batch"]
+    objective: float = float("nan")
+    trace: tuple[tuple[int, float], ...] = ()
+    certificate: tuple[str, ...] = ()
+    seconds: float = 0.0
+    converged: bool = True
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """An attack: a frozen dataclass whose fields are its settings, and these two methods. There is nothing to inherit."""
+
+    name: ClassVar[str]
+
+    def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
+        """Return None if the attack can run on this view, else the reason why not."""
+
+    def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        """Reconstruct the records behind ``view.upload``."""
+
+
+@runtime_checkable
+class BatchedAttack(Attack, Protocol):
+    """An attack that is faster on many victims at once; the runner hands it all it has."""
+
+    def many(
+        self, views: Sequence[Observation], knowledge: Sequence[Knowledge], *, rngs: Sequence[torch.Generator]
+    ) -> list[Reconstruction]:
+        """Reconstruct the records behind each view; equal to calling the attack on each, up to floating-point order."""

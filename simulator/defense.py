@@ -1,0 +1,94 @@
+"""The hooks through which a defense acts, in the order in which data meets them; each one defaults to doing nothing.
+
+    on_batch → on_gradient (per example) → on_update → channel → **the observation is taken here** → on_aggregate
+
+A defense is a frozen dataclass registered under ``defenses``; it overrides the hook it needs. What it claims is data
+(:meth:`Defense.claim`); turning the claim into ε is the accountant's business (``defenses.accounting``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from simulator.types import Batch, Tensors, Update
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+    from simulator.world import World
+
+
+@dataclass(frozen=True)
+class ClientContext:
+    """What a client-side hook may know: who acts, in which round and local step, and its own randomness."""
+
+    client: int
+    round: int
+    batch_size: int
+    rng: torch.Generator
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What a server-side hook may know: the round, how many clients answered, and its own randomness."""
+
+    round: int
+    cohort: int
+    rng: torch.Generator
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A differential-privacy claim as data: everything that must be printed beside an ε.
+
+    Attributes:
+        event: what was released over the whole training, in dp-accounting's terms.
+        adversary: against whom it holds: ``server`` (sees every upload) or ``outsider`` (sees released models only).
+        unit: what one neighbor changes: a record, or all that a client holds.
+        adjacency: how neighbors differ, in words.
+        sampling: what the adversary does not know of who took part, in words.
+    """
+
+    event: DpEvent
+    adversary: Literal["server", "outsider"]
+    unit: Literal["record", "client"]
+    adjacency: str
+    sampling: str
+
+
+@dataclass(frozen=True)
+class Defense:
+    """A defense that does nothing; subclasses override one hook."""
+
+    name: ClassVar[str] = ""
+    channel: ClassVar[bool] = False
+    """Whether it changes who sees what (secure aggregation) instead of values."""
+    per_example: ClassVar[bool] = False
+    """Whether :meth:`on_gradient` must be called, which costs per-example gradients."""
+
+    def refuses(self, world: World) -> str | None:
+        """Return None if the defense can act in this world, else the reason why not (must be / got / do)."""
+        return None
+
+    def on_batch(self, batch: Batch, context: ClientContext) -> Batch:
+        """Transform the private batch before training."""
+        return batch
+
+    def on_gradient(self, per_example: Tensors, context: ClientContext) -> Tensors:
+        """Combine per-example gradients, each of shape (batch, …), into the gradient of one local step."""
+        return {name: tensor.mean(0) for name, tensor in per_example.items()}
+
+    def on_update(self, update: Update, context: ClientContext) -> Update:
+        """Transform the whole update before it leaves the client."""
+        return update
+
+    def on_aggregate(self, update: Update, context: ServerContext) -> Update:
+        """Transform the aggregate at the server, after the observation was taken."""
+        return update
+
+    def claim(self, world: World) -> Claim | None:
+        """The formal claim, or None: a defense without one is reported with ε = ∞."""
+        return None

@@ -1,0 +1,100 @@
+"""A world: everything that determines a federation, and nothing about who attacks it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from simulator.config import Plugin
+from simulator.defense import Defense
+from simulator.types import LocalTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """Who takes part, for how long, and who holds what.
+
+    Attributes:
+        clients: number of clients.
+        rounds: number of broadcast–upload cycles.
+        cohort: clients sampled for each round; 0 means all.
+        partition: how records are dealt to clients: evenly at random, or with class shares drawn from Dirichlet(alpha)
+            (Hsu et al., 2019, arXiv:1909.06335).
+        alpha: concentration of the Dirichlet partition; small means that a client holds few classes.
+        server_learning_rate: multiplies the mean update when the server applies it.
+        timeout_seconds: how long the server waits for a client's answer.
+        min_clients: fewer answers than this end the run.
+        record_rounds: rounds whose tensors the transcript keeps; empty means all. The others keep sizes and digests.
+    """
+
+    clients: int = 8
+    rounds: int = 1
+    cohort: int = 0
+    partition: Literal["iid", "dirichlet"] = "iid"
+    alpha: float = 0.5
+    server_learning_rate: float = 1.0
+    timeout_seconds: float = 600.0
+    min_clients: int = 1
+    record_rounds: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.clients < 1:
+            raise ValueError(f"clients must be ≥ 1, got {self.clients}. Set federation.clients.")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be ≥ 1, got {self.rounds}. Set federation.rounds.")
+        if not 0 <= self.cohort <= self.clients:
+            raise ValueError(f"cohort must be between 0 (all) and clients = {self.clients}, got {self.cohort}. Set federation.cohort.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {self.alpha}. Set federation.alpha; large values approach iid.")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be > 0, got {self.timeout_seconds}. Use inf to wait for ever.")
+
+    @property
+    def cohort_size(self) -> int:
+        return self.cohort or self.clients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a data set is divided before clients get theirs: shares held out for testing and given to the public."""
+
+    test: float = 0.2
+    public: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.test < 1 and 0 <= self.public < 1 and self.test + self.public < 1):
+            raise ValueError(f"test + public must be ≥ 0 and < 1, got {self.test} + {self.public}. Leave records for the clients.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Data, model, federation, recipe, defenses and seed: the same world gives the same bits on every driver."""
+
+    data: Annotated[Any, Plugin("data")]
+    model: Annotated[Any, Plugin("models")]
+    split: Split = field(default_factory=Split)
+    federation: Federation = field(default_factory=Federation)
+    training: LocalTraining = field(default_factory=LocalTraining)
+    defenses: Annotated[tuple[Defense, ...], Plugin("defenses")] = ()
+    seed: int = 0
+
+    @property
+    def channel(self) -> Defense | None:
+        """The defense that changes who sees what, if there is one."""
+        return next((defense for defense in self.defenses if defense.channel), None)
+
+    def participations(self, records_held: int) -> int:
+        """The most releases that one record of a client with ``records_held`` records enters over the whole training.
+
+        FedSGD walks through a fresh permutation of the client's records each epoch, without the partial last batch, so a
+        record enters at most once an epoch. FedAvg uses every record once a local epoch; with ``steps`` it may stop early.
+        A client takes part in at most every round: the server draws the cohort, so sampling is no secret to it.
+        """
+        recipe, rounds = self.training, self.federation.rounds
+        batch = min(recipe.batch_size or records_held, records_held)
+        if recipe.algorithm == "fedsgd":
+            return math.ceil(rounds / max(1, records_held // batch))
+        per_epoch = math.ceil(records_held / batch)
+        epochs = math.ceil(recipe.steps / per_epoch) if recipe.steps else recipe.epochs
+        return rounds * epochs
