@@ -21,7 +21,10 @@ GradientRule = Callable[[nn.Module, Tensors, Tensors, Batch], tuple[Tensors, Ten
 
 def loss(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
     """Mean cross-entropy over the batch, and the buffers after the forward pass."""
-    after = {name: tensor.clone() for name, tensor in buffers.items()}  # BatchNorm writes into what it is given
+    # BatchNorm writes into what it is given: hand it copies. Under vmap a copy must also be one per victim, and a sum with
+    # something that is derived from the inputs and the parameters is, whichever of them is batched.
+    anchor = batch.inputs.new_zeros(()) + next(iter(parameters.values())).new_zeros(())
+    after = {name: tensor + anchor.to(tensor.dtype) for name, tensor in buffers.items()}
     logits = functional_call(model, {**parameters, **after}, (batch.inputs,))
     return F.cross_entropy(logits, batch.labels), after
 

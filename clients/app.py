@@ -1,0 +1,56 @@
+"""The Flower ClientApp: unpack, do one client's work, pack."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from clients.local import local_upload
+from clients.secure import secagg_reply
+from simulator import wire
+from simulator.engine import read_world
+from simulator.errors import WireError
+from simulator.network import network
+from simulator.world import World
+
+app = ClientApp()
+
+
+@lru_cache(maxsize=4)
+def _setting(world_json: str) -> tuple[World, nn.Module]:
+    world = read_world({"world": world_json})
+    return world, network(world.model, world.data.load().schema, world.training, world.seed)
+
+
+def client_of(context: Context) -> tuple[int, World, nn.Module]:
+    """This node's client number, its world, and the architecture that it trains."""
+    torch.set_num_threads(1)  # the number of threads changes the order of sums, and so the bits
+    world, model = _setting(str(context.run_config["world"]))
+    return int(context.node_config["partition-id"]), world, model
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say which client this node is."""
+    client, _, _ = client_of(context)
+    return wire.reply(RecordDict({"hello": ConfigRecord({"client": client})}), message)
+
+
+@app.train("update")
+def update(message: Message, context: Context) -> Message:
+    """Train on the broadcast and upload the update in the clear."""
+    client, world, model = client_of(context)
+    if world.channel is not None:
+        raise WireError(f"client {client} must be asked through {world.channel.name}, got a request for a plain upload. Refused.")
+    return wire.reply(wire.pack_upload(local_upload(world, model, wire.unpack_broadcast(message.content), client)), message)
+
+
+@app.train("secagg")
+def secagg(message: Message, context: Context) -> Message:
+    """Answer one stage of secure aggregation."""
+    client, world, model = client_of(context)
+    return wire.reply(secagg_reply(world, model, client, message.content, context.state), message)

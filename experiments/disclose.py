@@ -1,0 +1,38 @@
+"""The one function that sees both the truth and the threat model: it builds what the adversary is told, and no more."""
+
+from __future__ import annotations
+
+import torch
+
+from simulator import config
+from simulator.adversary import Knowledge, ThreatModel
+from simulator.dataset import Splits
+from simulator.network import network
+from simulator.types import Batch, Upload
+from simulator.world import World
+
+ARCHITECTURE_SEED = 0
+"""The adversary gets the architecture; the weights that matter come from the broadcast."""
+
+
+def disclose(threat: ThreatModel, world: World, splits: Splits, truth: Batch, upload: Upload) -> Knowledge:
+    """What the adversary knows besides its view.
+
+    Args:
+        threat: the rule.
+        world: gives the public facts: architecture, recipe, the defenses' mechanisms and settings (Kerckhoffs).
+        splits: gives the public records, if the rule grants them.
+        truth: the private records behind the upload, in the senders' order; withheld but for what the rule grants.
+        upload: gives the number of examples, which the protocol itself shows.
+    """
+    classes = splits.schema.num_classes
+    return Knowledge(
+        model=network(world.model, splits.schema, world.training, ARCHITECTURE_SEED),
+        schema=splits.schema,
+        training=world.training,
+        num_examples=upload.num_examples,
+        labels=truth.labels.clone() if threat.labels == "exact" else None,
+        label_counts=torch.bincount(truth.labels, minlength=classes) if threat.labels != "none" else None,
+        public=splits.public if threat.public_data else None,
+        defenses=tuple((defense.name, config.dump(defense)) for defense in world.defenses),
+    )

@@ -1,0 +1,191 @@
+"""An experiment as data: one world, several arms of defenses, the attacks on each, and how they are judged.
+
+:func:`load` reads it from TOML, :func:`check` refuses what cannot run, before anything is written.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from clients.private import partition, records_held
+from experiments.guarantee import guarantee_of
+from simulator import config
+from simulator.adversary import ThreatModel
+from simulator.config import Plugin
+from simulator.defense import Defense
+from simulator.errors import SpecError, did_you_mean
+from simulator.types import LocalTraining
+from simulator.world import Federation, Split, World
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One stack of defenses under a name; the arm without any is the control."""
+
+    name: str
+    defenses: Annotated[tuple[Defense, ...], Plugin("defenses")] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError(f"name must not be empty, got {self.name!r}. Name the arm after its defenses.")
+
+    @property
+    def slug(self) -> str:
+        """The name as a directory."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower().replace("ε", "eps")).strip("-") or "arm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is attacked and how it is judged.
+
+    Attributes:
+        rounds: the rounds under attack; round 1 attacks the initial model, later rounds the trained one.
+        victims: at most this many clients' uploads are attacked in each round; 0 means all.
+        candidates: records among which the true one must be the nearest to count as identified; 0 means all there are.
+        shuffled_control: also run each attack on a shuffled update, as a floor; doubles the cost of attacking.
+        delta: δ of the printed (ε, δ) guarantee; must be below 1 / number of records.
+    """
+
+    rounds: tuple[int, ...] = (1,)
+    victims: int = 0
+    candidates: int = 100
+    shuffled_control: bool = True
+    delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.rounds or min(self.rounds) < 1:
+            raise ValueError(f"rounds must be numbers ≥ 1, got {list(self.rounds)}. Round 1 is the initial model.")
+        if self.victims < 0 or self.candidates < 0 or self.candidates == 1:
+            raise ValueError(f"victims must be ≥ 0 and candidates 0 or ≥ 2, got {self.victims} and {self.candidates}. Use 0 for all.")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta must be between 0 and 1, got {self.delta}. 1e-5 is usual.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that ``fedpeek run`` needs; see ``fedpeek list specs`` for examples."""
+
+    data: Annotated[Any, Plugin("data")]
+    model: Annotated[Any, Plugin("models")]
+    attacks: Annotated[tuple[Any, ...], Plugin("attacks")]
+    arms: tuple[Arm, ...]
+    name: str = "experiment"
+    description: str = ""
+    split: Split = field(default_factory=Split)
+    federation: Federation = field(default_factory=Federation)
+    training: LocalTraining = field(default_factory=LocalTraining)
+    threat: ThreatModel = field(default_factory=ThreatModel)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seeds: tuple[int, ...] = (0,)
+    driver: Literal["inprocess", "simulation", "deployment"] = "inprocess"
+
+    def __post_init__(self) -> None:
+        for what, values in (("seeds", self.seeds), ("arms", self.arms), ("attacks", self.attacks)):
+            if not values:
+                raise ValueError(f"{what} must hold at least one, got none. Add one to the spec.")
+        slugs = [arm.slug for arm in self.arms]
+        if len(set(slugs)) != len(slugs):
+            raise ValueError(f"arm names must differ, got {[arm.name for arm in self.arms]}. Rename one.")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must differ, got {list(self.seeds)}. A repeated seed adds no information.")
+
+    @property
+    def control(self) -> Arm | None:
+        """The undefended arm, against which every other is judged."""
+        return next((arm for arm in self.arms if not arm.defenses), None)
+
+    def world(self, arm: Arm, seed: int) -> World:
+        """The world of one arm and seed; it keeps the tensors of the attacked rounds."""
+        kept = self.federation.record_rounds or tuple(sorted(self.evaluation.rounds))
+        return World(
+            data=self.data, model=self.model, split=self.split, federation=replace(self.federation, record_rounds=kept),
+            training=self.training, defenses=arm.defenses, seed=seed,
+        )  # fmt: skip
+
+
+def specs() -> dict[str, Path]:
+    """The example specs that ship with fedpeek, by name."""
+    return {Path(str(item)).stem: Path(str(item)) for item in files("experiments.specs").iterdir() if str(item).endswith(".toml")}
+
+
+def load(spec: str | None, assignments: Sequence[str] = ()) -> Experiment:
+    """Read a spec: a TOML file, the name of an example, or None for the demo; then apply ``--set`` assignments in order.
+
+    Raises:
+        SpecError: there is no such spec, it is not TOML, or a setting is wrong.
+    """
+    path = Path(spec) if spec is not None else specs()[DEMO]
+    if spec is not None and not path.is_file():
+        if spec not in specs():
+            raise SpecError(f"spec must be a TOML file or an example's name, got {spec!r}. {did_you_mean(spec, specs())}")
+        path = specs()[spec]
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"spec must be TOML, got {path} ({error}). Correct that line.") from error
+    for assignment in assignments:
+        table = config.override(table, assignment)
+    return config.build(Experiment, table)
+
+
+def check(experiment: Experiment) -> None:
+    """Refuse an experiment that cannot run.
+
+    Raises:
+        SpecError: the first reason, as must be / got / do.
+    """
+    federation, evaluation = experiment.federation, experiment.evaluation
+    if max(evaluation.rounds) > federation.rounds:
+        raise SpecError(
+            f"evaluation.rounds must be ≤ federation.rounds = {federation.rounds}, got {list(evaluation.rounds)}. Train longer or attack earlier."
+        )
+    missing = set(evaluation.rounds) - set(federation.record_rounds)
+    if federation.record_rounds and missing:
+        raise SpecError(f"federation.record_rounds must hold the attacked rounds, got none of {sorted(missing)}. Add them or leave it empty.")
+    if experiment.threat.public_data and not experiment.split.public:
+        raise SpecError("split.public must be > 0 when threat.public_data is true, got 0. Give the public a share.")
+    for seed in experiment.seeds:
+        _check_data(experiment.world(experiment.arms[0], seed))
+    for arm in experiment.arms:
+        _check_stack(arm)
+        world = experiment.world(arm, experiment.seeds[0])
+        for defense in arm.defenses:
+            reason = defense.refuses(world)
+            if reason is not None:
+                raise SpecError(f"arm {arm.name!r}, {defense.name}: {reason}")
+        guarantee_of(world, evaluation)  # a δ that means nothing is refused here
+
+
+def _check_data(world: World) -> None:
+    records = len(world.data.load().records)
+    private = records - int(records * world.split.test) - int(records * world.split.public)
+    if world.federation.clients > private:
+        raise SpecError(
+            f"federation.clients must be ≤ the {private} private records of {world.data.name}, got {world.federation.clients}. "
+            "Use fewer clients or smaller split.test and split.public."
+        )
+    fewest = min(records_held(world))
+    if world.training.batch_size > fewest:
+        client = min(range(world.federation.clients), key=lambda i: len(partition(world)[i]))
+        raise SpecError(
+            f"training.batch_size must be ≤ what every client holds, got {world.training.batch_size} with {fewest} records at client {client} "
+            f"(seed {world.seed}). Lower it, or use 0 for all a client holds."
+        )
+
+
+def _check_stack(arm: Arm) -> None:
+    for what, acting in (
+        ("per-example defense", [defense.name for defense in arm.defenses if defense.per_example]),
+        ("channel", [defense.name for defense in arm.defenses if defense.channel]),
+    ):
+        if len(acting) > 1:
+            raise SpecError(f"arm {arm.name!r} must have at most one {what}, got {acting}. Keep one.")

@@ -1,0 +1,116 @@
+"""The tap of the honest-but-curious server: it sees all that crosses, writes it down, and changes nothing.
+
+It wraps any Flower Grid, so whatever strategy drives the round, what it records is what arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from simulator import wire
+from simulator.errors import WireError
+from simulator.transcript import Transcript, broadcast_event, released_tensors, upload_event
+from simulator.types import Broadcast, Tensors, Upload
+
+
+class CuriousGrid(Grid):
+    """A Grid that records every message which passes through it.
+
+    Args:
+        grid: the real one.
+        transcript: where to write; None records nothing.
+    """
+
+    def __init__(self, grid: Grid, transcript: Transcript | None) -> None:
+        self._grid, self._transcript = grid, transcript
+        self._clients: dict[int, int] = {}
+        self._broadcast: Broadcast | None = None
+        self._round = 0
+        self.upload_bytes = 0
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(self._sent(messages))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._received(self._grid.pull_messages(message_ids))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._received(self._grid.send_and_receive(self._sent(messages), timeout=timeout))
+
+    def record_aggregate(self, upload: Upload) -> None:
+        """Record what the server computed together with the clients: the output of secure aggregation."""
+        if self._transcript is not None:
+            facts, tensors = upload_event(upload)
+            self._transcript.append("upload", self._round, facts, tensors)
+
+    def record_released(self, round: int, parameters: Tensors, buffers: Tensors) -> None:
+        """Record the model that the server holds after the last round."""
+        if self._transcript is not None:
+            self._transcript.append("released", round, {}, released_tensors(parameters, buffers))
+
+    def record_lost(self, round: int, client: int, reason: str) -> None:
+        """Record that a client's answer did not come, or was refused."""
+        if self._transcript is not None:
+            self._transcript.append("lost", round, {"client": client, "reason": reason})
+
+    def _sent(self, messages: Iterable[Message]) -> list[Message]:
+        batch = list(messages)
+        for message in batch:
+            if wire.RECIPE not in message.content:
+                self._append("sent", message, message.metadata.dst_node_id)
+                continue
+            if self._broadcast is None or wire.round_of(message) != self._broadcast.round:  # the same for every client of a round
+                self._broadcast = wire.unpack_broadcast(message.content)
+                self._round = self._broadcast.round
+                if self._transcript is not None:
+                    self._transcript.append("broadcast", self._round, *broadcast_event(self._broadcast))
+        return batch
+
+    def _received(self, messages: Iterable[Message]) -> list[Message]:
+        batch = list(messages)
+        for message in batch:
+            node = message.metadata.src_node_id
+            if message.has_content() and message.metadata.message_type == wire.HELLO:
+                self._clients[node] = int(message.content.config_records["hello"]["client"])
+            elif message.has_content():
+                self.upload_bytes += wire.content_bytes(message)
+            if self._transcript is not None:
+                self._record_reply(message, node)
+        return batch
+
+    def _record_reply(self, message: Message, node: int) -> None:
+        if message.has_content() and message.metadata.message_type == wire.TRAIN and self._broadcast is not None:
+            try:
+                upload = wire.unpack_upload(message.content, self._clients.get(node, node), self._broadcast)
+            except WireError:
+                pass  # not an upload that anyone will use; it crossed all the same, so it is recorded as it is
+            else:
+                assert self._transcript is not None
+                self._transcript.append("upload", self._round, *upload_event(upload))
+                return
+        self._append("received", message, node)
+
+    def _append(self, kind: str, message: Message, node: int) -> None:
+        if self._transcript is not None:
+            facts, tensors = wire.facts_of(message)
+            facts |= {"client": self._clients.get(node, -1), "type": message.metadata.message_type}
+            self._transcript.append(kind, self._round, facts, tensors)

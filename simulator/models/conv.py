@@ -1,0 +1,91 @@
+"""Small convolutional networks without normalization layers: the two victims that papers attack most."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from simulator.errors import SpecError
+from simulator.models.initial import drawn_from
+from simulator.models.normalize import Normalize
+from simulator.registry import register
+from simulator.types import Schema
+
+
+@register("models", "lenet")
+@dataclass(frozen=True)
+class LeNet:
+    """The sigmoid LeNet of DLG: strides instead of pooling, and wide initial weights, on which L-BFGS attacks work best.
+
+    Source: Zhu et al., 2019, arXiv:1906.08935: smooth activations, since the attack differentiates the gradient once more,
+    and weights from U(−0.5, 0.5). With PyTorch's own narrow weights the attack matches the gradient with a wrong image.
+
+    Attributes:
+        init: weights and biases are uniform in [−init, init]; 0 keeps PyTorch's own initial weights.
+    """
+
+    init: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.init >= 0:
+            raise ValueError(f"init must be ≥ 0, got {self.init}. Use 0 for PyTorch's own initial weights.")
+
+    def build(self, schema: Schema, rng: torch.Generator) -> nn.Module:
+        """Build the network for inputs of at least 8×8, with weights drawn from ``rng``."""
+        _require_size(schema, 8, self.__class__.__name__)
+        channels = schema.shape[0]
+        with drawn_from(rng):
+            body = nn.Sequential()
+            for i, (narrow, stride) in enumerate(((channels, 2), (12, 2), (12, 1))):
+                body.add_module(f"conv{i}", nn.Conv2d(narrow, 12, kernel_size=5, stride=stride, padding=2))
+                body.add_module(f"activation{i}", nn.Sigmoid())
+            model = _classifier(body, schema)
+            if self.init:
+                for parameter in model.parameters():
+                    nn.init.uniform_(parameter, -self.init, self.init)
+        return model
+
+
+@register("models", "convnet")
+@dataclass(frozen=True)
+class ConvNet:
+    """A plain ReLU network of five 3×3 convolutions, two of stride 2: the realistic small victim without BatchNorm.
+
+    Attributes:
+        width: channels of the first convolution; the last has four times as many.
+    """
+
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width must be ≥ 1, got {self.width}. Typical: 16 to 64.")
+
+    def build(self, schema: Schema, rng: torch.Generator) -> nn.Module:
+        """Build the network for inputs of at least 8×8, with weights drawn from ``rng``."""
+        _require_size(schema, 8, self.__class__.__name__)
+        narrow, w = schema.shape[0], self.width
+        with drawn_from(rng):
+            body = nn.Sequential()
+            for i, (wide, stride) in enumerate(((w, 1), (2 * w, 2), (2 * w, 1), (4 * w, 2), (4 * w, 1))):
+                body.add_module(f"conv{i}", nn.Conv2d(narrow, wide, kernel_size=3, stride=stride, padding=1))
+                body.add_module(f"activation{i}", nn.ReLU())
+                narrow = wide
+            body.add_module("pool", nn.AvgPool2d(2))
+            return _classifier(body, schema)
+
+
+def _classifier(body: nn.Module, schema: Schema) -> nn.Module:
+    """Normalization, the body, and a linear layer on all of its features."""
+    with torch.no_grad():
+        features = body(torch.zeros(1, *schema.shape)).numel()
+    head = nn.Linear(features, schema.num_classes)
+    return nn.Sequential(OrderedDict(normalize=Normalize(), body=body, flatten=nn.Flatten(), head=head))
+
+
+def _require_size(schema: Schema, smallest: int, model: str) -> None:
+    if min(schema.shape[1:]) < smallest:
+        raise SpecError(f"inputs of {model} must be at least {smallest}×{smallest} pixels, got {schema.shape}. Use linear or mlp.")

@@ -1,0 +1,205 @@
+"""What the server received, on disk: append-only, hash-chained, safetensors and JSON lines, never pickle.
+
+``transcript.jsonl`` holds one event a line. Each line carries the SHA-256 of the line before it, and of the tensor file that
+belongs to it, so that an altered, reordered or missing piece is found, with the round where it breaks. The last line is an
+``end`` event; without it the transcript was cut short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from simulator.errors import TranscriptError
+from simulator.types import Broadcast, LocalTraining, Observation, Tensors, Update, Upload
+
+SCHEMA = 1
+LINES = "transcript.jsonl"
+GENESIS = "0" * 64
+
+PARAMETERS, BUFFERS, UPDATE = "parameters", "buffers", "update"
+"""First part of a tensor's name in a transcript file, and the key of its record in a Flower message."""
+
+
+class Transcript:
+    """Writes events; whoever holds it can only append.
+
+    Args:
+        directory: created if it is not there; must not hold a transcript yet.
+        keep_rounds: rounds whose tensors are kept; empty keeps all. Of the others the digests stay.
+
+    Raises:
+        TranscriptError: the directory holds a transcript already.
+    """
+
+    def __init__(self, directory: Path, header: Mapping[str, Any], keep_rounds: tuple[int, ...] = ()) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / LINES).exists():
+            raise TranscriptError(f"{directory} must not hold a transcript yet, got one. Choose another directory.")
+        self._directory, self._keep = directory, frozenset(keep_rounds)
+        self._lines: BinaryIO = (directory / LINES).open("ab")
+        self._previous, self._count = GENESIS, 0
+        self.append("header", 0, {"schema": SCHEMA, **header})
+
+    def append(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors | None = None) -> None:
+        """Add one event; when this returns, a killed process cannot lose it."""
+        event: dict[str, Any] = {"event": self._count, "kind": kind, "round": round, **facts}
+        if tensors:
+            body = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+            event["sha256"] = hashlib.sha256(body).hexdigest()
+            if not self._keep or round in self._keep or kind == "released":
+                event["file"] = f"{self._count:06d}.safetensors"
+                (self._directory / event["file"]).write_bytes(body)
+        event["previous"] = self._previous
+        line = json.dumps(event, sort_keys=True, allow_nan=False).encode() + b"\n"
+        self._lines.write(line)
+        self._lines.flush()
+        self._previous = hashlib.sha256(line).hexdigest()
+        self._count += 1
+
+    def close(self, status: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Seal the transcript: ``ok``, ``degraded`` (clients were lost) or ``failed``."""
+        self.append("end", 0, {"status": status, **(facts or {})})
+        self._lines.close()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A transcript, read and verified.
+
+    Attributes:
+        header: public facts of the federation: model, schema of a record, defenses and their settings.
+        observations: the kept rounds, in order; uploads ordered by client.
+        released: the model after the last round.
+        lost: (round, client, reason) of every answer that did not come or was refused.
+        end: how the federation ended, and what it cost.
+    """
+
+    header: Mapping[str, Any]
+    observations: tuple[Observation, ...]
+    released: tuple[Tensors, Tensors] | None
+    lost: tuple[tuple[int, int, str], ...]
+    end: Mapping[str, Any]
+
+    def observation(self, round: int) -> Observation:
+        """The observation of ``round``.
+
+        Raises:
+            TranscriptError: the round was not kept.
+        """
+        for observation in self.observations:
+            if observation.broadcast.round == round:
+                return observation
+        kept = [observation.broadcast.round for observation in self.observations]
+        raise TranscriptError(f"round must be one of the recorded {kept}, got {round}. Choose one of them or record it.")
+
+
+def read(directory: Path) -> Record:
+    """Read a transcript, checking every hash.
+
+    Raises:
+        TranscriptError: there is none, it has another schema, or it was truncated or altered; the message names the round.
+    """
+    events = _verified_events(directory)
+    broadcasts: dict[int, Broadcast] = {}
+    uploads: dict[int, list[Upload]] = {}
+    released: tuple[Tensors, Tensors] | None = None
+    lost = [(event["round"], event["client"], event["reason"]) for event in events if event["kind"] == "lost"]
+    refused = {(round, client) for round, client, _ in lost}
+    for event in events:
+        if "file" not in event:
+            continue
+        tensors, round = _tensors(directory, event), int(event["round"])
+        if event["kind"] == "broadcast":
+            recipe = LocalTraining(**event["training"])
+            broadcasts[round] = Broadcast(round, _under(tensors, PARAMETERS), _under(tensors, BUFFERS), recipe)
+        elif event["kind"] == "upload" and not (len(event["senders"]) == 1 and (round, event["senders"][0]) in refused):
+            update = Update(event["update"], _under(tensors, UPDATE))
+            senders = frozenset(int(sender) for sender in event["senders"])
+            uploads.setdefault(round, []).append(Upload(senders, update, _under(tensors, BUFFERS), int(event["num_examples"])))
+        elif event["kind"] == "released":
+            released = (_under(tensors, PARAMETERS), _under(tensors, BUFFERS))
+    observations = tuple(
+        Observation(broadcasts[round], tuple(sorted(uploads.get(round, []), key=lambda upload: min(upload.senders))))
+        for round in sorted(broadcasts)
+    )
+    return Record(events[0], observations, released, tuple(lost), events[-1])
+
+
+def broadcast_event(broadcast: Broadcast) -> tuple[dict[str, Any], Tensors]:
+    """A broadcast as the facts and tensors of an event."""
+    return {"training": asdict(broadcast.training)}, released_tensors(broadcast.parameters, broadcast.buffers)
+
+
+def released_tensors(parameters: Tensors, buffers: Tensors) -> Tensors:
+    """A model's tensors under the names that a transcript file uses."""
+    return {**_over(parameters, PARAMETERS), **_over(buffers, BUFFERS)}
+
+
+def upload_event(upload: Upload) -> tuple[dict[str, Any], Tensors]:
+    """An upload as the facts and tensors of an event."""
+    facts = {"senders": sorted(upload.senders), "update": upload.update.kind, "num_examples": upload.num_examples}
+    return facts, {**_over(upload.update.tensors, UPDATE), **_over(upload.buffers, BUFFERS)}
+
+
+def _verified_events(directory: Path) -> list[dict[str, Any]]:
+    path = directory / LINES
+    if not path.is_file():
+        raise TranscriptError(f"transcript must be a directory with {LINES}, got {directory}. Run `fedpeek run` first.")
+    events: list[dict[str, Any]] = []
+    previous, round = GENESIS, 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            event = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or event.get("previous") != previous or event.get("event") != len(events):
+            raise TranscriptError(f"transcript must be unaltered, got a broken chain at event {len(events)}, round {round}. Record it again.")
+        if not events and event.get("schema") != SCHEMA:
+            raise TranscriptError(f"transcript schema must be {SCHEMA}, got {event.get('schema')}. Use the fedpeek version that wrote it.")
+        previous, round = hashlib.sha256(line).hexdigest(), max(round, int(event["round"]))
+        events.append(event)
+    if not events or events[-1]["kind"] != "end":
+        raise TranscriptError(f"transcript must end with an end event, got one cut short in round {round}. Run it again or with --resume.")
+    return events
+
+
+def _tensors(directory: Path, event: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = directory / Path(event["file"]).name
+    body = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(body).hexdigest() != event["sha256"]:
+        state = "an altered" if body else "no"
+        raise TranscriptError(f"{event['file']} of round {event['round']} must match its digest, got {state} file. Record it again.")
+    return load(body)
+
+
+def _over(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def equal(left: Observation, right: Observation) -> bool:
+    """Whether two observations are the same to the bit."""
+    pairs = [(left.broadcast.parameters, right.broadcast.parameters), (left.broadcast.buffers, right.broadcast.buffers)]
+    if left.broadcast.training != right.broadcast.training or len(left.uploads) != len(right.uploads):
+        return False
+    for mine, theirs in zip(left.uploads, right.uploads, strict=True):
+        if (mine.senders, mine.num_examples, mine.update.kind) != (theirs.senders, theirs.num_examples, theirs.update.kind):
+            return False
+        pairs += [(mine.update.tensors, theirs.update.tensors), (mine.buffers, theirs.buffers)]
+    return all(a.keys() == b.keys() and all(_same_bits(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)

@@ -1,0 +1,162 @@
+"""Flower messages and our nouns, in both directions; the one place that knows record keys and message types.
+
+A reply is checked against the broadcast before anyone uses it: names, shapes, types, finite values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from simulator.errors import WireError, did_you_mean
+from simulator.network import floating
+from simulator.transcript import BUFFERS, PARAMETERS, UPDATE
+from simulator.types import Broadcast, LocalTraining, Tensors, Update, Upload
+
+HELLO = "query.hello"
+TRAIN = "train.update"
+SECAGG = "train.secagg"
+"""Message types: who are you; train and upload; one stage of secure aggregation."""
+
+ROUND, RECIPE, FACTS, STAGE = "round", "recipe", "facts", "stage"
+
+
+def pack_broadcast(broadcast: Broadcast) -> RecordDict:
+    """The broadcast as the content of a message."""
+    return RecordDict(
+        {
+            PARAMETERS: _arrays(broadcast.parameters),
+            BUFFERS: _arrays(broadcast.buffers),
+            RECIPE: ConfigRecord({ROUND: broadcast.round, **asdict(broadcast.training)}),
+        }
+    )
+
+
+def round_of(message: Message) -> int:
+    """The round of a message that carries a broadcast."""
+    return int(message.content.config_records[RECIPE][ROUND])  # type: ignore[arg-type]
+
+
+def unpack_broadcast(content: RecordDict) -> Broadcast:
+    """The broadcast that a message carries."""
+    recipe: dict[str, Any] = dict(content.config_records[RECIPE])
+    round = int(recipe.pop(ROUND))
+    parameters, buffers = (_tensors(content.array_records[key]) for key in (PARAMETERS, BUFFERS))
+    return Broadcast(round, parameters, buffers, LocalTraining(**recipe))
+
+
+def pack_upload(upload: Upload) -> RecordDict:
+    """A client's upload as the content of its reply; nothing else of the client goes with it."""
+    return RecordDict(
+        {
+            UPDATE: _arrays(upload.update.tensors),
+            BUFFERS: _arrays(upload.buffers),
+            FACTS: ConfigRecord({"kind": upload.update.kind, "num-examples": upload.num_examples}),
+        }
+    )
+
+
+def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upload:
+    """The upload in a reply to ``broadcast``.
+
+    Raises:
+        WireError: a record is missing, or a tensor has another name, shape or type than the broadcast's, or is not finite.
+    """
+    try:
+        facts = content.config_records[FACTS]
+        update, buffers = _tensors(content.array_records[UPDATE]), _tensors(content.array_records[BUFFERS])
+        kind, examples = facts["kind"], facts["num-examples"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise WireError(f"reply must carry {UPDATE}, {BUFFERS} and {FACTS}, got {sorted(content)} ({error}). Check the client.") from error
+    expected = "delta" if broadcast.training.algorithm == "fedavg" else "gradient"
+    if kind != expected:
+        raise WireError(f"update kind must be {expected}, got {kind!r}. Check the client's algorithm.")
+    if not isinstance(examples, int) or examples < 1:
+        raise WireError(f"num-examples must be a whole number ≥ 1, got {examples!r}. Check the client.")
+    check_tensors(update, broadcast.parameters, UPDATE)
+    check_tensors(buffers, floating(broadcast.buffers), BUFFERS)
+    return Upload(frozenset({client}), Update(expected, update), buffers, examples)
+
+
+def check_tensors(got: Tensors, like: Tensors, what: str) -> None:
+    """Check names, shapes, types and finiteness of received tensors against those that were sent.
+
+    Raises:
+        WireError: the first difference.
+    """
+    for name in got:
+        if name not in like:
+            raise WireError(f"{what} must have the model's names, got {name!r}. {did_you_mean(name, like)}")
+    for name, tensor in like.items():
+        if name not in got:
+            raise WireError(f"{what} must have the model's names, got none for {name!r}. Send every tensor.")
+        if got[name].shape != tensor.shape or got[name].dtype != tensor.dtype:
+            mine, theirs = (f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, got[name]))
+            raise WireError(f"{what} {name!r} must be {mine}, got {theirs}. Check the client's model.")
+        if not torch.isfinite(got[name]).all():
+            raise WireError(f"{what} {name!r} must be finite, got NaN or infinity. Lower the client's learning rate.")
+
+
+def pack_stage(stage: str, payload: bytes, broadcast: Broadcast | None = None, **facts: str | int) -> RecordDict:
+    """One stage of a channel protocol: opaque bytes, with the broadcast where the client must train."""
+    content = pack_broadcast(broadcast) if broadcast is not None else RecordDict()
+    content[STAGE] = ConfigRecord({STAGE: stage, "payload": payload, **facts})
+    return content
+
+
+def unpack_stage(content: RecordDict) -> tuple[str, bytes, dict[str, Any]]:
+    """The stage, its payload and its further facts.
+
+    Raises:
+        WireError: the message carries no stage.
+    """
+    try:
+        facts: dict[str, Any] = dict(content.config_records[STAGE])
+        return str(facts.pop(STAGE)), bytes(facts.pop("payload")), facts
+    except (KeyError, TypeError) as error:
+        raise WireError(f"message must carry a protocol stage, got {sorted(content)}. Check that both sides run secure aggregation.") from error
+
+
+def content_bytes(message: Message) -> int:
+    """Bytes of the arrays and payloads in a message: what the upload costs whatever carries it."""
+    if message.has_error():
+        return 0
+    arrays = sum(array.numpy().nbytes for record in message.content.array_records.values() for array in record.values())
+    payloads = sum(len(v) for record in message.content.config_records.values() for v in record.values() if isinstance(v, bytes))
+    return int(arrays + payloads)
+
+
+def facts_of(message: Message) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Everything in a message that has no noun of its own: scalars as JSON, arrays and byte strings as tensors."""
+    if message.has_error():
+        return {"error": {"code": message.error.code, "reason": message.error.reason}}, {}
+    facts: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for key, array_record in message.content.array_records.items():
+        tensors |= {f"{key}/{name}": tensor for name, tensor in _tensors(array_record).items()}
+    for key, metric_record in message.content.metric_records.items():
+        facts[key] = {name: value for name, value in metric_record.items()}
+    for key, config_record in message.content.config_records.items():
+        facts[key] = {name: value for name, value in config_record.items() if not isinstance(value, bytes)}
+        for name, value in config_record.items():
+            if isinstance(value, bytes) and value:
+                tensors[f"{key}/{name}"] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+    return facts, tensors
+
+
+def reply(content: RecordDict, request: Message) -> Message:
+    """Answer ``request`` with ``content``."""
+    return Message(content, reply_to=request)
+
+
+def _arrays(tensors: Tensors) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor.detach().contiguous().numpy()) for name, tensor in tensors.items()})
+
+
+def _tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+
+
