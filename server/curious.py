@@ -56,6 +56,18 @@ class CuriousGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self._received(self._grid.send_and_receive(self._sent(messages), timeout=timeout))
 
+    @property
+    def trusted_party(self) -> Grid:
+        """The Grid beneath the tap: where the ideal functionality of a channel is simulated, out of the server's sight."""
+        return self._grid
+
+    def record_broadcast(self, broadcast: Broadcast) -> None:
+        """Record what the server sent in a round; once, since every client of a round gets the same."""
+        if self._broadcast is None or broadcast.round != self._broadcast.round:
+            self._broadcast, self._round = broadcast, broadcast.round
+            if self._transcript is not None:
+                self._transcript.append("broadcast", self._round, *broadcast_event(broadcast))
+
     def record_aggregate(self, upload: Upload) -> None:
         """Record what the server computed together with the clients: the output of secure aggregation."""
         if self._transcript is not None:
@@ -77,12 +89,8 @@ class CuriousGrid(Grid):
         for message in batch:
             if wire.RECIPE not in message.content:
                 self._append("sent", message, message.metadata.dst_node_id)
-                continue
-            if self._broadcast is None or wire.round_of(message) != self._broadcast.round:  # the same for every client of a round
-                self._broadcast = wire.unpack_broadcast(message.content)
-                self._round = self._broadcast.round
-                if self._transcript is not None:
-                    self._transcript.append("broadcast", self._round, *broadcast_event(self._broadcast))
+            elif self._broadcast is None or wire.round_of(message) != self._broadcast.round:
+                self.record_broadcast(wire.unpack_broadcast(message.content))
         return batch
 
     def _received(self, messages: Iterable[Message]) -> list[Message]:

@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from server.ask import ask, find_clients
 from server.curious import CuriousGrid
 from server.secure import collect_aggregate
-from simulator import wire
+from simulator import progress, wire
 from simulator.aggregate import mean_update
 from simulator.defense import ServerContext
 from simulator.errors import FederationError, WireError
@@ -59,6 +59,7 @@ def run_rounds(grid: CuriousGrid, world: World) -> tuple[str, dict[str, Any]]:
                 f"{' '.join(lost.values())} See the transcript."
             )
         parameters, buffers = step(world, broadcast, uploads)
+        progress.tick("rounds", round, federation.rounds, f"{answered} clients")
     grid.record_released(federation.rounds, parameters, buffers)
     messages = sum(len(cohort(world, round)) for round in range(1, federation.rounds + 1))
     facts = {"upload_bytes": grid.upload_bytes / messages, "lost": len(losses.entries)}

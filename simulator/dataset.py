@@ -33,7 +33,11 @@ class DataSource(Protocol):
     name: ClassVar[str]
 
     def load(self) -> DataSet:
-        """Read the records, always in the same order; raises SpecError where they cannot be had, saying what to do."""
+        """Return the records, always in the same order: the same object each time, which nobody may change in place.
+
+        Raises:
+            SpecError: they cannot be had; the message says what to do.
+        """
 
 
 class ModelFamily(Protocol):
@@ -60,7 +64,7 @@ def split(data: DataSet, shares: Split, seed: int) -> Splits:
     count = len(data.records)
     order = torch.randperm(count, generator=stream(seed, "split"))
     tests, publics = int(count * shares.test), int(count * shares.public)
-    parts = order.split([count - tests - publics, tests, publics])
+    parts = torch.split(order, [count - tests - publics, tests, publics])
     private, test, public = (take(data.records, part) for part in parts)
     return Splits(private, test, public, data.schema)
 

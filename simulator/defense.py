@@ -8,6 +8,7 @@ A defense is a frozen dataclass registered under ``defenses``; it overrides the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -89,6 +90,11 @@ class Defense:
         """Transform the aggregate at the server, after the observation was taken."""
         return update
 
-    def claim(self, world: World) -> Claim | None:
-        """The formal claim, or None: a defense without one is reported with ε = ∞."""
+    def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
+        """The formal claim over the whole training, or None: a defense without one is reported with ε = ∞.
+
+        Args:
+            world: the federation, its recipe and the whole stack of defenses.
+            records_held: how many records each client holds; the claim is for the client for which it is weakest.
+        """
         return None

@@ -1,7 +1,7 @@
 """Local training, defined once: clients run it, attacks differentiate through it.
 
 Everything here is a pure function of tensors (torch.func): no module state is read but the architecture and its mode, and
-none is changed. Running statistics of BatchNorm go in and out as values.
+none is changed. Running statistics of BatchNorm go in and out as values; those that come out can be differentiated, too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from simulator.models.elementary import ElementaryNorms
 from simulator.types import Batch, LocalTraining, Tensors, Update
 
 GradientRule = Callable[[nn.Module, Tensors, Tensors, Batch], tuple[Tensors, Tensors]]
@@ -21,17 +22,19 @@ GradientRule = Callable[[nn.Module, Tensors, Tensors, Batch], tuple[Tensors, Ten
 
 def loss(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
     """Mean cross-entropy over the batch, and the buffers after the forward pass."""
-    # BatchNorm writes into what it is given: hand it copies. Under vmap a copy must also be one per victim, and a sum with
-    # something that is derived from the inputs and the parameters is, whichever of them is batched.
-    anchor = batch.inputs.new_zeros(()) + next(iter(parameters.values())).new_zeros(())
-    after = {name: tensor + anchor.to(tensor.dtype) for name, tensor in buffers.items()}
-    logits = functional_call(model, {**parameters, **after}, (batch.inputs,))
+    # BatchNorm writes into the buffers that it is given: hand it copies. Under vmap a copy must be one for each victim; the sum
+    # with a zero that is derived from inputs and parameters is, whichever of the two is batched.
+    zero = batch.inputs.new_zeros(()) + next(iter(parameters.values())).new_zeros(())
+    after = {name: tensor + zero.to(tensor.dtype) if tensor.is_floating_point() else tensor.clone() for name, tensor in buffers.items()}
+    with ElementaryNorms():
+        logits = functional_call(model, {**parameters, **after}, (batch.inputs,))
     return F.cross_entropy(logits, batch.labels), after
 
 
 def mean_gradient(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
     """The gradient of :func:`loss` with respect to the parameters, and the buffers after the forward pass."""
-    return grad(lambda p: loss(model, p, buffers, batch), has_aux=True)(dict(parameters))
+    gradient, after = grad(lambda p: loss(model, p, buffers, batch), has_aux=True)(dict(parameters))
+    return gradient, after
 
 
 def per_example_gradients(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> Tensors:
@@ -40,7 +43,8 @@ def per_example_gradients(model: nn.Module, parameters: Tensors, buffers: Tensor
     def one(parameters: Tensors, record: Tensor, label: Tensor) -> Tensor:
         return loss(model, parameters, buffers, Batch(record[None], label[None]))[0]
 
-    return vmap(grad(one), in_dims=(None, 0, 0))(dict(parameters), batch.inputs, batch.labels)
+    gradients: Tensors = vmap(grad(one), in_dims=(None, 0, 0))(dict(parameters), batch.inputs, batch.labels)
+    return gradients
 
 
 def local_sgd(
@@ -93,5 +97,5 @@ def batch_indices(records: int, recipe: LocalTraining, rng: torch.Generator) -> 
     steps: list[Tensor] = []
     wanted = recipe.steps or recipe.epochs * -(-records // size)
     while len(steps) < wanted:
-        steps += torch.randperm(records, generator=rng).split(size)
+        steps += torch.split(torch.randperm(records, generator=rng), size)
     return steps[:wanted]

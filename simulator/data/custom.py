@@ -33,7 +33,8 @@ def from_dataset(cls: Any, path: str) -> type[Any]:
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):
         raise SpecError(f"data at {path!r} must be a class derived from torch.utils.data.Dataset, got {cls!r}. Point to the class.")
 
-    @cache
+    loaded: dict[str, DataSet] = {}
+
     def read(settings: Any) -> DataSet:
         with drawn_from(stream(0, "data", path)):  # a Dataset that augments gives the same images to all
             dataset = construct(cls, settings)
@@ -44,7 +45,10 @@ def from_dataset(cls: Any, path: str) -> type[Any]:
 
     def load(self: Any) -> DataSet:
         """Read all records in the Dataset's order, and check them."""
-        return read(self)
+        key = repr(self)  # settings may be lists, which have no hash
+        if key not in loaded:
+            loaded[key] = read(self)
+        return loaded[key]
 
     return settings_class(cls, path, {"load": load})
 

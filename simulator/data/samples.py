@@ -68,9 +68,9 @@ def _imagenet_sample(size: int) -> DataSet:
     files = _files("imagenet")
     photographs = (Image.open(file) for file in files)
     inputs = torch.stack([_pixels(ImageOps.fit(photo, (size, size), Image.Resampling.LANCZOS)) for photo in photographs])
-    indices, labels = torch.tensor([_label(file) for file in files]).unique(return_inverse=True)
+    indices, labels = np.unique([_label(file) for file in files], return_inverse=True)
     return DataSet(
-        Batch(inputs, labels),
+        Batch(inputs, torch.from_numpy(labels)),
         Schema((3, size, size), tuple(str(index) for index in indices.tolist())),
         source="ImageNet (Russakovsky et al., 2015), 20 validation photographs, shipped with foolbox",
         license="foolbox: MIT; ImageNet: no license stated for the photographs, do not redistribute",

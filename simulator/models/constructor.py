@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ def settings_class(cls: type[Any], path: str, methods: Mapping[str, Callable[...
     """Return a frozen dataclass with one field for each parameter of ``cls``'s constructor, and ``methods``.
 
     So a spec's settings are checked against the signature, like those of any built-in: unknown keys, types, missing values.
-    A parameter without annotation has the type of its default. Lists arrive as tuples.
+    A parameter without annotation has the type of its default.
 
     Raises:
         SpecError: a parameter that must be given but cannot be, since the spec has another use for its name.
@@ -30,8 +31,9 @@ def settings_class(cls: type[Any], path: str, methods: Mapping[str, Callable[...
             hint = hints.get(name, Any if required or parameter.default is None else type(parameter.default))
             fields.append((name, hint, _field(parameter.default)))
         elif required and parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise SpecError(f"parameter {name!r} of {path} must be settable by keyword, got a reserved name. Rename it or give it a default.")
-    namespace = {**methods, "name": path, "__doc__": inspect.getdoc(cls) or f"{cls.__name__} of {cls.__module__}."}
+            raise SpecError(f"parameter {name!r} of {path} must be settable by keyword, got a reserved name. Give it a default.")
+    doc = cls.__doc__ or f"{cls.__name__} of {cls.__module__}."
+    namespace = {**methods, "name": path, "__doc__": inspect.cleandoc(doc), "__module__": cls.__module__}
     return dataclasses.make_dataclass(cls.__name__, fields, namespace=namespace, frozen=True, kw_only=True)
 
 
@@ -51,5 +53,5 @@ def _field(default: Any) -> Any:
     if default is inspect.Parameter.empty:
         return dataclasses.field()
     if isinstance(default, (list, dict, set)):
-        return dataclasses.field(default_factory=lambda: default)
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default))
     return dataclasses.field(default=default)

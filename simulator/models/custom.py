@@ -52,10 +52,11 @@ def require_fit(model: nn.Module, schema: Schema, path: str) -> None:
         try:
             logits = model.eval()(torch.zeros(2, *schema.shape))
         except (RuntimeError, ValueError, TypeError) as error:
-            raise SpecError(f"model {path} must accept inputs of shape (batch, *{schema.shape}), got: {error}. Change its settings.") from error
+            shape = (2, *schema.shape)
+            raise SpecError(f"model {path} must accept inputs of shape {shape}, got: {error}. Change its settings.") from error
         finally:
             for module, mode in modes.items():
                 module.training = mode
     wanted, got = (2, schema.num_classes), tuple(getattr(logits, "shape", ())) or type(logits).__name__
     if got != wanted:
-        raise SpecError(f"model {path} must return logits of shape (batch, classes) = {wanted}, got {got}. Change its settings or its output.")
+        raise SpecError(f"model {path} must return logits of shape (batch, classes) = {wanted}, got {got}. Change its settings.")

@@ -18,7 +18,7 @@ def drawn_from(rng: torch.Generator) -> Iterator[None]:
     PyTorch's layers, torchvision's and a user's draw from the process's default generator. It takes over the state of ``rng``
     for a while, gives the advanced state back to ``rng``, and then continues where it was, as if nothing had been drawn.
     """
-    default = torch.random.default_generator
+    default = torch.default_generator
     with _turn:
         before = default.get_state()
         default.set_state(rng.get_state())

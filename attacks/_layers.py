@@ -1,0 +1,118 @@
+"""Where the layers sit that analytic attacks read: found by running the model once, never by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from simulator.adversary import Knowledge
+from simulator.types import Broadcast, Tensors
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer that owns parameters: its name in the model, and what went in and came out."""
+
+    name: str
+    layer: nn.Module
+    inputs: Tensor
+    outputs: Tensor
+
+    @property
+    def weight(self) -> str:
+        """Name of the layer's weight among the model's parameters."""
+        return f"{self.name}.weight".lstrip(".")
+
+    @property
+    def bias(self) -> str:
+        """Name of the layer's bias among the model's parameters."""
+        return f"{self.name}.bias".lstrip(".")
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The elementwise map z = scale·x + offset from a flattened image to the input of the first linear layer."""
+
+    scale: Float[Tensor, " pixels"]
+    offset: Float[Tensor, " pixels"]
+
+    def undo(self, z: Float[Tensor, "batch pixels"]) -> Float[Tensor, "batch pixels"]:
+        """Return x with scale·x + offset = z."""
+        return (z - self.offset) / self.scale
+
+
+def all_buffers(model: nn.Module, broadcast: Broadcast) -> Tensors:
+    """The buffers of the model as copies, at their broadcast values where the broadcast has them.
+
+    With every buffer passed explicitly, functional_call writes into copies and never into the model.
+    """
+    return {name: broadcast.buffers.get(name, tensor).detach().clone() for name, tensor in model.named_buffers()}
+
+
+@contextmanager
+def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    def record(name: str) -> object:
+        def hook(layer: nn.Module, inputs: Sequence[Tensor], outputs: Tensor) -> None:
+            calls.append(Call(name, layer, inputs[0].detach(), outputs.detach()))
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(record(name))  # type: ignore[arg-type]
+        for name, layer in model.named_modules()
+        if next(layer.parameters(recurse=False), None) is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def trace(model: nn.Module, parameters: Tensors, buffers: Tensors, inputs: Tensor) -> tuple[list[Call], Tensor]:
+    """Run the model once; return the calls of its parameterized layers in order, and the logits."""
+    calls: list[Call] = []
+    copies = {name: tensor.clone() for name, tensor in buffers.items()}
+    with _recording(model, calls):
+        logits = functional_call(model, {**parameters, **copies}, (inputs,))
+    return calls, logits
+
+
+def probe(knowledge: Knowledge, broadcast: Broadcast, inputs: Tensor) -> list[Call]:
+    """:func:`trace` at the broadcast parameters and buffers."""
+    return trace(knowledge.model, broadcast.parameters, all_buffers(knowledge.model, broadcast), inputs)[0]
+
+
+def last_linear(knowledge: Knowledge, broadcast: Broadcast) -> Call | None:
+    """The linear layer that computes the logits; None if the model does not end in one."""
+    calls = probe(knowledge, broadcast, torch.full((2, *knowledge.schema.shape), 0.5))
+    last = calls[-1] if calls else None
+    return last if last and isinstance(last.layer, nn.Linear) and last.layer.out_features == knowledge.schema.num_classes else None
+
+
+def first_linear(knowledge: Knowledge, broadcast: Broadcast) -> tuple[Call, Affine] | str:
+    """The model's first layer if it is linear with bias on the flattened input, and the map that feeds it; else why not."""
+    pixels = int(torch.tensor(knowledge.schema.shape).prod())
+    ramp = torch.linspace(0.1, 0.9, pixels).view(knowledge.schema.shape)
+    calls = probe(knowledge, broadcast, torch.stack([torch.zeros_like(ramp), torch.ones_like(ramp), ramp]))
+    if not calls:
+        return "the model has no parameters"
+    first = calls[0]
+    if not isinstance(first.layer, nn.Linear):
+        return f"the first layer with parameters must be nn.Linear, got {type(first.layer).__name__}"
+    if first.layer.bias is None:
+        return "the first linear layer has no bias to divide by"
+    if first.inputs.shape != (3, pixels):
+        return f"the first linear layer must take the flattened input of {pixels} values, got shape {tuple(first.inputs.shape[1:])}"
+    zero, one, seen = first.inputs
+    affine = Affine(one - zero, zero)
+    if not torch.allclose(seen, affine.scale * ramp.flatten() + zero, rtol=1e-4, atol=1e-5) or bool((affine.scale == 0).any()):
+        return "what precedes the first linear layer must be an elementwise affine map, such as normalization"
+    return first, affine

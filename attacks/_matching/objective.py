@@ -1,0 +1,32 @@
+"""How far a simulated update is from the observed one; both flat, so that a distance is a few operations for any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from simulator.types import Tensors
+
+Distance = Literal["cosine", "l2"]
+
+
+def flat(update: Tensors, names: Sequence[str]) -> Float[Tensor, " coordinates"]:
+    """The named tensors of an update as one vector."""
+    return torch.cat([update[name].flatten() for name in names])
+
+
+def cosine(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordinates"]) -> Float[Tensor, ""]:
+    """1 − cos of the whole updates: one angle over all layers, in [0, 2]; blind to the scale of either."""
+    return 1 - trial @ target / (trial.norm() * target.norm())
+
+
+def l2(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordinates"]) -> Float[Tensor, ""]:
+    """Squared distance relative to the target's own square: 0 is equal, 1 is as good as a zero update."""
+    return (trial - target).square().sum() / target.square().sum()
+
+
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "l2": l2}

@@ -1,0 +1,179 @@
+"""From a stack of defenses to the ε that it guarantees, and to the sentence that may be printed about it.
+
+    stack of defenses → claims (data) → ``defenses.privacy_loss`` → ε(δ), always with adversary, unit, adjacency and sampling
+
+It fails closed: what it does not know, or cannot certify for this adversary, has ε = ∞ and a reason. Several mechanisms in a row are
+each valid alone, since what follows a mechanism is post-processing (hooks are handed the update and nothing private) and what precedes
+it is part of what it bounds; their claims are not combined, the best one is the guarantee.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dp_accounting import PoissonSampledDpEvent
+
+from defenses.client.client_dp import gaussian_upload_claim
+from defenses.client.clip import Clip
+from defenses.client.gaussian_noise import GaussianNoise
+from defenses.privacy_loss import epsilon, gaussian_dp_epsilon, gaussian_mu, leaves, unknown
+from defenses.refusal import batch_norm_in_train_mode, overrides
+from simulator.defense import Claim
+from simulator.errors import SpecError
+from simulator.world import World
+
+Adversary = Literal["server", "outsider"]
+VIEWER: dict[Adversary, str] = {
+    "server": "the honest-but-curious server, which sees every upload",
+    "outsider": "an outsider, who sees every released model and no upload",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """What a stack of defenses guarantees over the whole training, with all that must be printed beside it.
+
+    Attributes:
+        epsilon: ε ≥ 0; inf where nothing is certified.
+        delta: the probability that ε does not bound; below 1/records.
+        adversary: against whom it holds.
+        unit: what one neighbor changes; ``none`` where nothing is certified, as in the next three.
+        adjacency: how neighbors differ.
+        sampling: what the adversary does not know of who took part.
+        accountant: how ε was computed: ``PLD`` (tight upper bound), ``RDP`` (looser upper bound), ``none``.
+        sentence: the guarantee, or why there is none, in words.
+        closed_form: exact Gaussian-DP ε as a cross-check of the accountant; None where the event is not a plain Gaussian.
+        claim: the claim that was certified: what ``bounds.reconstruction_ceiling`` takes.
+    """
+
+    epsilon: float
+    delta: float
+    adversary: Adversary
+    unit: Literal["record", "client", "none"]
+    adjacency: str
+    sampling: str
+    accountant: Literal["PLD", "RDP", "none"]
+    sentence: str
+    closed_form: float | None = None
+    claim: Claim | None = None
+
+
+def guarantee(world: World, *, records_held: Sequence[int], delta: float = 1e-5, adversary: Adversary = "server") -> Guarantee:
+    """The best guarantee of the world's defenses against ``adversary``, over the whole training.
+
+    Args:
+        world: the federation, its recipe and its defenses.
+        records_held: how many records each client holds.
+        delta: below 1/records: at 1/records, publishing one record at random would pass.
+        adversary: ``server`` sees uploads; ``outsider`` sees released models only, which are post-processed uploads, so that
+            every claim against the server holds against it too.
+
+    Raises:
+        SpecError: ``records_held`` is not one count for each client, or ``delta`` is not in (0, 1/records).
+    """
+    records = sum(records_held)
+    if len(records_held) != world.federation.clients or min(records_held) < 0 or not records:
+        raise SpecError(
+            f"records_held must be one count ≥ 0 for each of {world.federation.clients} clients, got {list(records_held)}. "
+            "Use clients.private.records_held(world)."
+        )
+    if not 0 < delta < 1 / records:
+        raise SpecError(f"delta must be > 0 and < 1/records = {1 / records:.3g}, got {delta}. Use the default 1e-5, or 0.1/records.")
+    certified: list[Guarantee] = []
+    reasons: list[str] = []
+    for place in range(len(world.defenses)):
+        claim = claim_of(world, place, records_held)
+        reason = claim if isinstance(claim, str) else objection(claim, world, place, adversary)
+        if reason is None and not isinstance(claim, str):
+            certified.append(certify(claim, delta, adversary))
+        elif reason is not None:
+            reasons.append(reason)
+    best = min(certified, key=lambda one: one.epsilon, default=None)
+    if best is not None and best.epsilon < math.inf:
+        return best
+    nothing = "the accountant finds no finite ε" if world.defenses else "no defense is in place"
+    return no_guarantee(delta, adversary, reasons or [nothing])
+
+
+def claim_of(world: World, place: int, records_held: Sequence[int]) -> Claim | str:
+    """What the defense at ``place`` claims, together with the one that directly precedes it; or why it claims nothing."""
+    defense = world.defenses[place]
+    if type(defense) is GaussianNoise:
+        return noise_claim(world, place)
+    claim = defense.claim(world, records_held)
+    if claim is not None:
+        return f"{defense.name} cannot act here: {reason}" if (reason := defense.refuses(world)) else claim
+    if defense.channel:
+        return f"{defense.name} hides whose update is whose and adds no noise, the sum is exact"
+    if type(defense) is Clip:
+        return "clip bounds the update and adds no noise"
+    return f"{defense.name} is a heuristic or adds no noise, it claims nothing"
+
+
+def noise_claim(world: World, place: int) -> Claim | str:
+    """Noise on the update directly after clipping is the Gaussian mechanism with z = sigma/clip_norm; otherwise it is nothing."""
+    noise = world.defenses[place]
+    before = next((defense for defense in reversed(world.defenses[:place]) if overrides(defense, "on_update")), None)
+    if type(noise) is not GaussianNoise or type(before) is not Clip or math.isinf(before.clip_norm):
+        return "gaussian_noise has no clip directly before it, so nothing bounds what it has to hide"
+    if not noise.sigma:
+        return "gaussian_noise has sigma = 0"
+    if reason := batch_norm_in_train_mode(world, "a claim of clip and gaussian_noise"):
+        return reason
+    return gaussian_upload_claim(world, noise.sigma / before.clip_norm)
+
+
+def objection(claim: Claim, world: World, place: int, adversary: Adversary) -> str | None:
+    """Why the claim of the defense at ``place`` cannot be certified against ``adversary`` in this world, or None."""
+    name = world.defenses[place].name
+    if adversary == "server" and claim.adversary != "server":
+        return f"{name} adds its noise after the server has seen the uploads"
+    if reason := unknown(claim.event):
+        return f"{name} claims what the accountant does not know: {reason}"
+    if claim.unit == "client" and any(isinstance(leaf, PoissonSampledDpEvent) for leaf, _ in leaves(claim.event)):
+        return f"{name} claims amplification by sampling of clients, but the server draws the cohort"
+    if claim.unit == "record":
+        for other in world.defenses:
+            if other is not world.defenses[place] and overrides(other, "on_batch"):
+                return f"{other.name} changes the batch, so one record may enter several gradients that {name} bounds one by one"
+    return None
+
+
+def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
+    """Turn a claim that has no objection into numbers and a sentence."""
+    value, accountant = epsilon(claim.event, delta)
+    mu = gaussian_mu(claim.event)
+    exact = None if mu is None else gaussian_dp_epsilon(mu, delta)
+    check = "" if exact is None else f"; closed form {exact:.5g}"
+    return Guarantee(
+        epsilon=value,
+        delta=delta,
+        adversary=adversary,
+        unit=claim.unit,
+        adjacency=claim.adjacency,
+        sampling=claim.sampling,
+        accountant=accountant,
+        sentence=(
+            f"ε = {value:.5g} at δ = {delta:g} for each {claim.unit} against {VIEWER[adversary]}, over the whole training. "
+            f"Adjacency: {claim.adjacency}. Sampling: {claim.sampling}. Accountant: {accountant}{check}. Simulation-grade noise."
+        ),
+        closed_form=exact,
+        claim=claim,
+    )
+
+
+def no_guarantee(delta: float, adversary: Adversary, reasons: Sequence[str]) -> Guarantee:
+    """ε = ∞, and why."""
+    return Guarantee(
+        epsilon=math.inf,
+        delta=delta,
+        adversary=adversary,
+        unit="none",
+        adjacency="none",
+        sampling="none",
+        accountant="none",
+        sentence=f"ε = ∞ against {VIEWER[adversary]}: {'; '.join(reasons)}.",
+    )

@@ -1,0 +1,61 @@
+"""Clipping: the whole update is scaled down to an L2 norm of at most ``clip_norm``.
+
+Source: the clipping step of DP-FedAvg, McMahan et al., 2018, arXiv:1710.06963, "FlatClip": u·min(1, S/‖u‖₂).
+Deviations: none known.
+Hook: ``on_update``.
+
+What it does not protect: anything, on its own. Clipping multiplies the update by one number; its direction stays, and attacks that
+match directions (cosine distance) do not notice. It bounds the sensitivity, so that noise added directly after it counts:
+``defenses.accounting`` reads ``clip`` followed by ``gaussian_noise`` as the Gaussian mechanism.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from simulator.defense import ClientContext, Defense
+from simulator.registry import register
+from simulator.types import Tensors, Update
+
+
+def global_norm(tensors: Tensors) -> Tensor:
+    """The L2 norm of all tensors together, as one vector."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()]))
+    return norm
+
+
+def clip_to_norm(tensors: Tensors, clip_norm: float) -> Tensors:
+    """Scale all tensors by min(1, clip_norm/norm); ``inf`` leaves them as they are."""
+    if math.isinf(clip_norm):
+        return tensors
+    scale = clip_norm / global_norm(tensors).clamp(min=clip_norm)  # ≤ 1, and no division by zero for a zero update
+    return {name: tensor * scale for name, tensor in tensors.items()}
+
+
+def require_clip_norm(clip_norm: float) -> None:
+    """Raise ValueError unless ``clip_norm`` is a positive number or inf."""
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm must be > 0, got {clip_norm}. Use clip_norm = inf to disable clipping.")
+
+
+@register("defenses", "clip")
+@dataclass(frozen=True)
+class Clip(Defense):
+    """Clips the whole update to an L2 norm; bounds it, hides nothing.
+
+    Attributes:
+        clip_norm: largest L2 norm that an update keeps, in the update's own unit; inf disables.
+    """
+
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_clip_norm(self.clip_norm)
+
+    def on_update(self, update: Update, context: ClientContext) -> Update:
+        """Scale the update down to ``clip_norm``."""
+        return replace(update, tensors=clip_to_norm(update.tensors, self.clip_norm))

@@ -1,0 +1,99 @@
+"""DP-SGD: every record's gradient is clipped, and every local step adds noise; the record-level mechanism.
+
+    g = (1/B)·(Σⱼ clip_C(∇ⱼ) + N(0, z²C²·I)),    B the expected batch size
+
+Source: Abadi et al., 2016, arXiv:1607.00133, Algorithm 1.
+Deviations: batches are those of the federation's schedule, not Poisson samples, so the claim uses no amplification by sampling
+(Chua et al., 2024, arXiv:2403.17673): each release that a record enters counts in full. Effect: a larger, honest ε.
+Hook: ``on_gradient``, at every local step.
+
+The claim, against the server and everybody behind it: unit record, adjacency zero-out, sensitivity C. A record enters at most
+T = ``world.participations(n)`` releases, n the records that its client holds; the other releases do not depend on it, and what a
+client does with its noisy gradients (momentum, local steps, the difference of parameters) is post-processing. T does not grow with
+n: a client with few records uses each of them most often, so the claim is made for the client that holds the fewest.
+
+What it does not protect: the number of records (zero-out leaves it as it is, and it is uploaded in clear), which client takes part,
+a person with several records (their ε adds up), and statistics of the population. Noise is float32 from torch's generator:
+simulation grade, not safe against floating-point attacks (Mironov, 2012).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from jaxtyping import Float
+from torch import Tensor
+
+from defenses.client.clip import require_clip_norm
+from defenses.client.gaussian_noise import add_gaussian, require_noise_multiplier
+from defenses.refusal import batch_norm
+from simulator.defense import Claim, ClientContext, Defense
+from simulator.registry import register
+from simulator.types import Tensors
+from simulator.world import World
+
+
+def per_record_norms(per_example: Tensors) -> Float[Tensor, " batch"]:
+    """The L2 norm of each record's gradient, over all parameters together."""
+    by_parameter = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in per_example.values()]
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(by_parameter), dim=0)
+    return norms
+
+
+def clipped_sum(per_example: Tensors, clip_norm: float) -> Tensors:
+    """Σⱼ ∇ⱼ·min(1, clip_norm/‖∇ⱼ‖); one record changes it by at most ``clip_norm``."""
+    if math.isinf(clip_norm):
+        return {name: tensor.sum(0) for name, tensor in per_example.items()}
+    scale = clip_norm / per_record_norms(per_example).clamp(min=clip_norm)  # ≤ 1, and no division by zero for a zero gradient
+    return {name: torch.einsum("b,b...->...", scale, tensor) for name, tensor in per_example.items()}
+
+
+@register("defenses", "dp_sgd")
+@dataclass(frozen=True)
+class DPSGD(Defense):
+    """Clips every record's gradient and adds noise at every local step (DP-SGD): ε for each record.
+
+    Attributes:
+        clip_norm: C, largest L2 norm of one record's gradient; inf disables and then allows no noise.
+        noise_multiplier: z, standard deviation of the noise on the sum of clipped gradients in units of C.
+    """
+
+    per_example: ClassVar[bool] = True
+
+    clip_norm: float = 1.0
+    noise_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_clip_norm(self.clip_norm)
+        require_noise_multiplier(self.noise_multiplier, self.clip_norm)
+
+    def refuses(self, world: World) -> str | None:
+        """Refuse a second per-example defense, and BatchNorm: under it a record has no gradient of its own."""
+        if (count := sum(defense.per_example for defense in world.defenses)) > 1:
+            return f"defenses with per-example gradients must be at most 1, got {count}. Keep dp_sgd or the other."
+        return batch_norm(world, self.name)
+
+    def on_gradient(self, per_example: Tensors, context: ClientContext) -> Tensors:
+        """Sum the clipped gradients, add noise once, divide by the expected batch size."""
+        total = clipped_sum(per_example, self.clip_norm)
+        if self.noise_multiplier:
+            total = add_gaussian(total, self.noise_multiplier * self.clip_norm, context.rng)
+        return {name: tensor / context.batch_size for name, tensor in total.items()}
+
+    def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
+        """T Gaussian releases for the record that is used most often; none without noise."""
+        if not self.noise_multiplier:
+            return None
+        fewest = min(held for held in records_held if held)  # a client with no record has none to protect
+        return Claim(
+            event=SelfComposedDpEvent(GaussianDpEvent(self.noise_multiplier), world.participations(fewest)),
+            adversary="server",
+            unit="record",
+            adjacency="zero-out (the record's gradient is replaced by 0)",
+            sampling="fixed schedule, known to the server; no amplification",
+        )

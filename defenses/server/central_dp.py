@@ -1,0 +1,111 @@
+"""Central differential privacy: clients clip their updates, the server adds noise to the mean.
+
+    at the client:  u ← clip_S(u)        at the server:  mean(u) + N(0, (z·S/n)²·I),    n the clients that answered
+
+Source: DP-FedAvg with a fixed-size cohort, McMahan et al., 2018, arXiv:1710.06963; Geyer, Klein and Nabi, 2017, arXiv:1712.07557.
+Deviations: the mean is weighted by the clients' numbers of examples, so one client may move it by more than S/n; the claim counts that
+as less noise (:func:`weighted_noise_multiplier`). No amplification is claimed for cohorts that an outsider does not know.
+Hooks: ``on_update`` (clipping, at the client) and ``on_aggregate`` (noise, after the observation was taken).
+
+The server's hook sees only the aggregate, and clipping *that* would not bound what one client contributes. So clipping happens at
+each client before the mean; the server sees clipped updates without noise.
+
+What it does not protect: **anything against this server** (ε = ∞), which has recorded the uploads before it adds noise; secure
+aggregation does not help, the exact sum is no noisier. The claim holds for outsiders who see the released models only. Noise is
+float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+
+from defenses.client.client_dp import ClientDP
+from defenses.client.clip import Clip, clip_to_norm, require_clip_norm
+from defenses.client.gaussian_noise import GaussianNoise, add_gaussian, require_noise_multiplier
+from defenses.refusal import batch_norm_in_train_mode, overrides
+from simulator.defense import Claim, ClientContext, Defense, ServerContext
+from simulator.registry import register
+from simulator.types import LocalTraining, Update
+from simulator.world import World
+
+KEEPS_THE_BOUND = (Clip, GaussianNoise, ClientDP)
+"""What may act on an update after it was clipped: it adds independent noise or makes the update shorter."""
+
+
+def examples_in_a_round(held: int, recipe: LocalTraining) -> int:
+    """The weight of a client with ``held`` records: how many distinct ones it trains on in one round."""
+    batch = min(recipe.batch_size or held, held)
+    if recipe.algorithm == "fedsgd":
+        return batch
+    return min(held, recipe.steps * batch) if recipe.steps else held
+
+
+def weighted_noise_multiplier(noise_multiplier: float, examples: Sequence[int], answering: Sequence[int]) -> float:
+    """The noise on a weighted mean in units of the most that one client moves it, for the worst cohort.
+
+    The noise is z·S/n and the client with the largest share w of the examples moves the mean by w·S, so the ratio is z/(n·w).
+    The worst cohort joins the largest client to the n − 1 smallest; with equal numbers of examples the ratio is z.
+    """
+    ordered = sorted(examples)
+    shares = ((n, ordered[-1] / (ordered[-1] + sum(ordered[: n - 1]))) for n in answering)
+    return noise_multiplier / max(n * share for n, share in shares)
+
+
+@register("defenses", "central_dp")
+@dataclass(frozen=True)
+class CentralDP(Defense):
+    """Clips at the clients and adds noise to the mean at the server: protects from outsiders, not from this server.
+
+    Attributes:
+        clip_norm: S, largest L2 norm of one client's update.
+        noise_multiplier: z, standard deviation of the noise on the sum of updates in units of S.
+    """
+
+    clip_norm: float = 1.0
+    noise_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_clip_norm(self.clip_norm)
+        require_noise_multiplier(self.noise_multiplier, self.clip_norm)
+
+    def refuses(self, world: World) -> str | None:
+        """Refuse what undoes the clipping, and BatchNorm in train mode: its statistics are released without noise."""
+        place = world.defenses.index(self) if self in world.defenses else len(world.defenses)
+        for defense in world.defenses[place + 1 :]:
+            if overrides(defense, "on_update") and not defense.channel and type(defense) not in KEEPS_THE_BOUND:
+                return f"central_dp must be the last to change the update's norm, got {defense.name!r} after it. Put central_dp after it."
+        for defense in world.defenses[:place]:
+            if overrides(defense, "on_aggregate"):
+                return f"central_dp must be the first to change the aggregate, got {defense.name!r} before it. Put central_dp before it."
+        return batch_norm_in_train_mode(world, self.name)
+
+    def on_update(self, update: Update, context: ClientContext) -> Update:
+        """Clip, at the client."""
+        return replace(update, tensors=clip_to_norm(update.tensors, self.clip_norm))
+
+    def on_aggregate(self, update: Update, context: ServerContext) -> Update:
+        """Add noise to the mean over the clients that answered."""
+        if not self.noise_multiplier:
+            return update
+        sigma = self.noise_multiplier * self.clip_norm / context.cohort
+        return replace(update, tensors=add_gaussian(update.tensors, sigma, context.rng))
+
+    def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
+        """One Gaussian release a round, against outsiders only; none without noise."""
+        if not self.noise_multiplier:
+            return None
+        federation = world.federation
+        examples = [examples_in_a_round(held, world.training) for held in records_held if held]
+        largest = min(federation.cohort_size, len(examples))
+        answering = range(max(1, min(federation.min_clients, largest)), largest + 1)
+        multiplier = weighted_noise_multiplier(self.noise_multiplier, examples, answering)
+        return Claim(
+            event=SelfComposedDpEvent(GaussianDpEvent(multiplier), federation.rounds),
+            adversary="outsider",
+            unit="client",
+            adjacency="zero-out (the client's update is replaced by 0 before the mean)",
+            sampling="every cohort taken as known; no amplification",
+        )

@@ -1,0 +1,193 @@
+"""The command ``fedpeek``: run an experiment, attack a recorded transcript, list what there is, write the report again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from simulator.errors import FedpeekError, SpecError
+
+OK, ERROR, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: all well; an error; bad input, nothing written; finished but clients or tasks were lost; Ctrl-C."""
+
+HELP = """
+Shows what a federated-learning server can see.
+
+fedpeek runs a real Flower federation, records exactly what its honest-but-curious server receives, reconstructs the clients'
+private records from that, and puts leakage, formal guarantee, accuracy and cost of every defense side by side.
+
+[bold]Start here[/bold]
+
+  fedpeek run                                 the demo: faces, eight clients, seven arms; under two minutes
+  fedpeek run --set model.width=16            the same with one setting changed
+  fedpeek list attacks                        what there is; also defenses, data, models, metrics, specs
+  fedpeek run my.toml --out my-run            your own experiment; copy one of `fedpeek list specs` to start
+  fedpeek attack my-run/transcript/none-seed0 --attack dlg
+
+[bold]Exit codes[/bold]  0 all well · 1 error · 2 bad input, nothing written · 3 finished, but clients or tasks were lost · 130 Ctrl-C
+"""
+
+app = typer.Typer(help=HELP, rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console, errors = Console(), Console(stderr=True)
+
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=v", help="Change one setting; may be repeated. Values are TOML; a number in the path indexes a list.")
+]
+Kind = Literal["attacks", "defenses", "data", "models", "metrics", "specs"]
+
+
+@app.command()
+def run(
+    spec: Annotated[str | None, typer.Argument(help="A TOML file or the name of an example; the demo if left out.", show_default=False)] = None,
+    assign: Assignments = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; must be new or empty. Default: fedpeek-out/NAME-TIME.", show_default=False)] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 means one for each core.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; it must have the same spec.")] = False,
+) -> None:
+    """Run an experiment: federate, record, attack, compare; print the table and write the report.
+
+    Writes spec.toml (resolved), transcript/, results.jsonl (one line a trial), facts.jsonl, summary.json, report.html and PNGs.
+    Ctrl-C leaves a run that --resume completes.
+    """
+    from experiments import spec as specs
+    from experiments.run import run as run_experiment
+
+    if resume and out is None:
+        raise SpecError("--resume must come with --out, got none. Name the directory of the run.")
+    experiment = specs.load(spec, assign or ())
+    out = out or Path("fedpeek-out") / f"{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        with _progress(len(experiment.arms) * len(experiment.seeds)) as (notify, advance):
+            failures = run_experiment(experiment, out, workers=workers, resume=resume, notify=notify, done=advance)
+    except KeyboardInterrupt:
+        errors.print(f"\nInterrupted. Nothing that was finished is lost; go on with the same command and --out {out} --resume")
+        raise typer.Exit(INTERRUPTED) from None
+    for failure in failures:
+        errors.print(f"[red]failed[/red] {escape(failure.task.arm)}, seed {failure.task.seed}: {escape(failure.failure)}")
+    raise typer.Exit(_conclude(out, bool(failures)))
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
+    """Compute summary.json and report.html of a run again, from its results."""
+    raise typer.Exit(_conclude(directory, failed=False))
+
+
+@app.command()
+def attack(
+    transcript: Annotated[Path, typer.Argument(help="The directory of a transcript, e.g. RUN/transcript/none-seed0.")],
+    attack: Annotated[str, typer.Option(help="Name of the attack; see `fedpeek list attacks`.")],
+    assign: Assignments = None,
+    round: Annotated[int, typer.Option(min=0, help="The round to attack; 0 means every recorded one.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to write pictures and scores. Default: RUN/attacks/NAME-ATTACK.", show_default=False)] = None,
+) -> None:
+    """Attack a recorded transcript again, with another attack or other settings (--set steps=1000).
+
+    Where the transcript lies in a run, the truth is recomputed from the run's seed and the answer is scored; elsewhere the
+    reconstructions are written without scores: that is all an adversary gets.
+    """
+    from experiments.replay import replay
+
+    with _progress(1) as (notify, _):
+        written, table = replay(transcript, attack, assign or (), round, out, notify)
+    console.print(table)
+    console.print(f"Written to {written}")
+
+
+@app.command("list")
+def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """List attacks, defenses, data sets, models, metrics or example specs, with their settings."""
+    table = Table(title=kind, title_justify="left", show_lines=False, box=None, pad_edge=False)
+    for heading in ("name", "what it is", "settings and defaults"):
+        table.add_column(heading, overflow="fold")
+    for row in _listing(kind):
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; explained errors become one line on stderr and an exit code, never a traceback."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    try:
+        app()
+    except SpecError as error:
+        errors.print(f"[red]bad input[/red] {escape(str(error))}")
+        sys.exit(BAD_INPUT)
+    except FedpeekError as error:
+        errors.print(f"[red]error[/red] {escape(str(error))}")
+        sys.exit(ERROR)
+
+
+def _conclude(directory: Path, failed: bool) -> int:
+    from experiments.conclude import conclude
+
+    table, report_path, warnings = conclude(directory)
+    console.print(table)
+    for warning in warnings:
+        errors.print(f"[yellow]warning[/yellow] {escape(warning)}")
+    console.print(f"Report: {report_path}")
+    return INCOMPLETE if failed or warnings else OK
+
+
+def _listing(kind: Kind) -> Iterator[tuple[str, str, str]]:
+    if kind == "metrics":
+        from experiments.metrics import METRICS
+
+        yield from ((metric.name, metric.description, f"unit: {metric.unit}") for metric in METRICS.values())
+        return
+    if kind == "specs":
+        from experiments.spec import specs
+
+        for name, path in sorted(specs().items()):
+            yield name, str(tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")), f"fedpeek run {name}"
+        return
+    from simulator import registry
+
+    for name in registry.names(kind):
+        cls = registry.get(kind, name)
+        yield name, (cls.__doc__ or "").strip().partition("\n")[0], ", ".join(_settings(cls))
+
+
+def _settings(cls: type[Any]) -> Iterator[str]:
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            yield f"{field.name}={field.default!r}"
+        else:
+            yield f"{field.name} (required)" if field.default_factory is dataclasses.MISSING else f"{field.name}=…"
+
+
+@contextmanager
+def _progress(tasks: int) -> Iterator[tuple[Any, Any]]:
+    """A bar for the whole run and one for each task under way; yields what tells it of ticks, and of finished tasks."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bars:
+        whole = bars.add_task("run", total=tasks, note="arms × seeds")
+        lines: dict[str, Any] = {}
+
+        def notify(task: Any, what: str, done: int, total: int, note: str) -> None:
+            label = f"{task.arm}, seed {task.seed}" if hasattr(task, "arm") else str(task)
+            if label not in lines:
+                lines[label] = bars.add_task(label, total=total, note="")
+            bars.update(lines[label], description=f"{escape(label)}: {escape(what)}", completed=done, total=total, note=escape(note))
+
+        def advance(task: Any) -> None:
+            line = lines.pop(f"{task.arm}, seed {task.seed}", None)
+            if line is not None:
+                bars.remove_task(line)
+            bars.advance(whole)
+
+        yield notify, advance

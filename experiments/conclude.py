@@ -1,0 +1,122 @@
+"""From the results on disk to the answer: summary.json, the report, the table, and what the reader must be warned of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomllib
+from rich.table import Table
+from safetensors.torch import load_file
+
+from experiments.report import html
+from experiments.report.table import table as terminal_table
+from experiments.result import Trial
+from experiments.run import FACTS, PICTURES, SPEC, TRANSCRIPTS, read_facts, read_trials
+from experiments.spec import Arm, Experiment
+from experiments.summary import summarize
+from simulator import config
+from simulator.errors import FedpeekError, SpecError
+from simulator.transcript import LINES
+
+SUMMARY = "summary.json"
+PACKAGES = ("flwr", "torch", "torchvision", "numpy", "cryptography", "dp-accounting")
+
+
+def conclude(out: Path) -> tuple[Table, Path, list[str]]:
+    """Write ``summary.json`` and ``report.html``; return the table, the report's path, and warnings of lost clients or tasks.
+
+    Raises:
+        SpecError: ``out`` is not the directory of a run.
+        FedpeekError: no task of the run has finished.
+    """
+    path = out / SPEC
+    if not path.is_file():
+        raise SpecError(f"directory must be that of a run, got {out} without {SPEC}. Give the --out of `fedpeek run`.")
+    spec = path.read_text(encoding="utf-8")
+    experiment = config.build(Experiment, tomllib.loads(spec))
+    trials, facts = read_trials(out), read_facts(out)
+    if not facts:
+        raise FedpeekError(f"run must have at least one finished task, got none in {out / FACTS}. Run it again with --resume.")
+    control = experiment.control
+    summary = summarize(
+        trials, facts, candidates=candidates(experiment), control_arm=control.name if control else None,
+        environment=environment(), version=version("fedpeek"), by_round=experiment.evaluation.by_round,
+    )  # fmt: skip
+    (out / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    report = html.write(
+        out, summary=summary, pictures=list(gallery(experiment, trials, out)), threat=threat(experiment), spec_toml=spec,
+        provenance=provenance(experiment, spec, out),
+    )  # fmt: skip
+    lost = [f"{fact.arm}, seed {fact.seed}: {failure}" for fact in facts for failure in fact.client_failures]
+    planned = len(experiment.arms) * len(experiment.seeds)
+    missing = [] if len(facts) == planned else [f"only {len(facts)} of {planned} arms × seeds are finished; go on with --resume"]
+    return terminal_table(summary), report, missing + lost
+
+
+def candidates(experiment: Experiment) -> int:
+    """N of the identification: as many as were asked for, or all records that there are."""
+    records = len(experiment.data.load().records)
+    return min(experiment.evaluation.candidates or records, records)
+
+
+def gallery(experiment: Experiment, trials: Sequence[Trial], out: Path) -> Iterator[html.Picture]:
+    """The best, the median and the worst victim of each arm and attack, by PSNR."""
+    for arm in experiment.arms:
+        for attack in experiment.attacks:
+            shown = list(_pictures(arm, attack.name, experiment.seeds, trials, out))
+            ranked = sorted(shown, key=lambda item: -item[0].records[item[1]].psnr_db)
+            if not ranked:
+                continue
+            for which, place in (("best", 0), ("median", len(ranked) // 2), ("worst", len(ranked) - 1)):
+                trial, index, private, guess = ranked[place]
+                record = trial.records[index]
+                yield html.Picture(
+                    arm=arm.name, attack=attack.name, which=which, private=private, reconstructed=guess, psnr_db=record.psnr_db,  # type: ignore[arg-type]
+                    identified=record.identified, caption=f"client {record.client}, round {trial.round}, seed {trial.seed}",
+                )  # fmt: skip
+
+
+def _pictures(
+    arm: Arm, attack: str, seeds: Sequence[int], trials: Sequence[Trial], out: Path
+) -> Iterator[tuple[Trial, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    for seed in seeds:
+        path = out / PICTURES / f"{arm.slug}-seed{seed}-{attack}.safetensors"
+        if not path.is_file():
+            continue
+        pictures = load_file(path)
+        mine = [trial for trial in trials if (trial.arm, trial.attack, trial.seed) == (arm.name, attack, seed)]
+        places = [(trial, index) for trial in mine for index in range(len(trial.records))]
+        for (trial, index), private, guess in zip(places, pictures["private"], pictures["guess"], strict=True):
+            yield trial, index, private.permute(1, 2, 0).squeeze(-1).numpy(), guess.permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def threat(experiment: Experiment) -> dict[str, object]:
+    """The threat model with what the world adds to it: the words of the report's card."""
+    return {**config.dump(experiment.threat), "rounds": list(experiment.evaluation.rounds), "batch_size": experiment.training.batch_size}
+
+
+def environment() -> dict[str, str]:
+    """The versions that may change a number."""
+    return {"python": platform.python_version(), "platform": platform.platform(), **{name: version(name) for name in PACKAGES}}
+
+
+def provenance(experiment: Experiment, spec: str, out: Path) -> Mapping[str, str]:
+    """What is needed to run it again, and to know that it is the same."""
+    transcripts = sorted((out / TRANSCRIPTS).glob(f"*/{LINES}"))
+    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in transcripts)).hexdigest()
+    return {
+        "command": shlex.join(["fedpeek", *sys.argv[1:]]),
+        "seeds": ", ".join(map(str, experiment.seeds)),
+        "driver": experiment.driver,
+        "SHA-256 of the spec": hashlib.sha256(spec.encode()).hexdigest(),
+        "SHA-256 of the transcripts": digest,
+    }

@@ -1,0 +1,82 @@
+"""What an adversary without the gradient would score: the floors that every attack must beat.
+
+Each floor answers for the whole batch and is matched to it with the same freedom as the attack. The fourth floor,
+``shuffled_gradient``, is the same attack on a view that lost its information (:func:`shuffled`); the runner adds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from experiments.matching import Images, assign
+from experiments.metrics import ImageScores, evaluate
+from simulator.types import Observation, Update
+
+FLOORS: dict[str, str] = {
+    "mean_image": "the mean of all other records of the data set",
+    "another_victim": "other records of the data set, drawn at random",
+    "random_guess": "uniform noise",
+    "shuffled_gradient": "the same attack on an update whose values were permuted within each tensor",
+}
+"""What each floor guesses."""
+
+
+def floors(
+    truth: Images, records: Images, true_index: Int[Tensor, " truth"], *, rng: torch.Generator
+) -> list[dict[str, ImageScores]]:
+    """Score, for each true record, the guesses that need no observation.
+
+    The batch itself is left out of the data set before anything is drawn from it or averaged over it.
+
+    Args:
+        truth: the records of one upload, in [0, 1].
+        records: the whole data set, the true records among them.
+        true_index: for each true record, its index in ``records``.
+
+    Raises:
+        ValueError: the data set holds nothing but the batch.
+    """
+    outside = torch.ones(len(records), dtype=torch.bool).index_fill(0, true_index, False)
+    others = outside.nonzero().flatten()
+    if not len(others):
+        raise ValueError(f"records must hold more than the batch of {len(truth)}, got {len(records)}. Use a larger data set.")
+    total = records.sum(0, dtype=torch.float64) - records[~outside].sum(0, dtype=torch.float64)
+    drawn = torch.cat([torch.randperm(len(others), generator=rng) for _ in range(-(-len(truth) // len(others)))])[: len(truth)]
+    guesses = {
+        "mean_image": (total / len(others)).to(truth).expand_as(truth),
+        "another_victim": records[others[drawn]],
+        "random_guess": torch.rand(truth.shape, generator=rng),
+    }
+    scored = {name: floor_scores(guess, truth) for name, guess in guesses.items()}
+    return [{name: scores[i] for name, scores in scored.items()} for i in range(len(truth))]
+
+
+def floor_scores(guess: Images | None, truth: Images) -> list[ImageScores]:
+    """Score a floor's guesses like an attack's: one assignment, failures as mid-gray. For ``shuffled_gradient``, too."""
+    assignment = None if guess is None or not len(guess) else assign(guess, truth)
+    return [ImageScores(score.psnr_db, score.ssim, score.mse) for score in evaluate(guess, truth, assignment)]
+
+
+def best_floor(floors: Mapping[str, ImageScores]) -> tuple[str, ImageScores]:
+    """Return the floor with the highest PSNR, and its name: what the attack must beat on this record."""
+    return max(floors.items(), key=lambda item: item[1].psnr_db)
+
+
+def shuffled(view: Observation, rng: torch.Generator) -> Observation:
+    """Return ``view`` with the values of every update tensor permuted: the same values, without their information.
+
+    Norm and histogram of each tensor stay, so that an attack which succeeds on it lives on its prior.
+    """
+    uploads = [replace(upload, update=Update(upload.update.kind, _permuted(upload.update.tensors, rng))) for upload in view.uploads]
+    return replace(view, uploads=tuple(uploads))
+
+
+def _permuted(tensors: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+    return {
+        name: tensor.flatten()[torch.randperm(tensor.numel(), generator=rng)].reshape(tensor.shape) for name, tensor in tensors.items()
+    }

@@ -1,0 +1,130 @@
+"""Attacks a recorded transcript again: with the truth where the run's spec tells it, without anywhere else."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from experiments.report import pictures
+from experiments.run import RESULTS, SPEC
+from experiments.spec import Arm, Experiment
+from experiments.trial import attack_victims, find_victims
+from experiments.workers import Notify
+from simulator import config, progress
+from simulator.adversary import Knowledge
+from simulator.errors import FedpeekError, SpecError
+from simulator.rng import stream
+from simulator.transcript import Record, read
+from simulator.types import LocalTraining, Schema
+
+
+def replay(
+    directory: Path, attack: str, assignments: Sequence[str], round: int, out: Path | None, notify: Notify
+) -> tuple[Path, Table]:
+    """Attack every upload of the recorded rounds (or of ``round``); write pictures and scores; return where, and a table.
+
+    Raises:
+        TranscriptError: the transcript is not whole, or has no such round.
+        SpecError: no such attack or setting, or ``out`` is not empty.
+    """
+    record = read(directory)
+    table: dict[str, Any] = {"name": attack}
+    for assignment in assignments:
+        table = config.override(table, assignment)
+    plugin = config.build_plugin("attacks", table, "attack")
+    rounds = (round,) if round else tuple(observation.broadcast.round for observation in record.observations)
+    for number in rounds:
+        record.observation(number)
+    root = directory.parent.parent
+    out = out or root / "attacks" / f"{directory.name}-{plugin.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if out.exists() and any(out.iterdir()):
+        raise SpecError(f"--out must be empty or new, got {out}. Choose another directory.")
+    with progress.listening(lambda *tick: notify(plugin.name, *tick)):
+        found = _run_of(directory, root)
+        if found is not None:
+            return out, _scored(record, plugin, rounds, *found, out)
+        return out, _unscored(record, plugin, rounds, out)
+
+
+def _run_of(directory: Path, root: Path) -> tuple[Experiment, Arm, int] | None:
+    """The experiment, arm and seed that the transcript came from, if it still lies in its run."""
+    if not (root / SPEC).is_file():
+        return None
+    experiment = config.build(Experiment, tomllib.loads((root / SPEC).read_text(encoding="utf-8")))
+    places = {f"{arm.slug}-seed{seed}": (experiment, arm, seed) for arm in experiment.arms for seed in experiment.seeds}
+    return places.get(directory.name)
+
+
+def _scored(record: Record, attack: Any, rounds: tuple[int, ...], experiment: Experiment, arm: Arm, seed: int, out: Path) -> Table:
+    experiment = replace(experiment, evaluation=replace(experiment.evaluation, rounds=rounds))
+    world = experiment.world(arm, seed)
+    outcome = attack_victims(attack, find_victims(experiment, world, record), experiment.evaluation, world, arm.name)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULTS).write_text("".join(f"{trial.to_json()}\n" for trial in outcome.trials), encoding="utf-8")
+    table = Table("round", "clients", "record", "status", "PSNR dB", "SSIM", "identified", "label", title=f"{attack.name} on {arm.name}, seed {seed}")
+    place = 0
+    for trial in outcome.trials:
+        clients = ", ".join(map(str, trial.senders))
+        if not trial.records:
+            table.add_row(str(trial.round), clients, "", trial.status, "", "", trial.reason, "")
+        for result in trial.records:
+            _write_pair(out / f"{place:03d}-round{trial.round}-client{result.client}.png", outcome.private[place], outcome.guess[place])
+            place += 1
+            label = "" if result.label_correct is None else "right" if result.label_correct else "wrong"
+            scores = (f"{result.psnr_db:.1f}", f"{result.ssim:.3f}", "yes" if result.identified else f"no (rank {result.rank})", label)
+            table.add_row(str(trial.round), clients, str(result.record), trial.status if not trial.reason else trial.reason, *scores)
+    return table
+
+
+def _unscored(record: Record, attack: Any, rounds: tuple[int, ...], out: Path) -> Table:
+    """What an adversary with nothing but the transcript gets."""
+    table = Table("round", "clients", "records", "labels", "objective", title=f"{attack.name}; not scored: the truth is not here")
+    for number in rounds:
+        observation = record.observation(number)
+        for index in range(len(observation.uploads)):
+            view = observation.only(index)
+            knowledge = _public_knowledge(record, view.broadcast.training, view.upload.num_examples)
+            senders = ", ".join(map(str, sorted(view.upload.senders)))
+            reason = attack.supports(view, knowledge)
+            if reason is not None:
+                table.add_row(str(number), senders, "", "", f"unsupported: {reason}")
+                continue
+            answer = attack(view, knowledge, rng=stream(0, "attack", attack.name, number, senders))
+            out.mkdir(parents=True, exist_ok=True)
+            for place, image in enumerate([] if answer.inputs is None else answer.inputs):
+                _write_image(out / f"round{number}-upload{index}-record{place}.png", image)
+            labels = " ".join(map(str, answer.labels.tolist()))
+            table.add_row(str(number), senders, str(len(answer.labels)), labels, f"{answer.objective:.3g}")
+    return table
+
+
+def _public_knowledge(record: Record, training: LocalTraining, num_examples: int) -> Knowledge:
+    """What the transcript's header discloses to whoever holds it."""
+    facts = record.header
+    try:
+        family = config.build_plugin("models", facts["model"], "transcript.model")
+        schema = Schema(tuple(facts["schema_of_a_record"]["shape"]), tuple(facts["schema_of_a_record"]["class_names"]))
+    except (KeyError, TypeError) as error:
+        raise FedpeekError(f"transcript's header must name model and schema_of_a_record, got {sorted(facts)}. Record it again.") from error
+    model = family.build(schema, stream(0, "model")).train(training.batch_norm == "train")
+    defenses = tuple((defense["name"], defense) for defense in facts.get("defenses", []))
+    return Knowledge(model=model, schema=schema, training=training, num_examples=num_examples, defenses=defenses)
+
+
+def _write_pair(path: Path, private: torch.Tensor, guess: torch.Tensor) -> None:
+    arrays = [image.permute(1, 2, 0).squeeze(-1).numpy() for image in (private, guess)]
+    path.write_bytes(pictures.png(pictures.pair(*arrays)))
+
+
+def _write_image(path: Path, image: torch.Tensor) -> None:
+    array = image.detach().clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+    path.write_bytes(pictures.png(pictures.eight_bit(array)))
+
+

@@ -1,0 +1,211 @@
+"""The rows of a summary as the page and the terminal print them: one frozen line of texts and positions for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from experiments.report import values
+from experiments.report.values import Estimate, estimate, lookup, number
+from experiments.report.verdict import Verdict, verdict
+
+SCORES = {
+    "psnr_db": ("PSNR", 1),
+    "ssim": ("SSIM", 2),
+    "mse": ("MSE", None),
+    "lpips": ("LPIPS", 2),
+    "exact": ("Exact", "%"),
+    "label_accuracy": ("Labels right", "%"),
+}
+
+
+def rows_of(summary: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """Return the summary's rows; whatever is not a mapping is not a row."""
+    rows = summary.get("rows")
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, Sequence) and not isinstance(rows, str) else []
+
+
+def control_of(row: Mapping[str, object], rows: Iterable[Mapping[str, object]]) -> Mapping[str, object] | None:
+    """Return the undefended row of the same attack on the same rounds: the first one that is compared with no other."""
+    same = [other for other in rows if (other.get("attack"), other.get("rounds")) == (row.get("attack"), row.get("rounds"))]
+    return next((other for other in same if not other.get("difference_to_control")), None)
+
+
+def strongest(rows: Iterable[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Return one row for each arm, in order: that of the attack which identified most, then gained most."""
+    best: dict[str, Mapping[str, object]] = {}
+    for row in rows:
+        arm = name(row, "defense")
+        if arm not in best or _strength(row) > _strength(best[arm]):
+            best[arm] = row
+    return list(best.values())
+
+
+def name(row: Mapping[str, object], key: str) -> str:
+    """Return a name from a row; a missing one is an em dash."""
+    value = row.get(key)
+    return values.MISSING if value is None or value == "" else str(value)
+
+
+def flags_of(row: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the row's flags by name."""
+    return tuple(dict.fromkeys(texts_of(row, "flags")))
+
+
+def texts_of(row: Mapping[str, object], key: str) -> list[str]:
+    """Return a list of texts from a row; a single text is a list of one, and what is no list is empty."""
+    value = row.get(key)
+    if isinstance(value, str):
+        return [value] if value else []
+    return [str(text) for text in value] if isinstance(value, Sequence) else []
+
+
+def lines(summary: Mapping[str, object]) -> list[Line]:
+    """Return every row of the summary ready to print, in the summary's order."""
+    rows = rows_of(summary)
+    gains = [estimate(row, "gain", "psnr_db") for row in rows]
+    span = _span(gains)
+    sentences = list(dict.fromkeys(str(row["epsilon_for"]) for row in rows if row.get("epsilon_for")))
+    several = len({name(row, "attack") for row in rows}) > 1
+    best = strongest(rows)
+    by_round = len({tuple(texts_of(row, "rounds")) for row in rows}) > 1
+    return [
+        Line(
+            defense=name(row, "defense"),
+            attack=name(row, "attack"),
+            rounds=_rounds(row) if by_round else "",
+            view=name(row, "view"),
+            verdict=verdict(row, control_of(row, rows)),
+            strongest=several and any(row is other for other in best),
+            victims=_victims(row),
+            identified=estimate(row, "identified"),
+            chance=number(lookup(row, "identified", "chance")),
+            identified_bar=_bar(estimate(row, "identified"), (0.0, 1.0), number(lookup(row, "identified", "chance"))),
+            gain=gain,
+            gain_bar=_bar(gain, span, 0.0),
+            epsilon=values.significant(number(row.get("epsilon"))),
+            delta=values.significant(number(row.get("delta"))) if number(row.get("delta")) else "",
+            note=sentences.index(str(row["epsilon_for"])) + 1 if row.get("epsilon_for") else 0,
+            sentence=str(row.get("epsilon_for") or ""),
+            ceiling=number(row.get("ceiling")),
+            accuracy=estimate(row, "accuracy"),
+            upload=values.size(number(row.get("upload_bytes"))),
+            seconds=values.duration(number(row.get("seconds"))),
+            flags=flags_of(row),
+            reasons=tuple(texts_of(row, "reasons")),
+            failures=tuple(texts_of(row, "client_failures")),
+            scores=tuple(_score(row, key) for key in SCORES),
+            floor=_floor(row),
+            difference=estimate(row, "difference_to_control", "psnr_db"),
+            p_holm=number(lookup(row, "difference_to_control", "p_holm")),
+        )
+        for row, gain in zip(rows, gains, strict=True)
+    ]
+
+
+def _strength(row: Mapping[str, object]) -> tuple[float, float]:
+    rate, gain = number(lookup(row, "identified")), number(lookup(row, "gain", "psnr_db"))
+    return (-1.0 if rate is None else rate, float("-inf") if gain is None else gain)
+
+
+def _victims(row: Mapping[str, object]) -> str:
+    """Count the victims, and every status that is not ok."""
+    total, statuses = number(row.get("victims")), row.get("statuses")
+    failed = {str(key): number(count) for key, count in statuses.items() if key != "ok"} if isinstance(statuses, Mapping) else {}
+    words = [values.MISSING if total is None else f"{total:.0f}"]
+    return ", ".join(words + [f"{count:.0f} {key}" for key, count in failed.items() if count])
+
+
+def _rounds(row: Mapping[str, object]) -> str:
+    rounds = texts_of(row, "rounds")
+    return f"round{'s' if len(rounds) > 1 else ''} {values.join(rounds)}" if rounds else ""
+
+
+def _floor(row: Mapping[str, object]) -> tuple[str, str]:
+    label = lookup(row, "floor", "name")
+    return values.decibel(number(lookup(row, "floor", "psnr_db"))), "" if label is None else str(label).replace("_", " ")
+
+
+def _score(row: Mapping[str, object], key: str) -> Score:
+    label, style = SCORES[key]
+    found = estimate(row, "scores", key)
+    worst, middle, best = (number(lookup(row, "scores", key, part)) for part in ("min", "median", "max"))
+    if style == "%":
+        return Score(label, values.percent(found.value), values.percent_range(found.low, found.high), "")
+    texts = [values.significant(x, 2) if style is None else values.fixed(x, int(style)) for x in (found.value, worst, middle, best)]
+    low, high = (values.significant(x, 2) if style is None else values.fixed(x, int(style)) for x in (found.low, found.high))
+    return Score(
+        label,
+        texts[0] + (f"{values.NBSP}dB" if key == "psnr_db" and found.value is not None else ""),
+        "" if found.low is None or found.high is None else f"{low} to {high}",
+        "" if None in (worst, middle, best) else " · ".join(texts[1:]),
+    )
+
+
+def _span(gains: Sequence[Estimate]) -> tuple[float, float]:
+    """Return the common scale of all gains in dB; it holds 0 and is finite."""
+    ends = [x for gain in gains for x in (gain.value, gain.low, gain.high) if x is not None and abs(x) != float("inf")]
+    low, high = min([0.0, *ends]), max([1.0, *ends])
+    margin = 0.04 * (high - low)
+    return low - margin, high + margin
+
+
+def _bar(found: Estimate, span: tuple[float, float], mark: float | None) -> Bar | None:
+    if found.value is None:
+        return None
+    low, high = (found.value if end is None else end for end in (found.low, found.high))
+    at = [round(3 + 70 * min(max((x - span[0]) / (span[1] - span[0]), 0.0), 1.0), 1) for x in (low, found.value, high, mark or 0.0)]
+    return Bar(at[0], at[1], at[2], None if mark is None else at[3])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """An interval drawn in a box 76 wide: its ends, its middle, and the mark of what no information gives."""
+
+    low: float
+    middle: float
+    high: float
+    mark: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one row as text: mean, interval, and ``min · median · max``."""
+
+    label: str
+    mean: str
+    interval: str
+    spread: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row, ready to print; estimates stay numbers where page and terminal print them differently."""
+
+    defense: str
+    attack: str
+    rounds: str
+    view: str
+    verdict: Verdict
+    strongest: bool
+    victims: str
+    identified: Estimate
+    chance: float | None
+    identified_bar: Bar | None
+    gain: Estimate
+    gain_bar: Bar | None
+    epsilon: str
+    delta: str
+    note: int
+    sentence: str
+    ceiling: float | None
+    accuracy: Estimate
+    upload: str
+    seconds: str
+    flags: tuple[str, ...]
+    reasons: tuple[str, ...]
+    failures: tuple[str, ...]
+    scores: tuple[Score, ...]
+    floor: tuple[str, str]
+    difference: Estimate
+    p_holm: float | None

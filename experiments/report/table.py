@@ -1,0 +1,58 @@
+"""The summary as a table for the terminal, at most 100 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from experiments.report import values
+from experiments.report.rows import Line, lines
+from experiments.report.verdict import Level
+from experiments.report.words import explain
+
+STYLES: Mapping[Level, str] = {"recognizable": "bold red", "partial": "yellow", "identifiable": "yellow", "floor": "blue"}
+
+
+def table(summary: Mapping[str, object]) -> Table:
+    """Return the summary's rows for the terminal; letters in the last column are explained below the table."""
+    rows = lines(summary)
+    several = len({line.attack for line in rows}) > 1
+    letters = {flag: chr(ord("a") + place % 26) for place, flag in enumerate(dict.fromkeys(flag for line in rows for flag in line.flags))}
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_caption(rows, letters), caption_justify="left", caption_style="dim")
+    result.add_column("defense", overflow="fold", min_width=12, max_width=24)
+    result.add_column("view", no_wrap=True)
+    for header in ("identified", "PSNR gain dB", "ε", "ceiling", "accuracy"):
+        result.add_column(header, justify="right", no_wrap=True)
+    result.add_column("flags", overflow="fold", max_width=8)
+    for line in rows:
+        rate, gain = line.identified, line.gain
+        style = STYLES.get(line.verdict.level, "")
+        result.add_row(
+            Text("\n").join(
+                [Text(line.defense), *(Text(word, style="dim") for word in (line.attack if several else "", line.rounds) if word)]
+            ),
+            Text(line.view),
+            Text(_with_range(values.percent(rate.value), values.percent_range(rate.low, rate.high)), style=style),
+            Text(_with_range(values.fixed(gain.value, sign=True), values.fixed_range(gain.low, gain.high)), style=style),
+            Text(line.epsilon),
+            Text(values.percent(line.ceiling)),
+            Text(values.percent(line.accuracy.value, 1)),
+            Text(" ".join(letters[flag] for flag in line.flags)),
+        )
+    return result
+
+
+def _with_range(value: str, interval: str) -> str:
+    inner = interval.removesuffix(f"{values.NBSP}%").replace(" to ", ", ").replace("–", ", ")
+    return f"{value} [{inner}]" if inner else value
+
+
+def _caption(rows: list[Line], letters: Mapping[str, str]) -> Text:
+    chances = sorted({line.chance for line in rows if line.chance is not None})
+    chance_words = f"; chance {values.join([values.percent(chance) for chance in chances])}" if chances else ""
+    parts = [f"[…] are 95 % intervals{chance_words}."]
+    parts += [f"{letter}: {flag.replace('_', ' ')}. {explain(flag)}".strip() for flag, letter in letters.items()]
+    return Text("\n".join(parts))

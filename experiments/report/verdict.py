@@ -1,0 +1,98 @@
+"""What the numbers of one row say in plain words: a pure function of the numbers, with its thresholds written down here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from experiments.report.values import Estimate, decibel, estimate, lookup, number, percent
+
+Level = Literal["recognizable", "partial", "identifiable", "faint", "floor", "unmeasured"]
+
+RECOGNIZABLE_RATE = 0.5
+"""Fraction of victims that the lower end of the interval must reach: more often identified than not."""
+RECOGNIZABLE_GAIN_DB = 3.0
+"""Mean gain in dB: half the squared error of the best guess that ignores the upload."""
+EQUAL_DB = 0.5
+"""A paired difference whose whole interval is within ± this many dB is no difference, even where it is statistically sure."""
+UNDECIDED_DB = 3.0
+"""An interval that holds 0 and is wider than this many dB decides nothing: there are too few victims."""
+
+WORDS: Mapping[Level, str] = {
+    "recognizable": "pictures recognizable",
+    "partial": "partly recognizable",
+    "identifiable": "identifiable only",
+    "faint": "traces only",
+    "floor": "floor not beaten",
+    "unmeasured": "not measured",
+}
+MEANING: Mapping[Level, str] = {
+    "recognizable": f"at least {percent(RECOGNIZABLE_RATE)} of the victims identified (lower end of the interval), and a mean PSNR gain of "
+    f"at least {decibel(RECOGNIZABLE_GAIN_DB)} whose interval lies above 0",
+    "partial": "identified more often than by chance, and a PSNR gain above 0 (both by their intervals), but not by as much as above",
+    "identifiable": "identified more often than by chance, although the pictures are no closer to the truth than the best floor",
+    "faint": "closer to the truth than the best floor, but not identified more often than by chance",
+    "floor": "neither identified more often than by chance nor closer to the truth than a guess that ignores the upload",
+    "unmeasured": "no victim was measured, or the numbers that a verdict needs are missing",
+}
+EQUAL = "not distinguishable from no defense"
+UNDECIDED = "difference to no defense undecided"
+LESS = "leaks less than no defense"
+MORE = "leaks more than no defense"
+NO_CREDIT = "no credit: the undefended attack misses its floor too"
+
+
+def verdict(row: Mapping[str, object], control: Mapping[str, object] | None = None) -> Verdict:
+    """Judge one row by its numbers alone; arm names play no part.
+
+    Args:
+        row: a row of ``summary.json``.
+        control: the undefended row of the same attack. Where its PSNR does not beat its own floor, no defense gets credit.
+    """
+    found = level(row)
+    difference = estimate(row, "difference_to_control", "psnr_db")
+    if found == "unmeasured" or difference.low is None or difference.high is None:
+        return Verdict(found, WORDS[found], "")
+    if control is not None and level(control) in ("identifiable", "floor", "unmeasured"):
+        return Verdict(found, WORDS[found], NO_CREDIT)
+    return Verdict(found, WORDS[found], compare(difference))
+
+
+def level(row: Mapping[str, object]) -> Level:
+    """Classify how much a row leaks; an interval that is missing counts as not sure, hence as not above."""
+    identified, gain = estimate(row, "identified"), estimate(row, "gain", "psnr_db")
+    measured = number(lookup(row, "statuses", "ok"))
+    if measured == 0 or (identified.value is None and gain.value is None):
+        return "unmeasured"
+    chance = number(lookup(row, "identified", "chance"))
+    named = identified.low is not None and chance is not None and identified.low > chance
+    closer = gain.low is not None and gain.low > 0
+    if closer and (gain.value or 0.0) >= RECOGNIZABLE_GAIN_DB and named and (identified.low or 0.0) >= RECOGNIZABLE_RATE:
+        return "recognizable"
+    if closer and named:
+        return "partial"
+    if named:
+        return "identifiable"
+    return "faint" if closer else "floor"
+
+
+def compare(difference: Estimate) -> str:
+    """Say how a defended arm differs from the undefended one, given the paired difference defended − undefended in dB."""
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return ""
+    if low >= -EQUAL_DB and high <= EQUAL_DB:
+        return EQUAL
+    if low <= 0 <= high:
+        return EQUAL if high - low <= UNDECIDED_DB else UNDECIDED
+    return LESS if high < 0 else MORE
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How much a row leaks, in one word and in plain words, and how that compares with no defense (empty where it cannot)."""
+
+    level: Level
+    words: str
+    against_control: str

@@ -1,0 +1,200 @@
+"""Runs an experiment: every arm and seed is one task, done in a worker process of its own and written down when it ends.
+
+A killed run loses only the tasks under way: ``--resume`` reads what is there and does the rest. Nothing here changes a number:
+each task runs on one thread, whoever runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors.torch import save_file
+
+from clients.app import app as client_app
+from clients.private import splits
+from defenses.channel.secure_aggregation import SecureAggregation
+from experiments.guarantee import guarantee_of
+from experiments.result import ArmFacts, Trial
+from experiments.spec import Experiment, check
+from experiments.trial import Outcome, attack_victims, find_victims
+from experiments.utility import accuracy
+from experiments.workers import Notify, each
+from server.app import app as server_app
+from simulator import config, engine
+from simulator.errors import FedpeekError, SpecError, TranscriptError
+from simulator.transcript import Record, read
+from simulator.world import World
+
+SPEC, RESULTS, FACTS, TRANSCRIPTS, PICTURES = "spec.toml", "results.jsonl", "facts.jsonl", "transcript", "reconstructions"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One arm under one seed: a federation, and every attack on it."""
+
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a task produced; or, if it could not be carried out, the reason."""
+
+    task: Task
+    trials: tuple[Trial, ...] = ()
+    facts: ArmFacts | None = None
+    failure: str = ""
+
+
+def run(experiment: Experiment, out: Path, *, workers: int = 0, resume: bool = False, notify: Notify | None = None, done: Callable[[Task], None] | None = None) -> list[Finished]:
+    """Run what is not done yet, appending to ``out``; return the tasks that failed.
+
+    Args:
+        experiment: checked first; nothing is written if it cannot run.
+        out: a directory that does not exist or is empty, unless ``resume``.
+        workers: processes; 0 means one for each core.
+        resume: go on with the run in ``out``, which must have the same spec.
+        notify: hears of progress, from every worker.
+        done: hears of every task that ended.
+
+    Raises:
+        SpecError: the experiment cannot run, or ``out`` holds something else.
+    """
+    check(experiment)
+    spec = tomli_w.dumps(config.dump(experiment))
+    _claim(out, spec, resume)
+    finished_before = {(facts.arm, facts.seed) for facts in read_facts(out)}
+    tasks = [Task(arm.name, seed) for seed in experiment.seeds for arm in experiment.arms if (arm.name, seed) not in finished_before]
+    _forget_halves(out, tasks)
+    failures = []
+    job = partial(_job, config.dump(experiment), out)
+    for task, finished, death in each(tasks, job, workers or os.cpu_count() or 1, notify):
+        if done is not None:
+            done(task)
+        if finished is None or finished.facts is None:
+            failures.append(finished or Finished(task, failure=death))
+            continue
+        with (out / RESULTS).open("a", encoding="utf-8") as lines:
+            lines.writelines(f"{trial.to_json()}\n" for trial in finished.trials)
+        with (out / FACTS).open("a", encoding="utf-8") as lines:  # last: a task without this line is done again
+            lines.write(f"{finished.facts.to_json()}\n")
+    return failures
+
+
+def run_task(experiment: Experiment, task: Task, out: Path) -> Finished:
+    """Run one federation, then every attack on its transcript."""
+    torch.set_num_threads(1)
+    arm = next(arm for arm in experiment.arms if arm.name == task.arm)
+    world, slug = experiment.world(arm, task.seed), f"{arm.slug}-seed{task.seed}"
+    try:
+        record, seconds = _federate(experiment, world, out / TRANSCRIPTS / slug)
+    except (FedpeekError, ValueError) as error:
+        return Finished(task, failure=str(error))
+    victims = find_victims(experiment, world, record)
+    trials: list[Trial] = []
+    for attack in experiment.attacks:
+        outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
+        trials += outcome.trials
+        _save_pictures(outcome, out / PICTURES / f"{slug}-{attack.name}.safetensors")
+    return Finished(task, tuple(trials), _facts(experiment, task, world, record, seconds))
+
+
+def _job(spec: Mapping[str, Any], out: Path, task: Task) -> Finished:
+    """:func:`run_task` for a worker, which rebuilds the experiment: users' own classes need not be picklable."""
+    return run_task(config.build(Experiment, spec), task, out)
+
+
+def read_trials(out: Path) -> list[Trial]:
+    """The trials in ``out``, those of unfinished tasks left out."""
+    done = {(facts.arm, facts.seed) for facts in read_facts(out)}
+    trials = [Trial.from_json(line) for line in _lines(out / RESULTS)]
+    return [trial for trial in trials if (trial.arm, trial.seed) in done]
+
+
+def read_facts(out: Path) -> list[ArmFacts]:
+    """What each finished arm and seed claimed and cost."""
+    return [ArmFacts.from_json(line) for line in _lines(out / FACTS)]
+
+
+def _federate(experiment: Experiment, world: World, directory: Path) -> tuple[Record, float]:
+    """The transcript of the world's federation: the one on disk if it is whole, else a new one."""
+    timing = directory.with_suffix(".seconds.json")
+    if directory.exists():
+        try:
+            return read(directory), float(json.loads(timing.read_text()))
+        except (TranscriptError, OSError, ValueError):
+            shutil.rmtree(directory)  # cut short by a kill
+    started = time.perf_counter()
+    engine.run(world, directory, server_app, client_app, experiment.driver)
+    seconds = time.perf_counter() - started
+    timing.write_text(json.dumps(seconds))
+    return read(directory), seconds
+
+
+def _facts(experiment: Experiment, task: Task, world: World, record: Record, seconds: float) -> ArmFacts:
+    evaluation = experiment.evaluation
+    records = len(world.data.load().records)
+    candidates = min(evaluation.candidates or records, records)
+    guarantee, ceiling = guarantee_of(world, delta=evaluation.delta, candidates=candidates)
+    assert record.released is not None
+    return ArmFacts(
+        arm=task.arm, seed=task.seed, accuracy=accuracy(world, splits(world), record.released),
+        epsilon=guarantee.epsilon, delta=guarantee.delta, epsilon_for=guarantee.sentence, ceiling=ceiling,
+        client_failures=tuple(f"round {round}: {reason}" for round, _, reason in record.lost),
+        upload_bytes=float(record.end["upload_bytes"]), train_seconds=seconds,
+        quantization_error=rounding_error(world, record),
+    )  # fmt: skip
+
+
+def rounding_error(world: World, record: Record) -> float | None:
+    """Expected rms rounding error of a coordinate of the aggregate, in the update's unit; None without a channel that rounds."""
+    if not isinstance(world.channel, SecureAggregation):
+        return None
+    (upload,), bound = record.observations[0].uploads, world.channel.largest_upload(world)
+    return world.channel.rounding_rms(
+        cohort=world.federation.cohort_size, senders=len(upload.senders), num_examples=upload.num_examples, max_examples=bound
+    )
+
+
+def _save_pictures(outcome: Outcome, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"private": outcome.private.contiguous(), "guess": outcome.guess.contiguous()}, path)
+
+
+def _claim(out: Path, spec: str, resume: bool) -> None:
+    existing = out / SPEC
+    if resume:
+        if not existing.is_file():
+            raise SpecError(f"--resume must name a run, got {out} without {SPEC}. Leave out --resume to start one there.")
+        if existing.read_text(encoding="utf-8") != spec:
+            raise SpecError(f"--resume must go on with the same spec, got another than {existing}. Give the same options, or another --out.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SpecError(f"--out must be empty or new, got {out}. Add --resume to go on with it, or choose another directory.")
+    out.mkdir(parents=True, exist_ok=True)
+    existing.write_text(spec, encoding="utf-8")
+
+
+def _forget_halves(out: Path, tasks: Sequence[Task]) -> None:
+    """Drop the trials of tasks that were cut off between writing their trials and their facts."""
+    pending = {(task.arm, task.seed) for task in tasks}
+    kept = [line for line in _lines(out / RESULTS) if (json.loads(line)["arm"], json.loads(line)["seed"]) not in pending]
+    for name, lines in ((RESULTS, kept), (FACTS, _lines(out / FACTS))):
+        (out / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; a last one without its end was cut off by a kill."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and line.strip()]

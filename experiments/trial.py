@@ -1,0 +1,211 @@
+"""One attack on one upload: the place where the adversary's guess meets the truth."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clients.private import private_record_ids, splits
+from experiments import controls, matching, metrics
+from experiments.disclose import disclose
+from experiments.result import RecordResult, Status, Trial
+from experiments.spec import Evaluation, Experiment
+from simulator import progress
+from simulator.adversary import BatchedAttack, Knowledge, Reconstruction
+from simulator.dataset import Splits, take
+from simulator.rng import stream
+from simulator.transcript import Record
+from simulator.types import Batch, Observation
+from simulator.world import World
+
+
+@dataclass(frozen=True)
+class Victim:
+    """One upload under attack, and what the evaluator alone may know of it.
+
+    Attributes:
+        view, knowledge: what the attack gets.
+        truth: the private records behind the upload, client by client.
+        record_ids: their indices within all private records.
+        clients: who holds each of them.
+    """
+
+    view: Observation
+    knowledge: Knowledge
+    truth: Batch
+    record_ids: Int[Tensor, " batch"]
+    clients: tuple[int, ...]
+
+    @property
+    def senders(self) -> tuple[int, ...]:
+        return tuple(sorted(self.view.upload.senders))
+
+    @property
+    def round(self) -> int:
+        return self.view.broadcast.round
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The trials of one attack, with the pictures behind their records: private, and the matched guess (gray if none)."""
+
+    trials: tuple[Trial, ...]
+    private: Float[Tensor, "record channel height width"]
+    guess: Float[Tensor, "record channel height width"]
+
+
+Answer = Reconstruction | Exception
+
+
+def find_victims(experiment: Experiment, world: World, record: Record) -> list[Victim]:
+    """The uploads to attack: the first ``evaluation.victims`` of each attacked round, with the knowledge that is disclosed."""
+    parts, found = splits(world), []
+    for round in sorted(experiment.evaluation.rounds):
+        observation = record.observation(round)
+        count = len(observation.uploads)
+        for index in range(min(experiment.evaluation.victims or count, count)):
+            view = observation.only(index)
+            senders = sorted(view.upload.senders)
+            ids = [private_record_ids(world, client, round) for client in senders]
+            truth = take(parts.private, torch.cat(ids))
+            clients = tuple(client for client, own in zip(senders, ids, strict=True) for _ in own)
+            knowledge = disclose(experiment.threat, world, parts, truth, view.upload)
+            found.append(Victim(view, knowledge, truth, torch.cat(ids), clients))
+    return found
+
+
+def attack_victims(attack: Any, victims: Sequence[Victim], evaluation: Evaluation, world: World, arm: str) -> Outcome:
+    """Run one attack on every victim, and on their shuffled updates as a floor, and score what it answers."""
+    reasons = [attack.supports(victim.view, victim.knowledge) for victim in victims]
+    able = [victim for victim, reason in zip(victims, reasons, strict=True) if reason is None]
+    answers = iter(reconstruct(attack, able, world.seed))
+    shuffles: Any = iter(())
+    if evaluation.shuffled_control:
+        blind = [replace(victim, view=_blinded(victim, world.seed)) for victim in able]
+        shuffles = iter(reconstruct(attack, blind, world.seed))
+    parts, trials, private, guesses = splits(world), [], [], []
+    for victim, reason in zip(victims, reasons, strict=True):
+        if reason is not None:
+            trials.append(_trial(victim, arm, attack.name, world.seed, "unsupported", reason))
+            continue
+        trial, guess = score(victim, next(answers), next(shuffles, None), parts, evaluation, arm, attack.name, world.seed)
+        trials.append(trial)
+        private.append(victim.truth.inputs)
+        guesses.append(guess)
+    empty = torch.zeros(0, *parts.schema.shape)
+    return Outcome(tuple(trials), torch.cat([empty, *private]), torch.cat([empty, *guesses]))
+
+
+def reconstruct(attack: Any, victims: Sequence[Victim], seed: int) -> list[Answer]:
+    """What the attack answers for each victim; an exception is the answer of the victim that caused it."""
+    if isinstance(attack, BatchedAttack) and len(victims) > 1:
+        try:
+            rngs = [_attack_rng(attack, victim, seed) for victim in victims]
+            return list(attack.many([v.view for v in victims], [v.knowledge for v in victims], rngs=rngs))
+        except Exception:
+            logging.getLogger("fedpeek").exception("%s failed on %d victims at once; trying one by one", attack.name, len(victims))
+    answers: list[Answer] = []
+    for number, victim in enumerate(victims):
+        started = time.perf_counter()
+        try:
+            answer: Answer = attack(victim.view, victim.knowledge, rng=_attack_rng(attack, victim, seed))
+            if isinstance(answer, Reconstruction) and not answer.seconds:
+                answer = replace(answer, seconds=time.perf_counter() - started)
+        except Exception as error:
+            answer = error  # becomes a failed trial with this reason
+        answers.append(answer)
+        progress.tick("victims", number + 1, len(victims))
+    return answers
+
+
+def score(
+    victim: Victim, answer: Answer, blind: Answer | None, parts: Splits, evaluation: Evaluation, arm: str, attack: str, seed: int
+) -> tuple[Trial, Tensor]:
+    """Judge one answer; return the trial, and the guess for each record in the records' order."""
+    truth = victim.truth.inputs
+    status, reason, guess = _judge(answer, truth)
+    assignment = None if guess is None else matching.assign(guess, truth)
+    labels = answer.labels if isinstance(answer, Reconstruction) else None
+    perceptual, _ = metrics.load_lpips()
+    scores = metrics.evaluate(
+        guess, truth, assignment, guess_labels=labels, true_labels=victim.truth.labels, perceptual=perceptual
+    )
+    candidates, true_index = candidate_set(victim, parts, evaluation.candidates, seed)
+    found = metrics.identify(guess, assignment, candidates, true_index)
+    records = torch.cat([parts.private.inputs, parts.test.inputs, parts.public.inputs])
+    rng = stream(seed, "floors", victim.round, victim.senders)
+    floors = controls.floors(truth, records, victim.record_ids, rng=rng)
+    if blind is not None:
+        _, _, blind_guess = _judge(blind, truth)
+        for floor, blind_score in zip(floors, controls.floor_scores(blind_guess, truth), strict=True):
+            floor["shuffled_gradient"] = blind_score
+    results = tuple(
+        RecordResult(
+            client=client, record=int(record), psnr_db=s.psnr_db, ssim=s.ssim, mse=s.mse, exact=s.exact, identified=f.identified,
+            rank=f.rank, label_correct=s.label_correct, floors=floor, lpips=s.lpips,
+        )
+        for client, record, s, f, floor in zip(victim.clients, victim.record_ids, scores, found, floors, strict=True)
+    )  # fmt: skip
+    trial = _trial(victim, arm, attack, seed, status, reason, results, answer)
+    return trial, _in_order(guess, assignment, truth)
+
+
+def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tuple[Tensor, Int[Tensor, " batch"]]:
+    """The N records among which the true ones must be found: them first, then distractors of the same data set."""
+    records = torch.cat([parts.private.inputs, parts.test.inputs, parts.public.inputs])
+    others = torch.ones(len(records), dtype=torch.bool).index_fill(0, victim.record_ids, False).nonzero().flatten()
+    rng = stream(seed, "candidates", victim.round, victim.senders)
+    count = max(0, (wanted or len(records)) - len(victim.record_ids))
+    drawn = others[torch.randperm(len(others), generator=rng)[:count]]
+    return records[torch.cat([victim.record_ids, drawn])], torch.arange(len(victim.record_ids))
+
+
+def _attack_rng(attack: Any, victim: Victim, seed: int) -> torch.Generator:
+    """The same for every arm, so that arms are compared on the same victims with the same luck."""
+    return stream(seed, "attack", attack.name, victim.round, victim.senders)
+
+
+def _blinded(victim: Victim, seed: int) -> Observation:
+    return controls.shuffled(victim.view, stream(seed, "shuffle", victim.round, victim.senders))
+
+
+def _judge(answer: Answer, truth: Tensor) -> tuple[Status, str, Tensor | None]:
+    if isinstance(answer, Exception):
+        return "failed", f"{type(answer).__name__}: {answer}", None
+    if answer.inputs is None:
+        return "ok", "", None
+    if answer.inputs.shape[1:] != truth.shape[1:]:
+        return "failed", f"inputs must have shape {tuple(truth.shape[1:])} each, got {tuple(answer.inputs.shape[1:])}", None
+    if not bool(torch.isfinite(answer.inputs).all()):
+        return "diverged", "the guess holds NaN or infinity", None
+    return "ok", "", answer.inputs.detach()
+
+
+def _in_order(guess: Tensor | None, assignment: Tensor | None, truth: Tensor) -> Tensor:
+    gray = torch.full_like(truth, 0.5)
+    if guess is None or assignment is None:
+        return gray
+    chosen = guess[assignment.clamp(min=0)].clamp(0, 1).to(truth)
+    return torch.where((assignment == matching.UNMATCHED)[:, None, None, None], gray, chosen)
+
+
+def _trial(
+    victim: Victim, arm: str, attack: str, seed: int, status: Status, reason: str,
+    records: tuple[RecordResult, ...] = (), answer: Answer | None = None,
+) -> Trial:  # fmt: skip
+    upload = victim.view.upload
+    tensors = [*upload.update.tensors.values(), *upload.buffers.values()]
+    trial = Trial(
+        arm=arm, attack=attack, seed=seed, round=victim.round, senders=victim.senders, status=status, reason=reason, records=records,
+        upload_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )  # fmt: skip
+    if not isinstance(answer, Reconstruction):
+        return trial
+    return replace(trial, objective=answer.objective, converged=answer.converged, trace=answer.trace, seconds=answer.seconds)

@@ -1,0 +1,105 @@
+"""A few worker processes that do tasks one after the other and say how far they are.
+
+Unlike a process pool, a worker that dies takes only its own task with it: the task is reported as failed and a new worker takes
+the next one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from simulator import progress
+
+Notify = Callable[[Any, str, int, int, str], None]
+"""(task, what is being done, done, total, note)."""
+
+TICK_SECONDS = 0.1
+"""Ticks closer together than this are dropped, but for the last of a kind."""
+
+
+def each(tasks: Sequence[Any], job: Callable[[Any], Any], workers: int, notify: Notify | None = None) -> Iterator[tuple[Any, Any, str]]:
+    """Do every task; yield (task, result, "") as each ends, or (task, None, reason) when its worker died.
+
+    Args:
+        tasks: what ``job`` takes; must be picklable, like ``job`` and its results.
+        job: a module-level function or a partial of one.
+        workers: processes; 1 works in this process, where a job that kills its process kills the run.
+        notify: hears the ticks of every worker.
+    """
+    if workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            with progress.listening(lambda *tick, task=task: notify(task, *tick) if notify else None):  # type: ignore[misc]
+                yield task, job(task), ""
+        return
+    waiting = list(reversed(tasks))
+    context = multiprocessing.get_context("spawn")
+    busy: dict[Connection, tuple[BaseProcess, Any]] = {}
+
+    def start() -> tuple[BaseProcess, Connection]:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        process.start()
+        theirs.close()  # so that its death is an end of file here
+        return process, ours
+
+    def assign(process: BaseProcess, connection: Connection) -> None:
+        if waiting:
+            task = waiting.pop()
+            connection.send(task)
+            busy[connection] = (process, task)
+        else:
+            connection.close()
+
+    try:
+        for _ in range(min(workers, len(tasks))):
+            assign(*start())
+        while busy:
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                process, task = busy[connection]
+                try:
+                    kind, *body = connection.recv()
+                except EOFError:
+                    process.join()
+                    del busy[connection]
+                    yield task, None, f"its process died with exit code {process.exitcode}"
+                    if waiting:
+                        assign(*start())
+                    continue
+                if kind == "tick":
+                    if notify is not None:
+                        notify(task, *body)
+                    continue
+                del busy[connection]
+                assign(process, connection)
+                yield task, body[0], ""
+    finally:
+        for process, _ in busy.values():
+            process.terminate()
+            process.join()
+
+
+def _serve(connection: Connection, job: Callable[[Any], Any]) -> None:
+    last = 0.0
+
+    def tell(what: str, done: int, total: int, note: str) -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last > TICK_SECONDS:
+            last = time.monotonic()
+            connection.send(("tick", what, done, total, note))
+
+    with progress.listening(tell):
+        while True:
+            try:
+                task = connection.recv()
+            except (EOFError, KeyboardInterrupt):
+                return
+            try:
+                connection.send(("done", job(task)))
+            except KeyboardInterrupt:
+                return

@@ -1,0 +1,94 @@
+"""Floors guess what they say and nothing of the batch; a shuffled view keeps values and loses their places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments.controls import FLOORS, best_floor, floor_scores, floors, shuffled
+from experiments.metrics import ImageScores, image_scores
+from simulator.types import Broadcast, LocalTraining, Observation, Update, Upload
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def records(count: int = 12) -> torch.Tensor:
+    return torch.rand(count, 1, 8, 8, generator=generator())
+
+
+def test_mean_image_leaves_the_batch_out() -> None:
+    everything, index = records(), torch.tensor([2, 7])
+    others = torch.stack([image for i, image in enumerate(everything) if i not in (2, 7)])
+    want = image_scores(others.mean(0).expand(2, -1, -1, -1), everything[index])
+    for got, score in zip(floors(everything[index], everything, index, rng=generator()), want, strict=True):
+        assert got["mean_image"].psnr_db == pytest.approx(score.psnr_db, abs=1e-5)
+        assert got["mean_image"].ssim == pytest.approx(score.ssim, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_another_victim_is_never_the_victim(seed: int) -> None:
+    everything = records(4)
+    for own in range(4):
+        index = torch.tensor([own])
+        score = floors(everything[index], everything, index, rng=generator(seed))[0]["another_victim"]
+        distances = [image_scores(everything[other : other + 1], everything[index])[0].mse for other in range(4) if other != own]
+        assert any(score.mse == pytest.approx(distance) for distance in distances)
+        assert score.mse > 1e-3
+
+
+def test_floors_have_the_freedom_of_assignment() -> None:
+    everything, index = records(60), torch.arange(20)
+    batch = floors(everything[index], everything, index, rng=generator(3))
+    alone = [floors(everything[i : i + 1], everything, torch.tensor([i]), rng=generator(3 + i))[0] for i in range(20)]
+    for name in ("another_victim", "random_guess"):
+        assert sum(score[name].mse for score in batch) < 0.95 * sum(score[name].mse for score in alone)
+
+
+def test_uniform_noise_scores_what_its_moments_say() -> None:
+    everything = torch.full((30, 3, 32, 32), 0.5)
+    score = floors(everything[:1], everything, torch.tensor([0]), rng=generator())[0]["random_guess"]
+    assert score.mse == pytest.approx(1 / 12, rel=0.05)  # variance of a uniform number
+
+
+def test_floors_come_from_the_generator_and_need_somebody_else() -> None:
+    everything, index = records(), torch.tensor([1])
+    assert floors(everything[index], everything, index, rng=generator(4)) == floors(everything[index], everything, index, rng=generator(4))
+    assert floors(everything[index], everything, index, rng=generator(4)) != floors(everything[index], everything, index, rng=generator(5))
+    assert set(floors(everything[index], everything, index, rng=generator())[0]) | {"shuffled_gradient"} == set(FLOORS)
+    with pytest.raises(ValueError, match="must hold more than the batch of 12"):
+        floors(everything, everything, torch.arange(12), rng=generator())
+
+
+def test_batch_larger_than_the_rest_draws_others_again() -> None:
+    everything = records(5)
+    assert len(floors(everything[:4], everything, torch.arange(4), rng=generator())) == 4
+
+
+def test_best_floor_is_the_highest_psnr() -> None:
+    scores = {"a": ImageScores(10.0, 0.9, 0.1), "b": ImageScores(12.0, 0.1, 0.06), "c": ImageScores(11.0, 0.5, 0.08)}
+    assert best_floor(scores) == ("b", scores["b"])
+
+
+def test_failed_floor_scores_as_mid_gray() -> None:
+    truth = records(2)
+    assert floor_scores(None, truth) == floor_scores(torch.full_like(truth, torch.nan), truth)
+    assert floor_scores(None, truth) == image_scores(torch.full_like(truth, 0.5), truth)
+
+
+def test_shuffled_keeps_values_and_moves_them() -> None:
+    tensors = {"weight": torch.randn(5, 7, generator=generator()), "bias": torch.randn(9, generator=generator(1))}
+    broadcast = Broadcast(1, {"weight": torch.zeros(5, 7), "bias": torch.zeros(9)}, {}, LocalTraining())
+    view = Observation(broadcast, (Upload(frozenset({3}), Update("gradient", tensors), {"running_mean": torch.ones(2)}, 4),))
+    other = shuffled(view, generator(2))
+    for name, tensor in tensors.items():
+        moved = other.upload.update.tensors[name]
+        assert moved.shape == tensor.shape
+        assert not torch.equal(moved, tensor)
+        assert torch.equal(moved.flatten().sort().values, tensor.flatten().sort().values)
+    assert other.broadcast is view.broadcast
+    assert (other.upload.senders, other.upload.num_examples, other.upload.update.kind) == (frozenset({3}), 4, "gradient")
+    assert torch.equal(view.upload.update.tensors["weight"], tensors["weight"])
+    again = shuffled(view, generator(2)).upload.update.tensors
+    assert all(torch.equal(again[name], other.upload.update.tensors[name]) for name in tensors)

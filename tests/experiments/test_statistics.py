@@ -1,0 +1,109 @@
+"""Intervals against scipy, closed forms and their own coverage."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import statistics
+from experiments.statistics import binomial_rate, bootstrap_difference, bootstrap_mean, holm, sign_flip_p
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(0, 50, 0.0, 0.071), (0, 100, 0.0, 0.036), (0, 200, 0.0, 0.018), (0, 500, 0.0, 0.0074), (20, 200, 0.062, 0.150), (50, 50, 0.929, 1.0)],
+)
+def test_clopper_pearson_test_vectors(successes: int, trials: int, low: float, high: float) -> None:
+    rate = binomial_rate(successes, trials)
+    assert rate.rate == successes / trials
+    assert rate.low == pytest.approx(low, abs=6e-4)
+    assert rate.high == pytest.approx(high, abs=6e-4)
+
+
+def test_clopper_pearson_is_the_beta_quantile() -> None:
+    rate = binomial_rate(7, 32)
+    assert (rate.low, rate.high) == pytest.approx((stats.beta.ppf(0.025, 7, 26), stats.beta.ppf(0.975, 8, 25)))
+
+
+def test_bootstrap_of_many_single_records_is_the_t_interval() -> None:
+    values = rng(1).normal(20, 3, size=400)
+    interval = bootstrap_mean(list(values), range(400), rng=rng())
+    want = stats.t.interval(0.95, 399, loc=values.mean(), scale=stats.sem(values))
+    assert interval.mean == pytest.approx(values.mean())
+    assert (interval.low, interval.high) == pytest.approx(want, abs=0.02)
+
+
+def test_records_of_one_upload_are_one_observation() -> None:
+    uploads = rng(2).normal(size=20)
+    once = bootstrap_mean(list(uploads), range(20), rng=rng())
+    copied = bootstrap_mean(list(np.repeat(uploads, 8)), list(np.repeat(np.arange(20), 8)), rng=rng())
+    naive = bootstrap_mean(list(np.repeat(uploads, 8)), range(160), rng=rng())
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high))
+    assert copied.high - copied.low > 2.5 * (naive.high - naive.low)  # √8 times wider
+
+
+def test_clusters_of_unequal_size_weigh_by_their_records() -> None:
+    interval = bootstrap_mean([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"], rng=rng())
+    assert (interval.mean, interval.low, interval.high) == (2.0, 1.0, 5.0)
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("clusters", [8, 16])
+def test_coverage_is_about_95_percent(clusters: int, skewed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    draw, hits, runs = rng(3), 0, 600
+    for _ in range(runs):
+        effect = draw.gamma(2.0, size=clusters) - 2.0 if skewed else draw.normal(size=clusters)
+        values = np.repeat(effect, 3) + 0.5 * draw.normal(size=3 * clusters)
+        interval = bootstrap_mean(list(values), list(np.repeat(np.arange(clusters), 3)), rng=draw)
+        hits += interval.low <= 0 <= interval.high
+    assert hits / runs == pytest.approx(0.95, abs=0.06 if skewed else 0.025)
+
+
+def test_one_cluster_says_nothing_of_the_spread() -> None:
+    interval = bootstrap_mean([1.0, 2.0, 3.0], ["a", "a", "a"], rng=rng())
+    assert (interval.mean, interval.low, interval.high) == (2.0, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="must hold at least one score"):
+        bootstrap_mean([], [], rng=rng())
+
+
+def test_pairing_removes_what_the_victims_share() -> None:
+    victims = rng(4).normal(20, 5, size=30)
+    defended = victims - 1 + rng(5).normal(0, 0.2, size=30)
+    paired = bootstrap_difference(list(defended), list(victims), range(30), rng=rng())
+    assert paired.mean == pytest.approx((defended - victims).mean())
+    assert -1.2 < paired.low < paired.high < -0.8
+    same = bootstrap_difference(list(victims), list(victims), range(30), rng=rng())
+    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="zip"):
+        bootstrap_difference([1.0], [1.0, 2.0], ["a"], rng=rng())
+
+
+def test_the_same_generator_gives_the_same_interval() -> None:
+    values = list(rng(6).normal(size=12))
+    assert bootstrap_mean(values, range(12), rng=rng(7)) == bootstrap_mean(values, range(12), rng=rng(7))
+
+
+def test_sign_flips_match_scipy_and_enumeration() -> None:
+    values = rng(8).normal(0.5, 1, size=10)
+    exact = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert sign_flip_p(list(values), range(10), rng=rng()) == pytest.approx(exact)
+    assert sign_flip_p([1.0] * 8, range(8), rng=rng()) == 2 / 2**8
+    assert sign_flip_p([1.0] * 8, [0, 0, 0, 0, 1, 1, 1, 1], rng=rng()) == 2 / 2**2
+    assert sign_flip_p([1.0] * 40, range(40), rng=rng()) == pytest.approx(1 / 10_001)
+    assert sign_flip_p([0.0] * 5, range(5), rng=rng()) == 1.0
+    many = rng(9).normal(0.3, 1, size=40)
+    assert sign_flip_p(list(many), range(40), rng=rng()) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
+
+
+def test_holm_on_a_worked_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,0 +1,302 @@
+"""Results survive the disk; rows say what the trials say; flags fall where they must."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.checks import FLAGS, INFORMATION, flags_for
+from experiments.metrics import ImageScores
+from experiments.result import ArmFacts, RecordResult, ResultError, Trial
+from experiments.statistics import Interval, Rate
+from experiments.summary import summarize
+
+FLOOR_DB = 12.0
+
+
+def record(client: int = 0, index: int = 0, **changes: Any) -> RecordResult:
+    floors = {"mean_image": ImageScores(FLOOR_DB, 0.3, 0.063), "random_guess": ImageScores(7.0, 0.01, 0.2)}
+    values = {"psnr_db": 25.0, "ssim": 0.9, "mse": 0.003, "exact": False, "identified": True, "rank": 1, "label_correct": True}
+    return RecordResult(client=client, record=index, floors=floors, **(values | changes))
+
+
+def trial(**changes: Any) -> Trial:
+    values = {"arm": "none", "attack": "ig", "seed": 0, "round": 1, "senders": (0,), "status": "ok", "records": (record(),)}
+    return Trial(**(values | {"converged": True} | changes))
+
+
+def arm(name: str, psnr_db: float, *, clients: int = 8, identified: bool = True, attack: str = "ig", spread: float = 1.0) -> list[Trial]:
+    """Two seeds of single-sender trials; victims differ, in the same way under every arm."""
+    return [
+        trial(
+            arm=name, attack=attack, seed=seed, senders=(client,), seconds=2.0, upload_bytes=400,
+            records=(record(client, client, psnr_db=psnr_db + spread * math.sin(8 * seed + client), identified=identified),),
+        )
+        for seed in (0, 1) for client in range(clients)
+    ]  # fmt: skip
+
+
+def aggregate(name: str, psnr_db: float, *, clients: int = 8) -> list[Trial]:
+    return [
+        trial(
+            arm=name, seed=seed, senders=tuple(range(clients)),
+            records=tuple(record(client, client, psnr_db=psnr_db, identified=False, rank=50) for client in range(clients)),
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def summary(trials: list[Trial], *facts: ArmFacts, control: str | None = "none", by_round: bool = False) -> dict[str, Any]:
+    environment = {"torch": "2", "cores": 2}
+    table = summarize(
+        trials, facts, candidates=100, control_arm=control, environment=environment, version="0.1", by_round=by_round
+    )  # fmt: skip
+    return json.loads(json.dumps(table, allow_nan=False))  # what a reader gets
+
+
+def row(table: dict[str, Any], defense: str, attack: str = "ig") -> dict[str, Any]:
+    return next(row for row in table["rows"] if (row["defense"], row["attack"]) == (defense, attack))
+
+
+# results
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        trial(trace=((0, 1.5), (10, math.inf)), objective=-math.inf, flags=("oracle_used",)),
+        trial(senders=(0, 1), records=(record(0, label_correct=None, lpips=0.25), record(1)), objective=0.5),
+        trial(status="unsupported", records=(), reason="needs a dense layer with bias, got none", objective=0.0),
+        trial(status="diverged", records=(record(identified=False),), objective=math.inf),
+        ArmFacts(arm="dp", seed=1, accuracy=0.8, accuracy_per_round=(0.5, 0.8), epsilon=8.0, delta=1e-5, client_failures=("3: NaN",)),
+        ArmFacts(arm="none", seed=0, accuracy=0.9, quantization_error=1e-6),
+    ],
+)
+def test_a_result_is_one_line_of_standard_json_and_comes_back(value: Any) -> None:
+    line = value.to_json()
+    assert "\n" not in line
+    assert "NaN" not in line.replace("3: NaN", "")
+    assert "Infinity" not in line
+    assert type(value).from_json(line) == value
+
+
+def test_infinite_epsilon_and_undefined_objective_are_text() -> None:
+    assert json.loads(ArmFacts(arm="none", seed=0, accuracy=1.0).to_json())["epsilon"] == "inf"
+    table = json.loads(trial().to_json())
+    assert (table["objective"], table["view"]) == ("nan", "update")
+    assert json.loads(trial(senders=(0, 1)).to_json())["view"] == "aggregate"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, "trial must be an object with exactly the keys"),
+        ({"seed": "0"}, r"trial.seed must be of type int, got '0'"),
+        ({"seed": True}, "trial.seed must be of type int"),
+        ({"objective": None}, "trial.objective must be a number"),
+        ({"status": "fine"}, "trial.status must be one of 'ok'"),
+        ({"senders": 3}, "trial.senders must be a list"),
+        ({"view": "aggregate"}, "trial.view must be 'update'"),
+        ({"trace": [[1, 2.0, 3.0]]}, "trial.trace.0 must be a list of the right length"),
+        ({"records": [{}]}, "trial.records.0 must be an object with exactly the keys"),
+        ({"records": []}, "must score its records"),
+    ],
+)
+def test_reading_is_strict(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ResultError, match=message):
+        Trial.from_json(json.dumps(json.loads(trial().to_json()) | change))
+
+
+@pytest.mark.parametrize("line", ["", '{"arm": "no', "[]", "3"])
+def test_a_broken_line_is_refused(line: str) -> None:
+    with pytest.raises(ResultError, match="a result must be"):
+        Trial.from_json(line)
+
+
+def test_a_failed_trial_scores_its_records_and_identifies_none() -> None:
+    with pytest.raises(ValueError, match="must not identify"):
+        trial(status="failed")
+    with pytest.raises(ValueError, match="must have no records"):
+        trial(status="unsupported")
+
+
+# summary
+
+
+def test_row_has_the_keys_and_types_of_the_schema() -> None:
+    facts = ArmFacts(arm="none", seed=0, accuracy=0.9, upload_bytes=400, epsilon_for="nobody")
+    table = summary(arm("none", 25.0), facts)
+    assert (table["schema"], table["fedpeek"], table["environment"]) == (1, "0.1", {"torch": "2", "cores": 2})
+    got = table["rows"][0]
+    want = {
+        "defense": str, "attack": str, "view": str, "victims": int, "statuses": dict, "scores": dict, "floor": dict, "gain": dict,
+        "identified": dict, "epsilon": str, "delta": type(None), "epsilon_for": str, "ceiling": float, "accuracy": float,
+        "seconds": float, "upload_bytes": float, "flags": list,
+    }  # fmt: skip
+    assert {key: type(got[key]) for key in want} == want
+    assert got["epsilon"] == "inf"
+    assert set(got["scores"]["psnr_db"]) >= {"mean", "low", "high", "min", "median", "max"}
+    assert set(got["scores"]["label_accuracy"]) == {"mean", "low", "high"}
+    assert set(got["gain"]["psnr_db"]) == {"mean", "low", "high"}
+    assert set(got["identified"]) >= {"rate", "low", "high", "chance"}
+
+
+def test_numbers_of_a_row_are_those_of_its_records() -> None:
+    trials = arm("none", 25.0)
+    psnr = np.array([t.records[0].psnr_db for t in trials])
+    got = row(summary(trials, ArmFacts(arm="none", seed=0, accuracy=0.8), ArmFacts(arm="none", seed=1, accuracy=0.9)), "none")
+    assert (got["victims"], got["seeds"], got["uploads"], got["statuses"], got["rounds"]) == (16, 2, 16, {"ok": 16}, [1])
+    scores = got["scores"]["psnr_db"]
+    assert (scores["mean"], scores["min"], scores["max"]) == pytest.approx((psnr.mean(), psnr.min(), psnr.max()))
+    assert (scores["median"], scores["p95"]) == pytest.approx((np.median(psnr), np.percentile(psnr, 95)))
+    assert (scores["low"], scores["high"]) == pytest.approx(stats.t.interval(0.95, 15, psnr.mean(), stats.sem(psnr)), abs=0.05)
+    assert got["gain"]["psnr_db"]["mean"] == pytest.approx(psnr.mean() - FLOOR_DB)
+    assert (got["floor"]["psnr_db"], got["floor"]["name"]) == (FLOOR_DB, "mean_image")
+    assert got["floor"]["by_name"]["random_guess"]["psnr_db"] == pytest.approx(7.0)
+    assert (got["identified"]["rate"], got["identified"]["chance"]) == (1.0, 0.01)
+    assert got["identified"]["low"] == pytest.approx(0.025 ** (1 / 16))  # closed form of Clopper–Pearson at n of n
+    assert got["accuracy"] == pytest.approx(0.85)
+    assert (got["seconds"], got["upload_bytes"]) == (2.0, 0.0)
+    assert "lpips" not in got["scores"]
+    assert got["flags"] == []
+
+
+def test_best_floor_is_chosen_for_each_record() -> None:
+    swapped = {"mean_image": ImageScores(10.0, 0, 0.1), "random_guess": ImageScores(20.0, 0, 0.01)}
+    trials = [replace(t, records=(replace(t.records[0], floors=swapped),)) if t.seed else t for t in arm("none", 25.0, spread=0.0)]
+    got = row(summary(trials), "none")
+    assert got["floor"]["psnr_db"] == pytest.approx((12 + 20) / 2)
+    assert got["gain"]["psnr_db"]["mean"] == pytest.approx(25 - 16)
+
+
+def test_failures_count() -> None:
+    trials = arm("none", 25.0, spread=0.0)
+    gray = [(replace(t.records[0], psnr_db=10.0, identified=False),) for t in trials]
+    broken = [replace(t, status="failed", reason="CUDA fell over", converged=False, records=g) for t, g in zip(trials, gray, strict=True)]
+    failed = trials[:8] + broken[8:]
+    got = row(summary(failed), "none")
+    assert got["statuses"] == {"ok": 8, "failed": 8}
+    assert got["victims"] == 16
+    assert got["scores"]["psnr_db"]["mean"] == pytest.approx(17.5)
+    assert got["identified"]["rate"] == 0.5
+    assert got["reasons"] == ["CUDA fell over"]
+    assert got["flags"] == ["attack_failed"]
+
+
+def test_unsupported_attack_has_a_row_without_scores() -> None:
+    trials = [trial(attack="linear_leak", status="unsupported", records=(), reason="needs a dense layer", flags=("oracle_used",))]
+    got = row(summary(trials), "none", "linear_leak")
+    assert (got["victims"], got["statuses"]["unsupported"], got["scores"], got["gain"]) == (0, 1, {}, None)
+    assert got["reasons"] == ["needs a dense layer"]
+    assert got["flags"] == ["oracle_used"]
+
+
+def test_difference_to_control_is_paired_by_victim() -> None:
+    table = summary(arm("none", 25.0, spread=5.0) + arm("noise", 22.0, spread=5.0)[::-1] + arm("clip", 25.0, spread=5.0))
+    noise, clip = row(table, "noise")["difference_to_control"], row(table, "clip")["difference_to_control"]
+    assert noise["psnr_db"]["low"] == pytest.approx(-3)  # the victims' spread of 5 dB is gone
+    assert noise["psnr_db"]["high"] == pytest.approx(-3)
+    assert (noise["pairs"], noise["control_above_floor"]) == (16, 16)
+    assert clip["psnr_db"] == pytest.approx({"mean": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9)
+    assert noise["p"] < noise["p_holm"] == pytest.approx(2 * noise["p"])
+    assert "not_distinguishable" in row(table, "clip")["flags"]
+    assert "not_distinguishable" not in row(table, "noise")["flags"]
+    assert row(table, "none")["difference_to_control"] is None
+
+
+def test_aggregate_is_compared_victim_by_victim_and_resampled_by_the_aggregate() -> None:
+    table = summary(arm("none", 25.0) + aggregate("secagg", 12.5))
+    got = row(table, "secagg")
+    assert (got["view"], got["victims"], got["uploads"]) == ("aggregate", 16, 2)
+    assert got["identified"]["chance"] == pytest.approx(8 / 100)
+    control = [t.records[0].psnr_db for t in arm("none", 25.0)]
+    ends = sorted([12.5 - np.mean(control[:8]), 12.5 - np.mean(control[8:])])  # two clusters: nothing beyond the two seeds' means
+    difference = got["difference_to_control"]
+    assert difference["pairs"] == 16
+    assert (difference["psnr_db"]["low"], difference["psnr_db"]["high"]) == pytest.approx(ends)
+    assert "few_uploads" in got["flags"]
+    alone = row(summary(aggregate("secagg", 12.5)[:1], control=None), "secagg")
+    assert (alone["gain"]["psnr_db"]["low"], alone["gain"]["psnr_db"]["high"]) == (None, None)
+    assert alone["flags"] == ["floor_not_beaten", "few_victims", "few_uploads"]
+
+
+def test_rounds_share_a_row_or_have_their_own() -> None:
+    late = [replace(t, round=5) for t in arm("none", 15.0)] + [replace(t, round=5) for t in arm("clip", 15.0)]
+    trials = arm("none", 25.0) + arm("clip", 25.0) + late
+    pooled, split = summary(trials), summary(trials, by_round=True)
+    assert [(r["defense"], r["rounds"], r["victims"]) for r in pooled["rows"]] == [("none", [1, 5], 32), ("clip", [1, 5], 32)]
+    means = [r["scores"]["psnr_db"]["mean"] for r in (row(pooled, "clip"), split["rows"][1], split["rows"][3])]
+    assert means[0] == pytest.approx((means[1] + means[2]) / 2)
+    assert [(r["defense"], r["rounds"]) for r in split["rows"]] == [("none", [1]), ("clip", [1]), ("none", [5]), ("clip", [5])]
+    for defended in (*split["rows"][1::2], row(pooled, "clip")):
+        assert defended["difference_to_control"]["psnr_db"]["mean"] == pytest.approx(0)  # each victim against itself in the same round
+
+
+def test_no_row_depends_on_the_others() -> None:
+    one, two = summary(arm("none", 25.0)), summary(arm("other", 3.0) + arm("none", 25.0))
+    assert row(one, "none")["scores"] == row(two, "none")["scores"]
+
+
+def test_a_victim_scored_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be scored once by 'ig' under 'none'"):
+        summary(arm("none", 25.0) + arm("none", 25.0)[:1])
+
+
+def test_claims_take_the_worst_seed() -> None:
+    facts = [
+        ArmFacts(arm="dp", seed=0, accuracy=0.5, epsilon=8.0, delta=1e-5, ceiling=0.3, epsilon_for="server; record; add-remove"),
+        ArmFacts(arm="dp", seed=1, accuracy=0.7, epsilon=9.0, delta=1e-5, ceiling=0.4, epsilon_for="server; record; add-remove"),
+    ]
+    got = row(summary(arm("none", 25.0) + arm("dp", 11.0, identified=False), *facts), "dp")
+    assert (got["epsilon"], got["delta"], got["ceiling"], got["epsilon_for"]) == (9.0, 1e-5, 0.4, "server; record; add-remove")
+    assert got["flags"] == ["floor_not_beaten"]
+
+
+# flags
+
+
+def flags(**changes: Any) -> list[str]:
+    sound: dict[str, Any] = {
+        "statuses": {"ok": 32}, "records": 32, "seeds": 2, "uploads": 32, "unconverged": 0, "gain": Interval(10, 8, 12),
+        "control_gain": Interval(10, 8, 12), "difference": Interval(-5, -6, -4), "identified": Rate(0.1, 0.02, 0.25),
+        "epsilon": math.inf, "ceiling": 1.0, "oracle": False, "clients_lost": False,
+    }  # fmt: skip
+    return flags_for(**(sound | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "raised"),
+    [
+        ({}, []),
+        ({"unconverged": 3}, []),
+        ({"unconverged": 4}, ["not_converged"]),
+        ({"gain": Interval(1, 0, 2)}, ["floor_not_beaten"]),
+        ({"gain": Interval(5, -math.inf, math.inf)}, ["floor_not_beaten"]),
+        ({"control_gain": Interval(1, -0.1, 2)}, ["control_failed"]),
+        ({"control_gain": None, "difference": None}, []),
+        ({"oracle": True}, ["oracle_used"]),
+        ({"records": 15}, ["few_victims"]),
+        ({"seeds": 1}, ["few_victims"]),
+        ({"uploads": 5}, ["few_uploads"]),
+        ({"epsilon": 1.0, "ceiling": 0.01}, ["ceiling_exceeded"]),
+        ({"epsilon": 1.0, "ceiling": 0.02}, []),
+        ({"epsilon": 50.0, "ceiling": 0.999}, ["ceiling_vacuous"]),
+        ({"clients_lost": True}, ["clients_lost"]),
+        ({"statuses": {"ok": 31, "diverged": 1}}, ["attack_failed"]),
+        ({"difference": Interval(-0.1, -0.3, 0.0)}, ["not_distinguishable"]),
+        ({"gain": None, "identified": None, "oracle": True, "records": 0}, ["oracle_used"]),
+    ],
+)
+def test_each_flag_falls_at_its_threshold(changes: dict[str, Any], raised: list[str]) -> None:
+    assert flags(**changes) == raised
+
+
+def test_every_flag_is_explained_in_one_line() -> None:
+    assert set(FLAGS) >= INFORMATION
+    assert all(sentence and "\n" not in sentence for sentence in FLAGS.values())

@@ -1,0 +1,143 @@
+"""The federation in process: the same numbers as without Flower, whatever clients do, and a tap that changes nothing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message
+
+from clients.private import private_records
+from simulator import inprocess, wire
+from simulator.errors import FederationError
+from simulator.transcript import LINES, read
+from tests.federations import federate, misbehaving, without_flower, world
+
+WORLDS = {
+    "fedsgd": {},
+    "fedavg": {"training": {"algorithm": "fedavg", "epochs": 2, "batch_size": 16, "momentum": 0.9, "weight_decay": 0.01}},
+    "sampled, non-iid": {"federation": {"rounds": 3, "cohort": 2, "partition": "dirichlet", "alpha": 0.3}},
+    "batchnorm": {"model": {"name": "resnet20", "width": 4}, "training": {"batch_size": 8}},
+    "noise": {"defenses": [{"name": "dp_sgd", "clip_norm": 1.0, "noise_multiplier": 1.0}]},
+    "central noise": {"defenses": [{"name": "central_dp", "clip_norm": 1.0, "noise_multiplier": 1.0}]},
+}
+
+
+@pytest.mark.parametrize("settings", WORLDS.values(), ids=WORLDS)
+def test_federation_under_the_tap_trains_the_same_model_to_the_bit_as_plain_function_calls(settings: dict, tmp_path: Path) -> None:
+    of = world(**settings)
+    released = federate(of, tmp_path / "t").released
+    assert released is not None
+    for got, expected in zip(released, without_flower(of), strict=True):
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_no_reply_carries_inputs_or_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replies: list[Message] = []
+    original = inprocess._through_the_wire
+
+    def spy(message: Message) -> Message:
+        replies.append(message)
+        return original(message)
+
+    monkeypatch.setattr(inprocess, "_through_the_wire", spy)
+    of = world(training={"batch_size": 4})
+    federate(of, tmp_path / "t")
+    uploads = [m for m in replies if m.metadata.message_type == wire.TRAIN and m.metadata.reply_to_message_id]
+    assert len(uploads) == 8
+    secrets = [private_records(of, client, round) for client in range(4) for round in (1, 2)]
+    for message in uploads:
+        assert set(message.content) == {"update", "buffers", "facts"}
+        assert set(message.content.config_records["facts"]) == {"kind", "num-examples"}
+        for record in message.content.array_records.values():
+            for array in record.values():
+                body = array.numpy().tobytes()
+                for batch in secrets:
+                    assert not any(image.numpy().tobytes() in body for image in batch.inputs)
+                    assert batch.labels.numpy().tobytes() not in body
+
+
+def _nan(message: Message) -> Message:
+    name, array = next(iter(message.content.array_records["update"].items()))
+    message.content.array_records["update"][name] = Array(np.full_like(array.numpy(), np.nan))
+    return message
+
+
+def _wrong_shape(message: Message) -> Message:
+    name, array = next(iter(message.content.array_records["update"].items()))
+    message.content.array_records["update"][name] = Array(array.numpy()[..., :-1].copy())
+    return message
+
+
+def _wrong_name(message: Message) -> Message:
+    arrays = message.content.array_records["update"]
+    message.content["update"] = ArrayRecord({f"{name}x": array for name, array in arrays.items()})
+    return message
+
+
+TAMPERED = {"NaN": (_nan, "must be finite"), "shape": (_wrong_shape, "must be ("), "name": (_wrong_name, "must have the model's names")}
+
+
+@pytest.mark.parametrize(("tamper", "reason"), TAMPERED.values(), ids=TAMPERED)
+def test_client_that_sends_what_cannot_be_used_is_named_and_the_run_goes_on(tamper, reason: str, tmp_path: Path) -> None:
+    app = misbehaving(lambda client, _, answer: tamper(answer()) if client == 2 else answer())
+    record = federate(world(), tmp_path / "t", app)
+    assert record.end["status"] == "degraded"
+    assert [(round, client) for round, client, _ in record.lost] == [(1, 2), (2, 2)]
+    assert all("client 2" in text and reason in text for _, _, text in record.lost)
+    assert [min(upload.senders) for upload in record.observations[0].uploads] == [0, 1, 3]
+
+
+def test_client_that_raises_is_named_with_its_reason(tmp_path: Path) -> None:
+    def act(client, request, answer):
+        if client == 1:
+            raise RuntimeError("disk on fire")
+        return answer()
+
+    record = federate(world(), tmp_path / "t", misbehaving(act))
+    assert record.end["status"] == "degraded"
+    assert "disk on fire" in record.lost[0][2]
+    assert len(record.observations[1].uploads) == 3
+
+
+def test_client_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+    def act(client, request, answer):
+        if client == 0:
+            time.sleep(30)
+        return answer()
+
+    started = time.monotonic()
+    record = federate(world(federation={"rounds": 1, "timeout_seconds": 1.0}), tmp_path / "t", misbehaving(act))
+    assert time.monotonic() - started < 15
+    assert record.lost == ((1, 0, "client 0 did not answer within 1 s"),)
+    assert [min(upload.senders) for upload in record.observations[0].uploads] == [1, 2, 3]
+
+
+def test_too_few_answers_stop_the_run_and_keep_what_was_recorded(tmp_path: Path) -> None:
+    def act(client, request, answer):
+        if client > 0 and wire.round_of(request) == 2:
+            raise RuntimeError("gone")
+        return answer()
+
+    with pytest.raises(FederationError, match=r"must be ≥ 3, got 1 in round 2"):
+        federate(world(federation={"min_clients": 3}), tmp_path / "t", misbehaving(act))
+    record = read(tmp_path / "t")
+    assert record.end["status"] == "failed"
+    assert len(record.observations[0].uploads) == 4
+
+
+def test_only_recorded_rounds_keep_their_tensors(tmp_path: Path) -> None:
+    record = federate(world(federation={"rounds": 3, "record_rounds": [2]}), tmp_path / "t")
+    assert [observation.broadcast.round for observation in record.observations] == [2]
+    assert record.released is not None
+    assert (tmp_path / "t" / LINES).read_text().count('"sha256"') == 3 * 5 + 1
+
+
+def test_transcript_header_holds_no_seed(tmp_path: Path) -> None:
+    record = federate(world(seed=987654321), tmp_path / "t")
+    assert "987654321" not in (tmp_path / "t" / LINES).read_text()
+    assert "seed" not in record.header

@@ -1,0 +1,265 @@
+"""Local training against plain autograd and torch.optim.SGD, for every model, alone and batched over victims."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn import functional as F
+
+from simulator import config
+from simulator.models.initial import drawn_from
+from simulator.rng import stream
+from simulator.training import batch_indices, local_sgd, local_update, mean_gradient, per_example_gradients
+from simulator.types import Batch, LocalTraining, Schema, Tensors
+
+SHAPE, CLASSES, RECORDS = (3, 16, 16), 4, 4
+WITHOUT_BATCH_NORM = [
+    "linear",
+    "mlp",
+    {"name": "mlp", "hidden": [24, 16], "activation": "sigmoid"},
+    "lenet",
+    {"name": "convnet", "width": 8},
+    {"name": "resnet20", "norm": "group"},
+    {"name": "resnet18", "norm": "group"},
+]
+WITH_BATCH_NORM = ["resnet20", "resnet18"]
+MODELS = [*WITHOUT_BATCH_NORM, *WITH_BATCH_NORM]
+RESNET18 = ("resnet18", {"name": "resnet18", "norm": "group"})
+LARGE_ONES_SLOW = [pytest.param(spec, marks=pytest.mark.slow) if spec in RESNET18 else spec for spec in MODELS]
+MODES = pytest.mark.parametrize("mode", ["train", "eval"])
+
+
+@functools.cache
+def _built(spec: str) -> nn.Module:
+    family = config.build_plugin("models", eval(spec), "model")
+    return family.build(Schema(SHAPE, tuple(map(str, range(CLASSES)))), stream(0, "model"))
+
+
+def build(spec: object, mode: str) -> nn.Module:
+    return copy.deepcopy(_built(repr(spec))).train(mode == "train")
+
+
+def tensors(model: nn.Module) -> tuple[Tensors, Tensors]:
+    return {n: p.detach() for n, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def draw(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+    rng = stream(seed, "batch")
+    inputs = torch.rand(RECORDS, *SHAPE, generator=rng, dtype=torch.float32).to(dtype)
+    return Batch(inputs, torch.randint(CLASSES, (RECORDS,), generator=rng))
+
+
+def distance(got: Tensors, wanted: Tensors) -> float:
+    """‖got − wanted‖ / ‖wanted‖ over all tensors together."""
+    assert set(got) == set(wanted)
+    flat = [torch.cat([t[name].flatten().double() for name in wanted]) for t in (got, wanted)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def floating(buffers: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in buffers.items() if tensor.is_floating_point()}
+
+
+@MODES
+@pytest.mark.parametrize("spec", MODELS, ids=str)
+def test_mean_gradient_is_autograds(spec: object, mode: str) -> None:
+    model, batch = build(spec, mode), draw()
+    gradient, after = mean_gradient(model, *tensors(model), batch)
+    plain = copy.deepcopy(model)
+    F.cross_entropy(plain(batch.inputs), batch.labels).backward()
+    assert distance(gradient, {name: parameter.grad for name, parameter in plain.named_parameters()}) <= 1e-5
+    for name, tensor in plain.named_buffers():
+        torch.testing.assert_close(after[name], tensor)
+
+
+@MODES
+@pytest.mark.parametrize("spec", LARGE_ONES_SLOW, ids=str)
+def test_local_sgd_is_that_of_torch_optim(spec: object, mode: str) -> None:
+    recipe = LocalTraining(algorithm="fedavg", learning_rate=0.05, momentum=0.9, weight_decay=1e-2)
+    model = build(spec, mode).double()
+    batches = [draw(seed=step, dtype=torch.float64) for step in range(3)]
+    delta, after = local_sgd(model, *tensors(model), batches, recipe)
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    for batch in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(batch.inputs), batch.labels).backward()
+        optimizer.step()
+    start = dict(model.named_parameters())
+    assert distance(delta, {name: parameter.detach() - start[name].detach() for name, parameter in plain.named_parameters()}) <= 1e-5
+    for name, tensor in plain.named_buffers():
+        torch.testing.assert_close(after[name], tensor)
+    if spec in WITH_BATCH_NORM:
+        moved = distance(floating(after), floating(dict(model.named_buffers()))) > 1e-3
+        assert moved == (mode == "train")
+
+
+@MODES
+@pytest.mark.parametrize("spec", LARGE_ONES_SLOW, ids=str)
+def test_victims_can_be_batched(spec: object, mode: str) -> None:
+    # float64, since in float32 one ReLU near zero that flips between the two ways changes a gradient by 1e-3
+    model, victims = build(spec, mode).double(), [draw(seed=seed, dtype=torch.float64) for seed in range(2)]
+    parameters, buffers = tensors(model)
+
+    def attack(inputs: Tensor, labels: Tensor) -> tuple[Tensors, Tensors]:
+        return mean_gradient(model, parameters, buffers, Batch(inputs, labels))
+
+    together, after = vmap(attack)(torch.stack([v.inputs for v in victims]), torch.stack([v.labels for v in victims]))
+    for i, victim in enumerate(victims):
+        alone, alone_after = attack(victim.inputs, victim.labels)
+        assert distance({name: tensor[i] for name, tensor in together.items()}, alone) <= 1e-5
+        for name, tensor in alone_after.items():
+            torch.testing.assert_close(after[name][i], tensor)
+
+
+@MODES
+@pytest.mark.parametrize("spec", ["lenet", "resnet20"])
+def test_models_can_be_batched(spec: object, mode: str) -> None:
+    model, batch = build(spec, mode).double(), draw(dtype=torch.float64)
+    parameters, buffers = tensors(model)
+    many = {name: torch.stack([tensor, 1.1 * tensor]) for name, tensor in parameters.items()}
+    together, after = vmap(lambda p: mean_gradient(model, p, buffers, batch))(many)
+    alone, alone_after = mean_gradient(model, {name: tensor[1] for name, tensor in many.items()}, buffers, batch)
+    assert distance({name: tensor[1] for name, tensor in together.items()}, alone) <= 1e-5
+    for name, tensor in alone_after.items():
+        torch.testing.assert_close(after[name][1], tensor)
+
+
+@MODES
+@pytest.mark.parametrize("spec", [spec for spec in MODELS if spec not in RESNET18], ids=str)
+def test_an_attack_differentiates_through_batched_victims(spec: object, mode: str) -> None:
+    model, victims = build(spec, mode).double(), [draw(seed=seed, dtype=torch.float64) for seed in range(2)]
+    parameters, buffers = tensors(model)
+
+    def energy(inputs: Tensor, labels: Tensor) -> Tensor:
+        gradient, _ = mean_gradient(model, parameters, buffers, Batch(inputs, labels))
+        return torch.stack([tensor.square().sum() for tensor in gradient.values()]).sum()
+
+    inputs = torch.stack([v.inputs for v in victims]).requires_grad_()
+    vmap(energy)(inputs, torch.stack([v.labels for v in victims])).sum().backward()
+    for i, victim in enumerate(victims):
+        alone = victim.inputs.clone().requires_grad_()
+        reference = copy.deepcopy(model)
+        first = torch.autograd.grad(F.cross_entropy(reference(alone), victim.labels), list(reference.parameters()), create_graph=True)
+        torch.stack([tensor.square().sum() for tensor in first]).sum().backward()
+        assert distance({"x": inputs.grad[i]}, {"x": alone.grad}) <= 1e-5
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm2d(4),
+    "batch, cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
+    "batch, no affine": lambda: nn.BatchNorm2d(4, affine=False),
+    "batch, no statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "instance, statistics": lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+    "layer": lambda: nn.LayerNorm([4, 6, 6]),
+    "layer, last axis": lambda: nn.LayerNorm(6, elementwise_affine=False),
+    "group": lambda: nn.GroupNorm(2, 4),
+}
+
+
+@MODES
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_are_right_up_to_second_derivatives_of_batched_victims(norm: str, mode: str) -> None:
+    with drawn_from(stream(0, "norms")):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), NORMS[norm](), nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * 36, CLASSES))
+        model = model.double().train(mode == "train")
+        for tensor in model.state_dict().values():  # no special values that hide a mistake
+            tensor += torch.rand_like(tensor) if tensor.is_floating_point() else 0
+        batches = torch.rand(2, RECORDS, 3, 8, 8, dtype=torch.float64)
+        labels = torch.randint(CLASSES, (2, RECORDS))
+    parameters, buffers = tensors(model)
+
+    def energy(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensors]:
+        gradient, after = mean_gradient(model, parameters, buffers, Batch(inputs, labels))
+        return torch.stack([tensor.square().sum() for tensor in gradient.values()]).sum(), after
+
+    inputs = batches.clone().requires_grad_()
+    energies, after = vmap(energy)(inputs, labels)
+    energies.sum().backward(retain_graph=True)
+    for i in range(2):
+        plain, alone = copy.deepcopy(model), batches[i].clone().requires_grad_()
+        first = torch.autograd.grad(F.cross_entropy(plain(alone), labels[i]), list(plain.parameters()), create_graph=True)
+        torch.stack([tensor.square().sum() for tensor in first]).sum().backward()
+        torch.testing.assert_close(inputs.grad[i], alone.grad, rtol=1e-9, atol=1e-12)
+        for name, tensor in plain.named_buffers():
+            torch.testing.assert_close(after[name][i], tensor)
+
+
+def test_an_attack_differentiates_running_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 64, CLASSES))
+    inputs = torch.rand(RECORDS, 3, 8, 8, requires_grad=True)
+    _, after = mean_gradient(model, *tensors(model), Batch(inputs, torch.zeros(RECORDS, dtype=torch.long)))
+    (slope,) = torch.autograd.grad(after["0.running_mean"].sum(), inputs)
+    torch.testing.assert_close(slope, torch.full_like(slope, 0.1 / (RECORDS * 64)))
+
+
+def test_batch_norm_refuses_a_single_value() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        mean_gradient(model, *tensors(model), Batch(torch.rand(1, 1, 2, 2), torch.tensor([0])))
+
+
+@pytest.mark.parametrize("spec", WITHOUT_BATCH_NORM, ids=str)
+def test_per_example_gradients_average_to_the_mean_gradient(spec: object) -> None:
+    model, batch = build(spec, "train"), draw()
+    each = per_example_gradients(model, *tensors(model), batch)
+    gradient, _ = mean_gradient(model, *tensors(model), batch)
+    assert all(len(tensor) == RECORDS for tensor in each.values())
+    assert distance({name: tensor.mean(0) for name, tensor in each.items()}, gradient) <= 1e-5
+
+
+@pytest.mark.parametrize("spec", ["lenet", "resnet20"])
+def test_nothing_is_changed(spec: object) -> None:
+    model, batch = build(spec, "train"), draw()
+    before, inputs, rng = copy.deepcopy(model.state_dict()), batch.inputs.clone(), torch.get_rng_state()
+    recipe = LocalTraining(algorithm="fedavg")
+    first = local_update(model, *tensors(model), [batch, batch], recipe)
+    second = local_update(model, *tensors(model), [batch, batch], recipe)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(batch.inputs, inputs)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(first[0].tensors[name], second[0].tensors[name]) for name in first[0].tensors)
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_fedsgd_uploads_the_gradient_of_one_batch() -> None:
+    model, batch = build("linear", "train"), draw()
+    update, _ = local_update(model, *tensors(model), [batch], LocalTraining())
+    assert update.kind == "gradient"
+    assert distance(update.tensors, mean_gradient(model, *tensors(model), batch)[0]) == 0
+    with pytest.raises(ValueError, match="exactly 1 batch, got 2"):
+        local_update(model, *tensors(model), [batch, batch], LocalTraining())
+
+
+def test_one_plain_fedavg_step_is_the_scaled_gradient() -> None:
+    model, batch = build("mlp", "train"), draw()
+    update, _ = local_update(model, *tensors(model), [batch], LocalTraining(algorithm="fedavg", learning_rate=0.5))
+    gradient, _ = mean_gradient(model, *tensors(model), batch)
+    assert update.kind == "delta"
+    assert distance(update.tensors, {name: -0.5 * tensor for name, tensor in gradient.items()}) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    [
+        (LocalTraining(batch_size=4), [4, 4, 2]),
+        (LocalTraining(batch_size=4, epochs=2), [4, 4, 2, 4, 4, 2]),
+        (LocalTraining(batch_size=4, epochs=2, steps=4), [4, 4, 2, 4]),
+        (LocalTraining(batch_size=0, epochs=3), [10, 10, 10]),
+        (LocalTraining(batch_size=64), [10]),
+    ],
+    ids=str,
+)
+def test_batch_indices_walk_through_permutations(recipe: LocalTraining, sizes: list[int]) -> None:
+    steps = batch_indices(10, recipe, stream(0, "batches"))
+    assert [len(step) for step in steps] == sizes
+    drawn = torch.cat(steps)
+    for start in range(0, len(drawn) - 9, 10):
+        assert sorted(drawn[start : start + 10].tolist()) == list(range(10))
