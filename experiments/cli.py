@@ -41,7 +41,11 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
 """
 
 app = typer.Typer(help=HELP, rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console, errors = Console(), Console(stderr=True)
+WIDTH = 100
+"""Columns where the output is no terminal: what the table is laid out for."""
+
+console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+errors = Console(stderr=True)
 
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=v", help="Change one setting; may be repeated. Values are TOML; a number in the path indexes a list.")

@@ -43,7 +43,7 @@ def conclude(out: Path) -> tuple[Table, Path, list[str]]:
         raise SpecError(f"directory must be that of a run, got {out} without {SPEC}. Give the --out of `fedpeek run`.")
     spec = path.read_text(encoding="utf-8")
     experiment = config.build(Experiment, tomllib.loads(spec))
-    trials, facts = read_trials(out), read_facts(out)
+    trials, facts = in_order(experiment, read_trials(out)), read_facts(out)
     if not facts:
         raise FedpeekError(f"run must have at least one finished task, got none in {out / FACTS}. Run it again with --resume.")
     control = experiment.control
@@ -60,6 +60,12 @@ def conclude(out: Path) -> tuple[Table, Path, list[str]]:
     planned = len(experiment.arms) * len(experiment.seeds)
     missing = [] if len(facts) == planned else [f"only {len(facts)} of {planned} arms × seeds are finished; go on with --resume"]
     return terminal_table(summary), report, missing + lost
+
+
+def in_order(experiment: Experiment, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials in the spec's order of arms and attacks: workers finish in any."""
+    arms, attacks = [arm.name for arm in experiment.arms], [attack.name for attack in experiment.attacks]
+    return sorted(trials, key=lambda trial: (arms.index(trial.arm), attacks.index(trial.attack), trial.seed, trial.round, trial.senders))
 
 
 def candidates(experiment: Experiment) -> int:

@@ -229,7 +229,7 @@ def load_lpips(folder: str | Path | None = None) -> tuple[Lpips | None, str]:
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path, modified_ns: int) -> tuple[Lpips | None, str]:
+def _open(path: Path, _modified_ns: int) -> tuple[Lpips | None, str]:  # the time tells a replaced file from the one that is kept
     weights = _read(path)
     if "features.0.weight" not in weights:
         got = ", ".join(sorted(weights)[:3])

@@ -26,7 +26,7 @@ from defenses.channel.secure_aggregation import SecureAggregation
 from experiments.guarantee import guarantee_of
 from experiments.result import ArmFacts, Trial
 from experiments.spec import Experiment, check
-from experiments.trial import Outcome, attack_victims, find_victims
+from experiments.trial import Outcome, Victim, attack_victims, find_victims
 from experiments.utility import accuracy
 from experiments.workers import Notify, each
 from server.app import app as server_app
@@ -106,7 +106,7 @@ def run_task(experiment: Experiment, task: Task, out: Path) -> Finished:
         outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
         trials += outcome.trials
         _save_pictures(outcome, out / PICTURES / f"{slug}-{attack.name}.safetensors")
-    return Finished(task, tuple(trials), _facts(experiment, task, world, record, seconds))
+    return Finished(task, tuple(trials), _facts(experiment, task, world, record, victims, seconds))
 
 
 def _job(spec: Mapping[str, Any], out: Path, task: Task) -> Finished:
@@ -141,10 +141,13 @@ def _federate(experiment: Experiment, world: World, directory: Path) -> tuple[Re
     return read(directory), seconds
 
 
-def _facts(experiment: Experiment, task: Task, world: World, record: Record, seconds: float) -> ArmFacts:
+def _facts(
+    experiment: Experiment, task: Task, world: World, record: Record, victims: Sequence[Victim], seconds: float
+) -> ArmFacts:
     evaluation = experiment.evaluation
     records = len(world.data.load().records)
-    candidates = min(evaluation.candidates or records, records)
+    guesses = max(len(victim.truth) for victim in victims)  # the truth assigns k guesses, so that chance is up to k/N
+    candidates = max(1, min(evaluation.candidates or records, records) // guesses)
     guarantee, ceiling = guarantee_of(world, delta=evaluation.delta, candidates=candidates)
     assert record.released is not None
     return ArmFacts(

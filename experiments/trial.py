@@ -202,8 +202,9 @@ def _trial(
 ) -> Trial:  # fmt: skip
     upload = victim.view.upload
     tensors = [*upload.update.tensors.values(), *upload.buffers.values()]
+    oracle = victim.knowledge.labels is not None or victim.knowledge.label_counts is not None
     trial = Trial(
-        arm=arm, attack=attack, seed=seed, round=victim.round, senders=victim.senders, status=status, reason=reason, records=records,
+        flags=("oracle_used",) if oracle else (), arm=arm, attack=attack, seed=seed, round=victim.round, senders=victim.senders, status=status, reason=reason, records=records,
         upload_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )  # fmt: skip
     if not isinstance(answer, Reconstruction):

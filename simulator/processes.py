@@ -67,6 +67,7 @@ class Processes:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "TMPDIR": str(scratch),
             "RAY_TMPDIR": str(scratch),
             "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces and runs what it is sent
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -2,7 +2,7 @@
 
 Each federation has a SuperLink of its own, in a scratch folder of its own; nothing is written to the user's home, nothing is
 installed and nobody is called. The SuperLink and the SuperNodes listen on 127.0.0.1. **Ray listens on all interfaces**, whatever it
-is told; it gets a token for the occasion, but use the simulation on a trusted network only.
+is told; it gets a token for the occasion and turns away whoever comes without it, in clear text all the same.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ QUESTIONS = 6
 LONGEST_SCRATCH = 40
 """Characters of the scratch folder's path that leave room for Ray's sockets below it (107 in all on Linux)."""
 TAIL_LINES = 25
+NO_RUN = "no run"
 
 
 def run_simulation(run_config: dict[str, Any], clients: int, out: Path) -> None:
@@ -57,7 +58,7 @@ def run_simulation(run_config: dict[str, Any], clients: int, out: Path) -> None:
     with _processes("simulation", out) as processes:
         (port,) = free_ports(1)
         superlink = _start_superlink(processes, port, "--simulation")
-        _flwr_run(processes, superlink, port, run_config, out, "--federation-config", federation)
+        _flwr_run(processes, superlink, port, run_config, "--federation-config", federation)
 
 
 def run_deployment(run_config: dict[str, Any], clients: int, out: Path) -> None:
@@ -73,7 +74,7 @@ def run_deployment(run_config: dict[str, Any], clients: int, out: Path) -> None:
             identity = f"partition-id={client} num-partitions={clients}"
             address = ["--superlink", f"127.0.0.1:{port}", "--host", "127.0.0.1", "--port", str(node_port)]
             processes.start(f"supernode-{client}", ["flower-supernode", "--insecure", *address, "--node-config", identity])
-        _flwr_run(processes, superlink, port, run_config, out)
+        _flwr_run(processes, superlink, port, run_config)
 
 
 @contextmanager
@@ -129,8 +130,8 @@ def _healthy(port: int) -> bool:
         connection.close()
 
 
-def _flwr_run(processes: Processes, superlink: subprocess.Popen[bytes], port: int, run_config: dict[str, Any], out: Path, *options: str) -> None:
-    """``flwr run`` the staged app and follow its log to the end; then ask the SuperLink how it ended, the exit code does not tell."""
+def _flwr_run(processes: Processes, superlink: subprocess.Popen[bytes], port: int, run_config: dict[str, Any], *options: str) -> None:
+    """``flwr run`` the staged app and follow it to the end; the SuperLink tells how it ended, the exit code does not."""
     app = fab.stage(processes.scratch / "app")
     settings = processes.scratch / "run.toml"
     settings.write_text(tomli_w.dumps(run_config))
@@ -141,13 +142,16 @@ def _flwr_run(processes: Processes, superlink: subprocess.Popen[bytes], port: in
     seconds = _most_seconds(run_config)
     deadline = time.monotonic() + seconds
     run = processes.start("run", ["flwr", "run", str(app), "fedpeek", "--stream", "--run-config", str(settings), *options])
-    while run.poll() is None:
+    status = ""
+    while not status.startswith("finished"):
         if superlink.poll() is not None:
             raise _Failure(f"a SuperLink that ended with exit code {superlink.returncode}", processes.log("superlink"))
         if time.monotonic() > deadline:
             raise _Failure(f"no end within {seconds:g} s", processes.log("run"))
-        time.sleep(POLL_SECONDS)
-    status = _status(place, max(1.0, min(START_UP_SECONDS, deadline - time.monotonic())))
+        if run.poll() is None:
+            time.sleep(POLL_SECONDS)
+        elif (status := _status(place)) == NO_RUN:
+            raise _Failure(status, processes.log("run"))
     if status != "finished:completed":
         raise _Failure(status, processes.log("run"))
 
@@ -158,21 +162,23 @@ def _most_seconds(run_config: dict[str, Any]) -> float:
     return START_UP_SECONDS + federation.timeout_seconds * (2 + QUESTIONS * federation.rounds)
 
 
-def _status(place: dict[str, Any], seconds: float) -> str:
-    """What the SuperLink says of its only run: ``finished:completed``, ``finished:failed``, …"""
-    listed = subprocess.run(["flwr", "list", "fedpeek", "--format", "json"], stdout=subprocess.PIPE, timeout=seconds, check=False, **place)
+def _status(place: dict[str, Any]) -> str:
+    """What the SuperLink says of its only run: ``running``, ``finished:completed``, ``finished:failed``, …"""
+    command = ["flwr", "list", "fedpeek", "--format", "json"]
     try:
+        listed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=START_UP_SECONDS, check=False, **place)
         (run,) = json.loads(listed.stdout)["runs"]
         return str(run["status"])
-    except (ValueError, KeyError, TypeError):
-        return "no run"
+    except (subprocess.TimeoutExpired, ValueError, KeyError, TypeError):
+        return NO_RUN
 
 
 def _reason(out: Path) -> str:
-    """The reason that the server wrote at the end of its transcript; empty if it did not get that far."""
+    """The reason in the last event of the server's transcript; empty if the server did not get to seal it."""
     path = out / LINES
     lines = path.read_bytes().splitlines() if path.is_file() else []
     try:
-        return str(json.loads(lines[-1]).get("reason", "")) if lines else ""
+        event = json.loads(lines[-1]) if lines else {}
     except ValueError:  # cut short within a line
         return ""
+    return str(event.get("reason", "")) if event.get("kind") == "end" else ""

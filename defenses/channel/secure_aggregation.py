@@ -74,7 +74,8 @@ class SecureAggregation(Defense):
 
     Attributes:
         mode: ``protocol`` exchanges all messages; ``ideal`` sums the same words without masks, with bit-identical results.
-        threshold: clients that every stage needs; above half of the cohort; 0 means ⌊2n/3⌋ + 1 (Bonawitz et al., section 6).
+        threshold: clients that every stage needs; above half of the cohort; 0 means ⌊2n/3⌋ + 1, which the
+            paper asks for against an active server; a semi-honest one needs above half only.
         clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client aborts. Flower's default.
         buffer_range: the same for floating-point buffers: BatchNorm's running variances exceed gradients by far.
         max_examples: public bound on any client's number of examples; 0 takes the caller's.

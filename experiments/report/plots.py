@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +42,7 @@ def leakage_vs_accuracy(rows: Sequence[Mapping[str, object]], theme: Theme | Non
     for axes, points in ((left, gains), (right, rates)):
         _intervals(axes, [point for point in points if point is not None], theme)
     left.axhline(0, color=theme.rule, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
-    _beside(left, 0, "floor: a guess that ignores the upload", theme)
+    _beside(left, 0, "floor", theme)
     chances: dict[float, list[str]] = {}
     for row, _ in arms:
         if (chance := number(lookup(row, "identified", "chance"))) is not None:
@@ -123,16 +124,9 @@ def _intervals(axes: Axes, points: Sequence[Point], theme: Theme) -> None:
 
 
 def _beside(axes: Axes, y: float, words: str, theme: Theme) -> None:
-    axes.annotate(
-        words,
-        (0, y),
-        xycoords=("axes fraction", "data"),
-        xytext=(2, 3),
-        textcoords="offset points",
-        fontsize=8,
-        color=theme.quiet,
-        zorder=2,
-    )
+    """Name a horizontal line at its right end, outside the panel, where no point can be."""
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": theme.quiet, "va": "center", "parse_math": False}
+    axes.annotate(words, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), annotation_clip=False, **style)
 
 
 def _ceilings(axes: Axes, arms: Sequence[tuple[Mapping[str, object], Estimate]], theme: Theme) -> bool:

@@ -22,20 +22,21 @@ CLAUSES: Mapping[Level, str] = {
 GLOSSARY: Sequence[tuple[str, str]] = (
     (
         "Identified",
-        "How often the victim’s true picture is the one nearest to the reconstruction among N candidates. Chance is 1/N, and k/N for k pictures that are rebuilt together from one aggregate. The "
-        "interval is Clopper–Pearson. It is the most telling number: a blurred picture can still say who it is, a smooth one can score "
-        "well and say nothing.",
+        "How often the victim’s true picture is the one nearest to the reconstruction among N candidates. Chance is 1/N, and k/N for k "
+        "pictures that are rebuilt together from one aggregate. The interval is Clopper–Pearson. It is the most telling number: a blurred "
+        "picture can still say who it is, a smooth one can score well and say nothing.",
     ),
     (
         "PSNR",
-        "Closeness of reconstruction and truth in decibels, on pictures in [0, 1]: 10·log₁₀(1/MSE). Higher is closer; ∞ is exact; + 3 dB "
-        "is half the squared error. It is a distance, not a judgement: read it as gain over the floor, beside “identified” and "
+        "Closeness of reconstruction and truth in decibels, on pictures in [0, 1]: 10·log₁₀(1/MSE). Higher is closer; + 3 dB "
+        "is half the squared error. It is capped at 60 dB. It "
+        "is a distance, not a judgement: read it as gain over the floor, beside “identified” and "
         "the pictures.",
     ),
     ("SSIM", "Structural similarity, at most 1 (the same picture). It looks at local contrast and structure, where PSNR looks at pixels."),
     ("MSE", "Mean squared error of the pixels in [0, 1]. Lower is closer; 0 is exact."),
     ("Exact", "Fraction of the records that were rebuilt exactly, up to rounding."),
-    ("Labels right", "Fraction of the private labels that the attack recovered by itself."),
+    ("Labels right", "Fraction of the private labels that the attack got right."),
     (
         "Floor",
         "The best score that a guess reaches without looking at the upload: the mean training picture, another victim’s picture, random "

@@ -215,8 +215,13 @@ def test_lpips_uses_the_weights_of_the_file(tmp_path: Path, monkeypatch: pytest.
     scores = evaluate(guess, truth, torch.arange(2), perceptual=distance)
     assert all(score.lpips is not None and score.lpips > 0 for score in scores)
     assert distance(truth, truth).tolist() == [0.0, 0.0]
-    torch.save({name: tensor * 2 if name == "features.10.weight" else tensor for name, tensor in weights.items()}, tmp_path / "alexnet.pth")
+    torch.save(weights, tmp_path / "alexnet.pth")
     (tmp_path / "alexnet.safetensors").unlink()
+    again = load_lpips(tmp_path)[0]
+    assert again is not None
+    assert again is not distance
+    assert torch.equal(again(guess, truth), distance(guess, truth))  # nothing is left of the random backbone
+    torch.save({name: tensor * 2 if name == "features.10.weight" else tensor for name, tensor in weights.items()}, tmp_path / "alexnet.pth")
     other = load_lpips(tmp_path)[0]
     assert other is not None
     assert not torch.allclose(other(guess, truth), distance(guess, truth))

@@ -2,8 +2,8 @@
 
     advertise() → keys;  share(roster) → shares;  mask(envelopes, vector) → masked vector;  unmask(survivors) → opened shares
 
-Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, eprint 2017/281, the
-    protocol of its section 4 without the lines for an active adversary.
+Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, eprint 2017/281, its
+    detailed protocol without the lines that it marks as needed against an active adversary.
 Deviations: listed in ``defenses.channel.secure_aggregation``.
 """
 

@@ -4,8 +4,7 @@ A client's vector is [w·update | w·buffers | n_i], tensors in the order of the
 weight must enter before rounding (after it, the sum could not be weighted any more), so a client far below ``max_examples`` pays a
 larger relative rounding error. No sum can wrap: |word| ≤ q_max with 2·cohort·q_max < 2^bits.
 
-Source: uniform stochastic rounding as in Bonawitz et al. (2017), section 7 (fixed-point vectors), and Konečný et al. (2016),
-    arXiv:1610.05492, section 3 (unbiased rounding).
+Source: uniform stochastic rounding as in Konečný et al. (2016), arXiv:1610.05492; that the sum cannot wrap is our requirement.
 Deviations: a coordinate out of range aborts; nothing is clipped unseen.
 """
 

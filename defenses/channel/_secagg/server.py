@@ -5,7 +5,7 @@
 Each call takes the replies that came, by client, and returns what to send to each client that goes on. A client that is missing from
 the replies has dropped out: before it shared keys it leaves the run without trace; later, its masks are removed by the others' help.
 
-Source: Bonawitz et al. (2017), CCS, eprint 2017/281, section 4, without the lines for an active adversary.
+Source: Bonawitz et al. (2017), CCS, eprint 2017/281, without the lines that it marks as needed against an active adversary.
 Deviations: listed in ``defenses.channel.secure_aggregation``.
 """
 
