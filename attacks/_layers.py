@@ -64,7 +64,7 @@ def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         return hook
 
     handles = [
-        layer.register_forward_hook(record(name))  # type: ignore[arg-type]
+        layer.register_forward_hook(record(name))
         for name, layer in model.named_modules()
         if next(layer.parameters(recurse=False), None) is not None
     ]

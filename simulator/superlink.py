@@ -1,8 +1,9 @@
 """The two drivers that start from an app bundle, as ``flwr run`` does: Flower's simulation engine, and a deployment on loopback.
 
 Each federation has a SuperLink of its own, in a scratch folder of its own; nothing is written to the user's home, nothing is
-installed and nobody is called. The SuperLink and the SuperNodes listen on 127.0.0.1. **Ray listens on all interfaces**, whatever it
-is told; it gets a token for the occasion and turns away whoever comes without it, in clear text all the same.
+installed, no telemetry is sent. The SuperLink and the SuperNodes listen on 127.0.0.1. Ray does as it likes: it **listens on all
+interfaces**, in clear text, but gets a token for the occasion and turns away whoever comes without it; and it asks the cloud's
+metadata address where it is.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value, vmap
-from torch.utils._pytree import tree_map
 
 from attacks._layers import trace
 from attacks._matching.objective import DISTANCES, Distance
@@ -34,6 +33,11 @@ MOST_ROWS = 32
 def equal(one: Tensors, other: Tensors) -> bool:
     """Whether two sets of named tensors hold the same values."""
     return all(one[name] is other[name] or torch.equal(one[name], other[name]) for name in one)
+
+
+def first_of(stack: Tensors) -> Tensors:
+    """The first row of stacked tensors."""
+    return {name: tensor[0] for name, tensor in stack.items()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class Objective:
 
     def __call__(self, candidates: Candidates, rows: Rows) -> tuple[Float[Tensor, " rows"], Candidates]:
         """Values and gradients of the candidates; ``rows`` says where in the full stack they stand."""
-        parts = [self._evaluate(*part) for part in zip(candidates.split(self.at_once), rows.split(self.at_once), strict=True)]
+        starts = range(0, len(rows), self.at_once)
+        parts = [self._evaluate(candidates[i : i + self.at_once], rows[i : i + self.at_once]) for i in starts]
         return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
 
     def _evaluate(self, candidates: Candidates, rows: Rows) -> tuple[Float[Tensor, " rows"], Candidates]:
@@ -101,9 +106,10 @@ class Objective:
         if len(rows) > 1:
             gradients, values = vmap(grad_and_value(self.value), in_dims=axes)(*arguments)
             return values.detach(), gradients.detach()
-        row = [tree_map(lambda tensor: tensor[0], a) if axis == 0 else a for a, axis in zip(arguments, axes, strict=True)]
-        candidate = row[0].requires_grad_(True)  # plain autograd outside: less overhead than a second torch.func level
-        value = self.value(candidate, *row[1:])
+        candidate = candidates[0].clone().requires_grad_(True)  # plain autograd outside: less overhead than torch.func twice
+        owner = int(owners)
+        alone = parameters if self.shared else first_of(parameters)
+        value = self.value(candidate, self._labels[owner], self._targets[owner], alone, first_of(buffers))
         return value[None].detach(), torch.autograd.grad(value, candidate)[0][None]
 
 

@@ -21,7 +21,8 @@ def flat(update: Tensors, names: Sequence[str]) -> Float[Tensor, " coordinates"]
 
 def cosine(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordinates"]) -> Float[Tensor, ""]:
     """1 − cos of the whole updates: one angle over all layers, in [0, 2]; blind to the scale of either."""
-    return 1 - trial @ target / (trial.norm() * target.norm())
+    similarity: Tensor = trial @ target / (trial.norm() * target.norm())
+    return 1 - similarity
 
 
 def l2(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordinates"]) -> Float[Tensor, ""]:

@@ -38,7 +38,7 @@ class FedAvgMatching:
     """
 
     steps: int = 1000
-    learning_rate: float = 0.025
+    learning_rate: float = 0.1
     tv: float = 4e-3
     restarts: int = 1
     max_unroll: int = 64
@@ -49,7 +49,7 @@ class FedAvgMatching:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}. The default is {type(self).__dict__[name]}.")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}. The default is 0.025.")
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}. The default is 0.1.")
         if not self.tv >= 0:
             raise ValueError(f"tv must be ≥ 0, got {self.tv}. Use 0 for no total variation.")
 
@@ -58,7 +58,7 @@ class FedAvgMatching:
         if view.upload.update.kind != "delta":
             return "the update must be a delta, got a gradient. Use inverting_gradients"
         if (length := unroll_length(view, knowledge)) > self.max_unroll:
-            return f"the client must take at most max_unroll = {self.max_unroll} local steps, got {length}. Raise max_unroll; memory grows with it"
+            return f"the client must take at most max_unroll = {self.max_unroll} local steps, got {length}. Raise it; memory grows too"
         return not_finite(view) or unrecoverable(view, knowledge)
 
     def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:

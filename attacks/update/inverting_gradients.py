@@ -36,7 +36,7 @@ class InvertingGradients:
     """
 
     steps: int = 1000
-    learning_rate: float = 0.025
+    learning_rate: float = 0.1
     tv: float = 4e-3
     restarts: int = 1
     memory_mb: int = 1024
@@ -46,7 +46,7 @@ class InvertingGradients:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}. The default is {type(self).__dict__[name]}.")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}. The default is 0.025.")
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}. The default is 0.1.")
         if not self.tv >= 0:
             raise ValueError(f"tv must be ≥ 0, got {self.tv}. Use 0 for no total variation.")
 

@@ -145,8 +145,9 @@ def estimate_counts(view: Observation, knowledge: Knowledge, estimate: Estimate 
     if method == "public":
         softmax = torch.stack([class_softmax(logits, labels) for _, logits, _ in runs]).mean(0)
         return solve_counts(softmax, bias, records)
-    mean = torch.full((classes,), 1 / classes) if method == "uniform" else torch.stack([F.softmax(x, 1).mean(0) for _, x, _ in runs]).mean(0)
-    return records * (mean - bias)
+    if method == "uniform":
+        return records * (1 / classes - bias)
+    return records * (torch.stack([F.softmax(logits, 1).mean(0) for _, logits, _ in runs]).mean(0) - bias)
 
 
 def recovered_counts(view: Observation, knowledge: Knowledge, estimate: Estimate = "auto") -> Int[Tensor, " classes"]:

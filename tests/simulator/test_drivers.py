@@ -15,6 +15,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +69,8 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("home", "tmp", "plugins"):
         (folder / name).mkdir()
     monkeypatch.setenv("HOME", str(folder / "home"))
-    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    elsewhere = SimpleNamespace(gettempdir=lambda: str(folder / "tmp"), mkdtemp=tempfile.mkdtemp)
+    monkeypatch.setattr(superlink, "tempfile", elsewhere)  # not for torch, which remembers where it put its cache
     monkeypatch.syspath_prepend(str(folder / "plugins"))
     (folder / "plugins" / "failing_defense.py").write_text(FAILING)
     yield folder
@@ -213,6 +215,13 @@ def test_an_app_that_cannot_start_shows_its_log(sandbox: Path) -> None:
     with pytest.raises(FederationError, match="No module named 'failing_defense'") as failure:
         engine.run(world, sandbox / "out", server_app, client_app, "simulation")
     assert "run.log ends with" in str(failure.value)
+
+
+@pytest.mark.slow
+def test_the_watchdog_ends_a_run_that_does_not(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "_most_seconds", lambda run_config: 4.0)
+    with pytest.raises(FederationError, match="no end within 4 s"):
+        run(SMALL, "simulation", sandbox / "out")
 
 
 @pytest.mark.slow

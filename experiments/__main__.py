@@ -1,0 +1,5 @@
+"""``python -m experiments`` is ``fedpeek``."""
+
+from experiments.cli import main
+
+main()

@@ -1,0 +1,142 @@
+"""The gradient-matching engine against independent implementations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attacks._matching.batch import Objective, chunks
+from attacks._matching.lbfgs import lbfgs
+from attacks._matching.priors import total_variation
+from attacks._matching.simulate import Victim, assumed_order, prepare, simulate
+from simulator.types import LocalTraining
+from tests.attacks.victims import attack_surface, build, records, smooth
+
+SHAPE = (1, 4, 4)
+FEDAVG = LocalTraining(algorithm="fedavg", batch_size=2, epochs=2, learning_rate=0.2, momentum=0.5, weight_decay=0.01)
+
+
+def victim(model: nn.Module, count: int = 3, recipe: LocalTraining | None = None, seed: int = 0) -> Victim:
+    return prepare(*attack_surface(model, [records(count, model_shape(model), seed)], recipe))
+
+
+def model_shape(model: nn.Module) -> tuple[int, int, int]:
+    return SHAPE if isinstance(model[0], nn.Flatten) else (1, 8, 8)  # type: ignore[index]
+
+
+def double_backward(model: nn.Module, x: Tensor, victim: Victim, distance: str, tv: float) -> tuple[Tensor, Tensor]:
+    """Objective and gradient by plain autograd, as any textbook would write it."""
+    x = x.clone().requires_grad_(True)
+    gradient = torch.autograd.grad(F.cross_entropy(model(x), victim.labels), list(model.parameters()), create_graph=True)
+    trial, target = torch.cat([g.flatten() for g in gradient]), victim.target.to(x.dtype)
+    match = 1 - F.cosine_similarity(trial, target, dim=0) if distance == "cosine" else F.mse_loss(trial, target) / target.square().mean()
+    value = match + tv * ((x[..., 1:] - x[..., :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean())
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("shared", [True, False], ids=["one broadcast", "many broadcasts"])
+def test_objective_equals_double_backward(distance: str, shared: bool) -> None:
+    models = [build("lenet", (1, 8, 8), seed=0 if shared else seed) for seed in range(3)]
+    victims = [prepare(*attack_surface(model, [records(2, (1, 8, 8), seed)])) for seed, model in enumerate(models)]
+    victims = [Victim(**{**vars(v), "model": models[0]}) for v in victims]
+    x = torch.rand(6, 2, 1, 8, 8, dtype=torch.float64)
+    objective = Objective(victims, 2, distance, 0.01, torch.float64)  # type: ignore[arg-type]
+    assert objective.shared == shared
+    values, gradients = objective(x, torch.arange(6))
+    for row in range(6):
+        value, gradient = double_backward(models[row // 2].double(), x[row], victims[row // 2], distance, 0.01)
+        assert torch.allclose(values[row], value, rtol=1e-5)
+        assert (gradients[row] - gradient).norm() < 1e-5 * gradient.norm()
+        alone, slope = objective(x[row : row + 1], torch.tensor([row]))
+        assert torch.allclose(alone[0], value, rtol=1e-5)
+        assert (slope[0] - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_unrolled_update_is_that_of_torch_sgd() -> None:
+    model = smooth().double()
+    known = victim(smooth(), 4, FEDAVG)
+    x, y = torch.rand(4, *SHAPE, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    update = simulate(model, before, {}, x, y, recipe=known.recipe, order=known.order, names=known.names)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5, weight_decay=0.01)
+    for _ in range(2):
+        for batch in (slice(0, 2), slice(2, 4)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    delta = torch.cat([(tensor.detach() - before[name]).flatten() for name, tensor in model.named_parameters()])
+    assert torch.allclose(update, delta, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+def test_unrolled_gradient_equals_finite_differences(distance: str) -> None:
+    objective = Objective([victim(smooth(), 4, FEDAVG)], 1, distance, 0.01, torch.float64)  # type: ignore[arg-type]
+    x = torch.rand(1, 4, *SHAPE, dtype=torch.float64)
+    _, gradient = objective(x, torch.tensor([0]))
+    for seed in range(5):
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        up, down = (objective(x + sign * 1e-5 * direction, torch.tensor([0]))[0] for sign in (1, -1))
+        assert torch.allclose((up - down) / 2e-5, (gradient * direction).sum(), rtol=1e-5)
+
+
+def test_order_covers_all_records_and_matches_the_recipe() -> None:
+    assert assumed_order(5, LocalTraining(), 1) == ((0, 5),)
+    assert assumed_order(5, LocalTraining(algorithm="fedavg", batch_size=2), 1) == ((0, 2), (2, 4), (4, 5))
+    assert assumed_order(4, LocalTraining(algorithm="fedavg", batch_size=0, epochs=2), 1) == ((0, 4), (0, 4))
+    two_senders = assumed_order(8, LocalTraining(algorithm="fedavg", batch_size=2), 2)
+    assert two_senders == ((0, 4), (4, 8)), "two senders of 4 records take 2 steps each, so does the joint client"
+
+
+def test_aggregate_of_equal_batches_is_the_joint_batch() -> None:
+    model = smooth()
+    clients = [records(2, SHAPE, seed) for seed in range(3)]
+    view, knowledge = attack_surface(model, clients)
+    known = prepare(view, knowledge)
+    x = torch.cat([client.inputs for client in clients])
+    y = torch.cat([client.labels for client in clients])
+    joint = simulate(model, known.parameters, known.buffers, x, y, recipe=known.recipe, order=known.order, names=known.names)
+    assert torch.allclose(joint, known.target, rtol=1e-4, atol=1e-7)
+
+
+def test_memory_budget_and_kin_bound_a_batch() -> None:
+    model, other = smooth(), smooth()
+    victims = [victim(model), victim(other), victim(model), victim(model, 2)]
+    assert sorted(chunks(victims, 1, memory_mb=64, dtype=torch.float32)) == [[0, 2], [1], [3]]
+    wide = build("convnet", (1, 8, 8), width=8)
+    many = [prepare(*attack_surface(wide, [records(1, (1, 8, 8), seed)])) for seed in range(4)]
+    assert max(map(len, chunks(many, 1, memory_mb=1, dtype=torch.float32))) < 4
+
+
+def test_batch_norm_in_training_mode_is_batched_too() -> None:
+    model = build("resnet20", (1, 8, 8), width=4)
+    model.train()
+    known = [prepare(*attack_surface(model, [records(2, (1, 8, 8), seed)])) for seed in range(2)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.rand(2, 2, 1, 8, 8)
+    values, gradients = Objective(known, 1, "cosine")(x, torch.arange(2))
+    alone, slope = Objective(known[1:], 1, "cosine")(x[1:], torch.arange(1))
+    assert torch.allclose(values[1], alone[0], rtol=1e-4)
+    assert (gradients[1] - slope[0]).norm() < 1e-3 * slope[0].norm()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_total_variation_of_a_ramp() -> None:
+    ramp = torch.linspace(0, 1, 5).expand(1, 3, 5, 5)
+    assert float(total_variation(ramp)) == pytest.approx(0.25)
+
+
+def test_lbfgs_solves_rosenbrock_from_many_starts_and_reports_the_objective_at_its_iterate() -> None:
+    def rosenbrock(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_(True)
+        flat = x.flatten(1)
+        value = (100 * (flat[:, 1:] - flat[:, :-1] ** 2) ** 2 + (1 - flat[:, :-1]) ** 2).sum(1)
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+    start = torch.rand(4, 1, 1, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    run = lbfgs(rosenbrock, start, evaluations=400, history=10, task="test")
+    assert torch.allclose(run.objective, rosenbrock(run.best, torch.arange(4))[0])
+    assert float(run.objective.max()) < 1e-15
+    assert all(run.converged)
