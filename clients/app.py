@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from torch import nn
 
 from clients.local import local_upload
@@ -18,6 +20,8 @@ from simulator.network import network
 from simulator.world import World
 
 app = ClientApp()
+
+Handler = Callable[[Message, Context], Message]
 
 
 @lru_cache(maxsize=4)
@@ -33,7 +37,21 @@ def client_of(context: Context) -> tuple[int, World, nn.Module]:
     return int(context.node_config["partition-id"]), world, model
 
 
+def discreet(handler: Handler) -> Handler:
+    """Let a failure say its type and message to the server, and no more: a traceback would show it the client's code and paths."""
+
+    @wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except Exception as error:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
+
+    return handle
+
+
 @app.query("hello")
+@discreet
 def hello(message: Message, context: Context) -> Message:
     """Say which client this node is."""
     client, _, _ = client_of(context)
@@ -41,6 +59,7 @@ def hello(message: Message, context: Context) -> Message:
 
 
 @app.train("update")
+@discreet
 def update(message: Message, context: Context) -> Message:
     """Train on the broadcast and upload the update in the clear."""
     client, world, model = client_of(context)
@@ -50,6 +69,7 @@ def update(message: Message, context: Context) -> Message:
 
 
 @app.train("secagg")
+@discreet
 def secagg(message: Message, context: Context) -> Message:
     """Answer one stage of secure aggregation."""
     client, world, model = client_of(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from rich.table import Table
 
 from simulator.errors import FedpeekError, SpecError
 
-OK, ERROR, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes: all well; an error; bad input, nothing written; finished but clients or tasks were lost; Ctrl-C."""
+OK, ERROR, BAD_INPUT, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+"""Exit codes: all well; an error; bad input, nothing written; finished but clients or tasks were lost; Ctrl-C; SIGTERM."""
 
 HELP = """
 Shows what a federated-learning server can see.
@@ -48,16 +49,23 @@ console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
 errors = Console(stderr=True)
 
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=v", help="Change one setting; may be repeated. Values are TOML; a number in the path indexes a list.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="a.b=v", help="Change one setting; may be repeated. Values are TOML; a number in the path indexes a list."
+    ),
 ]
 Kind = Literal["attacks", "defenses", "data", "models", "metrics", "specs"]
 
 
 @app.command()
 def run(
-    spec: Annotated[str | None, typer.Argument(help="A TOML file or the name of an example; the demo if left out.", show_default=False)] = None,
+    spec: Annotated[
+        str | None, typer.Argument(help="A TOML file or the name of an example; the demo if left out.", show_default=False)
+    ] = None,
     assign: Assignments = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; must be new or empty. Default: fedpeek-out/NAME-TIME.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; must be new or empty. Default: fedpeek-out/NAME-TIME.", show_default=False)
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 means one for each core.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; it must have the same spec.")] = False,
 ) -> None:
@@ -96,7 +104,9 @@ def attack(
     attack: Annotated[str, typer.Option(help="Name of the attack; see `fedpeek list attacks`.")],
     assign: Assignments = None,
     round: Annotated[int, typer.Option(min=0, help="The round to attack; 0 means every recorded one.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where to write pictures and scores. Default: RUN/attacks/NAME-ATTACK.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write pictures and scores. Default: RUN/attacks/NAME-ATTACK.", show_default=False)
+    ] = None,
 ) -> None:
     """Attack a recorded transcript again, with another attack or other settings (--set steps=1000).
 
@@ -124,6 +134,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
 
 def main() -> None:
     """Run the command; explained errors become one line on stderr and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the processes of a driver are ended, too
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     try:
@@ -177,7 +188,13 @@ def _settings(cls: type[Any]) -> Iterator[str]:
 @contextmanager
 def _progress(tasks: int) -> Iterator[tuple[Any, Any]]:
     """A bar for the whole run and one for each task under way; yields what tells it of ticks, and of finished tasks."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=errors, transient=True) as bars:
         whole = bars.add_task("run", total=tasks, note="arms × seeds")
         lines: dict[str, Any] = {}

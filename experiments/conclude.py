@@ -7,13 +7,13 @@ import json
 import platform
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomllib
 from rich.table import Table
 from safetensors.torch import load_file
 

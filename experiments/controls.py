@@ -26,9 +26,7 @@ FLOORS: dict[str, str] = {
 """What each floor guesses."""
 
 
-def floors(
-    truth: Images, records: Images, true_index: Int[Tensor, " truth"], *, rng: torch.Generator
-) -> list[dict[str, ImageScores]]:
+def floors(truth: Images, records: Images, true_index: Int[Tensor, " truth"], *, rng: torch.Generator) -> list[dict[str, ImageScores]]:
     """Score, for each true record, the guesses that need no observation.
 
     The batch itself is left out of the data set before anything is drawn from it or averaged over it.
@@ -77,6 +75,4 @@ def shuffled(view: Observation, rng: torch.Generator) -> Observation:
 
 
 def _permuted(tensors: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
-    return {
-        name: tensor.flatten()[torch.randperm(tensor.numel(), generator=rng)].reshape(tensor.shape) for name, tensor in tensors.items()
-    }
+    return {name: tensor.flatten()[torch.randperm(tensor.numel(), generator=rng)].reshape(tensor.shape) for name, tensor in tensors.items()}

@@ -25,9 +25,7 @@ from simulator.transcript import Record, read
 from simulator.types import LocalTraining, Schema
 
 
-def replay(
-    directory: Path, attack: str, assignments: Sequence[str], round: int, out: Path | None, notify: Notify
-) -> tuple[Path, Table]:
+def replay(directory: Path, attack: str, assignments: Sequence[str], round: int, out: Path | None, notify: Notify) -> tuple[Path, Table]:
     """Attack every upload of the recorded rounds (or of ``round``); write pictures and scores; return where, and a table.
 
     Raises:
@@ -68,7 +66,9 @@ def _scored(record: Record, attack: Any, rounds: tuple[int, ...], experiment: Ex
     outcome = attack_victims(attack, find_victims(experiment, world, record), experiment.evaluation, world, arm.name)
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text("".join(f"{trial.to_json()}\n" for trial in outcome.trials), encoding="utf-8")
-    table = Table("round", "clients", "record", "status", "PSNR dB", "SSIM", "identified", "label", title=f"{attack.name} on {arm.name}, seed {seed}")
+    table = Table(
+        "round", "clients", "record", "status", "PSNR dB", "SSIM", "identified", "label", title=f"{attack.name} on {arm.name}, seed {seed}"
+    )
     place = 0
     for trial in outcome.trials:
         clients = ", ".join(map(str, trial.senders))
@@ -126,5 +126,3 @@ def _write_pair(path: Path, private: torch.Tensor, guess: torch.Tensor) -> None:
 def _write_image(path: Path, image: torch.Tensor) -> None:
     array = image.detach().clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
     path.write_bytes(pictures.png(pictures.eight_bit(array)))
-
-

@@ -56,7 +56,15 @@ class Finished:
     failure: str = ""
 
 
-def run(experiment: Experiment, out: Path, *, workers: int = 0, resume: bool = False, notify: Notify | None = None, done: Callable[[Task], None] | None = None) -> list[Finished]:
+def run(
+    experiment: Experiment,
+    out: Path,
+    *,
+    workers: int = 0,
+    resume: bool = False,
+    notify: Notify | None = None,
+    done: Callable[[Task], None] | None = None,
+) -> list[Finished]:
     """Run what is not done yet, appending to ``out``; return the tasks that failed.
 
     Args:
@@ -141,9 +149,7 @@ def _federate(experiment: Experiment, world: World, directory: Path) -> tuple[Re
     return read(directory), seconds
 
 
-def _facts(
-    experiment: Experiment, task: Task, world: World, record: Record, victims: Sequence[Victim], seconds: float
-) -> ArmFacts:
+def _facts(experiment: Experiment, task: Task, world: World, record: Record, victims: Sequence[Victim], seconds: float) -> ArmFacts:
     evaluation = experiment.evaluation
     records = len(world.data.load().records)
     guesses = max(len(victim.truth) for victim in victims)  # the truth assigns k guesses, so that chance is up to k/N
@@ -180,7 +186,9 @@ def _claim(out: Path, spec: str, resume: bool) -> None:
         if not existing.is_file():
             raise SpecError(f"--resume must name a run, got {out} without {SPEC}. Leave out --resume to start one there.")
         if existing.read_text(encoding="utf-8") != spec:
-            raise SpecError(f"--resume must go on with the same spec, got another than {existing}. Give the same options, or another --out.")
+            raise SpecError(
+                f"--resume must go on with the same spec, got another than {existing}. Give the same options, or another --out."
+            )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"--out must be empty or new, got {out}. Add --resume to go on with it, or choose another directory.")

@@ -148,11 +148,14 @@ def check(experiment: Experiment) -> None:
     federation, evaluation = experiment.federation, experiment.evaluation
     if max(evaluation.rounds) > federation.rounds:
         raise SpecError(
-            f"evaluation.rounds must be ≤ federation.rounds = {federation.rounds}, got {list(evaluation.rounds)}. Train longer or attack earlier."
+            f"evaluation.rounds must be ≤ federation.rounds = {federation.rounds}, got {list(evaluation.rounds)}. "
+            "Train longer or attack earlier."
         )
     missing = set(evaluation.rounds) - set(federation.record_rounds)
     if federation.record_rounds and missing:
-        raise SpecError(f"federation.record_rounds must hold the attacked rounds, got none of {sorted(missing)}. Add them or leave it empty.")
+        raise SpecError(
+            f"federation.record_rounds must hold the attacked rounds, got none of {sorted(missing)}. Add them or leave it empty."
+        )
     if experiment.threat.public_data and not experiment.split.public:
         raise SpecError("split.public must be > 0 when threat.public_data is true, got 0. Give the public a share.")
     for seed in experiment.seeds:
@@ -179,8 +182,8 @@ def _check_data(world: World) -> None:
     if world.training.batch_size > fewest:
         client = min(range(world.federation.clients), key=lambda i: len(partition(world)[i]))
         raise SpecError(
-            f"training.batch_size must be ≤ what every client holds, got {world.training.batch_size} with {fewest} records at client {client} "
-            f"(seed {world.seed}). Lower it, or use 0 for all a client holds."
+            f"training.batch_size must be ≤ what every client holds, got {world.training.batch_size} with {fewest} records "
+            f"at client {client} (seed {world.seed}). Lower it, or use 0 for all a client holds."
         )
 
 

@@ -45,10 +45,12 @@ class Victim:
 
     @property
     def senders(self) -> tuple[int, ...]:
+        """The clients behind the upload, ascending."""
         return tuple(sorted(self.view.upload.senders))
 
     @property
     def round(self) -> int:
+        """The round of the upload."""
         return self.view.broadcast.round
 
 
@@ -134,9 +136,7 @@ def score(
     assignment = None if guess is None else matching.assign(guess, truth)
     labels = answer.labels if isinstance(answer, Reconstruction) else None
     perceptual, _ = metrics.load_lpips()
-    scores = metrics.evaluate(
-        guess, truth, assignment, guess_labels=labels, true_labels=victim.truth.labels, perceptual=perceptual
-    )
+    scores = metrics.evaluate(guess, truth, assignment, guess_labels=labels, true_labels=victim.truth.labels, perceptual=perceptual)
     candidates, true_index = candidate_set(victim, parts, evaluation.candidates, seed)
     found = metrics.identify(guess, assignment, candidates, true_index)
     records = torch.cat([parts.private.inputs, parts.test.inputs, parts.public.inputs])
@@ -204,7 +204,8 @@ def _trial(
     tensors = [*upload.update.tensors.values(), *upload.buffers.values()]
     oracle = victim.knowledge.labels is not None or victim.knowledge.label_counts is not None
     trial = Trial(
-        flags=("oracle_used",) if oracle else (), arm=arm, attack=attack, seed=seed, round=victim.round, senders=victim.senders, status=status, reason=reason, records=records,
+        arm=arm, attack=attack, seed=seed, round=victim.round, senders=victim.senders, status=status, reason=reason,
+        records=records, flags=("oracle_used",) if oracle else (),
         upload_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )  # fmt: skip
     if not isinstance(answer, Reconstruction):

@@ -24,7 +24,9 @@ class Answers:
     lost: Mapping[int, str]
 
 
-def ask(grid: Grid, nodes: Mapping[int, int], message_type: str, contents: Mapping[int, RecordDict], *, round: int, timeout: float) -> Answers:
+def ask(
+    grid: Grid, nodes: Mapping[int, int], message_type: str, contents: Mapping[int, RecordDict], *, round: int, timeout: float
+) -> Answers:
     """Send ``contents[client]`` to each client and wait for the answers, at most ``timeout`` seconds.
 
     Args:
@@ -73,6 +75,8 @@ def find_clients(grid: Grid, expected: int, timeout: float) -> list[int]:
     started = time.monotonic()
     while len(nodes := sorted(grid.get_node_ids())) < expected:
         if time.monotonic() - started > timeout:
-            raise FederationError(f"nodes must be ≥ {expected}, got {len(nodes)} within {timeout:g} s. Start more, or lower federation.clients.")
+            raise FederationError(
+                f"nodes must be ≥ {expected}, got {len(nodes)} within {timeout:g} s. Start more, or lower federation.clients."
+            )
         time.sleep(0.5)
     return nodes

@@ -96,4 +96,3 @@ def _answers(
         except WireError as error:
             lost[client] = f"client {client} sent what cannot be used (stage {name}): {error}"
     return payloads
-

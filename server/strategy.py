@@ -75,7 +75,9 @@ def introduce(grid: CuriousGrid, expected: int, timeout: float) -> dict[int, int
     ids = find_clients(grid, expected, timeout)
     answers = ask(grid, {node: node for node in ids}, wire.HELLO, {node: RecordDict() for node in ids}, round=0, timeout=timeout)
     if answers.lost:
-        raise FederationError(f"every node must say who it is, got none from {len(answers.lost)}: {' '.join(answers.lost.values())} Check its log.")
+        raise FederationError(
+            f"every node must say who it is, got none from {len(answers.lost)}: {' '.join(answers.lost.values())} Check its log."
+        )
     clients = {int(content.config_records["hello"]["client"]): node for node, content in answers.contents.items()}
     if sorted(clients) != list(range(expected)):
         raise FederationError(f"clients must be 0 to {expected - 1}, got {sorted(clients)}. Check partition-id in the node configuration.")

@@ -45,7 +45,8 @@ def build(cls: type[T], table: Mapping[str, Any], path: str = "") -> T:
 def dump(value: Any) -> Any:
     """The inverse of :func:`build`: plain tables, lists and scalars that TOML and JSON can write."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        named = {"name": value.name} if getattr(type(value), "name", "") and not _is_field(value, "name") else {}
+        name = getattr(type(value), "name", "")
+        named = {"name": name} if name and not _is_field(value, "name") else {}
         return named | {field.name: dump(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
     if isinstance(value, Mapping):
         return {str(key): dump(item) for key, item in value.items()}
@@ -69,7 +70,8 @@ def override(table: Mapping[str, Any], assignment: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string: --set attack=dlg
-    return _assign(dict(table), path.strip().split("."), value, path.strip())
+    assigned: dict[str, Any] = _assign(dict(table), path.strip().split("."), value, path.strip())
+    return assigned
 
 
 def _assign(node: Any, keys: list[str], value: Any, path: str) -> Any:
@@ -110,7 +112,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return build_plugin(plugin.kind, value, path)
     if origin is Literal:
         if value not in args:
-            raise SpecError(f"setting {path} must be one of {', '.join(map(repr, args))}, got {value!r}. {did_you_mean(str(value), map(str, args))}")
+            raise SpecError(
+                f"setting {path} must be one of {', '.join(map(repr, args))}, got {value!r}. {did_you_mean(str(value), map(str, args))}"
+            )
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

@@ -16,6 +16,9 @@ from flwr.serverapp import ServerApp
 from simulator import config
 from simulator.world import World
 
+DEFAULT_WORLD: dict[str, Any] = {"data": "synthetic", "model": "linear", "federation": {"clients": 2}}
+"""What a bare ``flwr run .`` runs: two clients, as many as Flower simulates unless told otherwise."""
+
 Driver = Literal["inprocess", "simulation", "deployment"]
 
 
@@ -27,7 +30,7 @@ def run_config(world: World, out: Path) -> dict[str, Any]:
 def read_world(settings: dict[str, Any]) -> World:
     """The world in ``context.run_config``; the default world where it is empty."""
     text = str(settings.get("world", ""))
-    return config.build(World, json.loads(text) if text else {"data": "synthetic", "model": "linear"})
+    return config.build(World, json.loads(text) if text else DEFAULT_WORLD)
 
 
 def run(world: World, out: Path, server_app: ServerApp, client_app: ClientApp, driver: Driver = "inprocess") -> None:

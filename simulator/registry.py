@@ -74,13 +74,13 @@ def get(kind: Kind, name: str) -> type[Any]:
 def _from_path(kind: Kind, path: str) -> type[Any]:
     module, _, attribute = path.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        cls: type[Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise SpecError(f"{kind} path must be importable as package.module:Class, got {path!r} ({error}). Check PYTHONPATH.") from error
     if not (isinstance(cls, type) and is_dataclass(cls)):
         cls = adapt(kind, cls, path)
     if not getattr(cls, "name", ""):
-        cls.name = path
+        cls.name = path  # type: ignore[union-attr]
     return cls
 
 

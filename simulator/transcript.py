@@ -162,7 +162,9 @@ def _verified_events(directory: Path) -> list[dict[str, Any]]:
         except ValueError:
             event = None
         if not isinstance(event, dict) or event.get("previous") != previous or event.get("event") != len(events):
-            raise TranscriptError(f"transcript must be unaltered, got a broken chain at event {len(events)}, round {round}. Record it again.")
+            raise TranscriptError(
+                f"transcript must be unaltered, got a broken chain at event {len(events)}, round {round}. Record it again."
+            )
         if not events and event.get("schema") != SCHEMA:
             raise TranscriptError(f"transcript schema must be {SCHEMA}, got {event.get('schema')}. Use the fedpeek version that wrote it.")
         previous, round = hashlib.sha256(line).hexdigest(), max(round, int(event["round"]))

@@ -38,6 +38,7 @@ class Schema:
 
     @property
     def num_classes(self) -> int:
+        """Classes that a label can name."""
         return len(self.class_names)
 
 

@@ -6,7 +6,7 @@ A reply is checked against the broadcast before anyone uses it: names, shapes, t
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -71,7 +71,7 @@ def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upl
         kind, examples = facts["kind"], facts["num-examples"]
     except (KeyError, ValueError, TypeError) as error:
         raise WireError(f"reply must carry {UPDATE}, {BUFFERS} and {FACTS}, got {sorted(content)} ({error}). Check the client.") from error
-    expected = "delta" if broadcast.training.algorithm == "fedavg" else "gradient"
+    expected: Literal["gradient", "delta"] = "delta" if broadcast.training.algorithm == "fedavg" else "gradient"
     if kind != expected:
         raise WireError(f"update kind must be {expected}, got {kind!r}. Check the client's algorithm.")
     if not isinstance(examples, int) or examples < 1:
@@ -117,7 +117,9 @@ def unpack_stage(content: RecordDict) -> tuple[str, bytes, dict[str, Any]]:
         facts: dict[str, Any] = dict(content.config_records[STAGE])
         return str(facts.pop(STAGE)), bytes(facts.pop("payload")), facts
     except (KeyError, TypeError) as error:
-        raise WireError(f"message must carry a protocol stage, got {sorted(content)}. Check that both sides run secure aggregation.") from error
+        raise WireError(
+            f"message must carry a protocol stage, got {sorted(content)}. Check that both sides run secure aggregation."
+        ) from error
 
 
 def content_bytes(message: Message) -> int:
@@ -138,7 +140,7 @@ def facts_of(message: Message) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     for key, array_record in message.content.array_records.items():
         tensors |= {f"{key}/{name}": tensor for name, tensor in _tensors(array_record).items()}
     for key, metric_record in message.content.metric_records.items():
-        facts[key] = {name: value for name, value in metric_record.items()}
+        facts[key] = dict(metric_record.items())
     for key, config_record in message.content.config_records.items():
         facts[key] = {name: value for name, value in config_record.items() if not isinstance(value, bytes)}
         for name, value in config_record.items():
@@ -158,5 +160,3 @@ def _arrays(tensors: Tensors) -> ArrayRecord:
 
 def _tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-
-

@@ -52,6 +52,7 @@ class Federation:
 
     @property
     def cohort_size(self) -> int:
+        """Clients in a round."""
         return self.cohort or self.clients
 
 

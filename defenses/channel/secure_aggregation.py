@@ -161,9 +161,7 @@ class SecureAggregation(Defense):
         """Expected rms rounding error of one coordinate of the mean update, in the update's unit: print it with a run."""
         return self.scale_for(cohort, max_examples).rms_error(self.clip_range, senders=senders, num_examples=num_examples)
 
-    def encode(
-        self, update: Update, buffers: Tensors, num_examples: int, *, cohort: int, max_examples: int, rng: torch.Generator
-    ) -> Words:
+    def encode(self, update: Update, buffers: Tensors, num_examples: int, *, cohort: int, max_examples: int, rng: torch.Generator) -> Words:
         """A client's vector [n_i-weighted update | n_i-weighted floating-point buffers | n_i], to be masked as a whole.
 
         Args:

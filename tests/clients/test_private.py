@@ -48,7 +48,11 @@ def test_fedsgd_visits_each_record_once_an_epoch_and_never_more_than_the_account
 
 @pytest.mark.parametrize(
     ("recipe", "sizes"),
-    [({"epochs": 2, "batch_size": 100}, [100, 100, 69] * 2), ({"steps": 2, "batch_size": 0}, [269, 269]), ({"steps": 4, "batch_size": 100}, [100, 100, 69, 100])],
+    [
+        ({"epochs": 2, "batch_size": 100}, [100, 100, 69] * 2),
+        ({"steps": 2, "batch_size": 0}, [269, 269]),
+        ({"steps": 4, "batch_size": 100}, [100, 100, 69, 100]),
+    ],
 )
 def test_fedavg_batches(recipe: dict, sizes: list[int]) -> None:
     of = world(training={"algorithm": "fedavg", **recipe})

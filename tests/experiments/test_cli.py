@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from experiments.cli import app, main
 from experiments.run import FACTS, RESULTS
 from simulator.errors import SpecError
-from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -68,7 +68,10 @@ BAD = {
     "unknown choice": (["--set", "training.algorithm=fedsdg"], "Did you mean 'fedsgd'?"),
     "wrong type": (["--set", 'federation.clients="four"'], "federation.clients must be a whole number, got 'four'"),
     "not an assignment": (["--set", "clients"], "must be of the form a.b=value"),
-    "batch larger than a client's data": (["--set", "training.batch_size=400"], "training.batch_size must be ≤ what every client holds, got 400"),
+    "batch larger than a client's data": (
+        ["--set", "training.batch_size=400"],
+        "training.batch_size must be ≤ what every client holds, got 400",
+    ),
     "more clients than records": (["--set", "federation.clients=2000"], "federation.clients must be ≤"),
     "attacked round never happens": (["--set", "evaluation.rounds=[3]"], "must be ≤ federation.rounds = 1"),
     "dp with batchnorm": (
@@ -80,7 +83,10 @@ BAD = {
         "threshold must be at most the cohort of 4, got 9",
     ),
     "two per-example defenses": (
-        ["--set", 'arms.1.defenses=[{name="dp_sgd", clip_norm=1.0, noise_multiplier=1.0}, {name="dp_sgd", clip_norm=1.0, noise_multiplier=1.0}]'],
+        [
+            "--set",
+            'arms.1.defenses=[{name="dp_sgd", clip_norm=1.0, noise_multiplier=1.0}, {name="dp_sgd", clip_norm=1.0, noise_multiplier=1.0}]',
+        ],
         "at most one per-example defense",
     ),
     "delta that means nothing": (["--set", "evaluation.delta=0.1"], "delta must be"),
@@ -103,7 +109,9 @@ def test_unknown_example_gets_a_suggestion(capsys: pytest.CaptureFixture[str], m
     assert "Did you mean 'demo'?" in refuse(capsys, monkeypatch, "run", "dem")
 
 
-def test_occupied_directory_is_left_alone(spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_occupied_directory_is_left_alone(
+    spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "--out must be empty or new" in refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out")
@@ -234,7 +242,7 @@ def test_newcomers_file_is_listed_tested_and_runs(tmp_path: Path) -> None:
 def test_set_reaches_into_lists_and_bare_names() -> None:
     from experiments.spec import load
 
-    experiment = load(None, ["model=convnet", "model.width=4", "arms.1.defenses.0.clip_norm=2.5", "seeds=[7]", "attacks=[\"dlg\"]"])
+    experiment = load(None, ["model=convnet", "model.width=4", "arms.1.defenses.0.clip_norm=2.5", "seeds=[7]", 'attacks=["dlg"]'])
     assert (experiment.arms[1].defenses[0].clip_norm, experiment.seeds) == (2.5, (7,))  # type: ignore[attr-defined]
     with pytest.raises(SpecError, match="must be an index below"):
         load(None, ["arms.99.name=x"])

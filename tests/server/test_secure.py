@@ -154,4 +154,6 @@ def test_a_private_number_out_of_range_stays_with_the_client(tmp_path: Path) -> 
         federate(of, tmp_path / "t")
     assert "left secure aggregation" in str(caught.value)
     lost = [json.loads(line) for line in (tmp_path / "t" / LINES).read_text().splitlines() if '"kind": "lost"' in line]
-    assert [event["reason"] for event in lost] == [f"client {c} failed: ProtocolAbort: left secure aggregation (stage mask)" for c in range(6)]
+    assert [event["reason"] for event in lost] == [
+        f"client {c} failed: ProtocolAbort: left secure aggregation (stage mask)" for c in range(6)
+    ]

@@ -143,4 +143,3 @@ class SecAggServer:
         if len(body) != size:
             raise ProtocolAbort(f"{kind.name} from client {client} must be {size} bytes, got {len(body)}. Abort the round.")
         return body
-
