@@ -6,6 +6,7 @@ The truth is recomputed from the seed by whoever is entitled to it (the client, 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,17 @@ from simulator.dataset import Splits, split, take
 from simulator.rng import stream
 from simulator.training import batch_indices
 from simulator.types import Batch
-from simulator.world import World
+from simulator.world import Split, World
 
 
 def splits(world: World) -> Splits:
-    """The world's data set, divided into private, test and public records."""
-    return split(world.data.load(), world.split, world.seed)
+    """The world's data set, divided into private, test and public records; nobody may change them in place."""
+    return _splits(world.data, world.split, world.seed)
+
+
+@lru_cache(maxsize=4)
+def _splits(data: Any, shares: Split, seed: int) -> Splits:
+    return split(data.load(), shares, seed)
 
 
 @lru_cache(maxsize=8)

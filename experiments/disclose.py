@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from simulator import config
 from simulator.adversary import Knowledge, ThreatModel
@@ -15,7 +16,12 @@ ARCHITECTURE_SEED = 0
 """The adversary gets the architecture; the weights that matter come from the broadcast."""
 
 
-def disclose(threat: ThreatModel, world: World, splits: Splits, truth: Batch, upload: Upload) -> Knowledge:
+def architecture(world: World, splits: Splits) -> nn.Module:
+    """The network that everybody trains; one object for all victims, so that attacks can take them together."""
+    return network(world.model, splits.schema, world.training, ARCHITECTURE_SEED)
+
+
+def disclose(threat: ThreatModel, world: World, splits: Splits, truth: Batch, upload: Upload, model: nn.Module) -> Knowledge:
     """What the adversary knows besides its view.
 
     Args:
@@ -24,10 +30,11 @@ def disclose(threat: ThreatModel, world: World, splits: Splits, truth: Batch, up
         splits: gives the public records, if the rule grants them.
         truth: the private records behind the upload, in the senders' order; withheld but for what the rule grants.
         upload: gives the number of examples, which the protocol itself shows.
+        model: the architecture.
     """
     classes = splits.schema.num_classes
     return Knowledge(
-        model=network(world.model, splits.schema, world.training, ARCHITECTURE_SEED),
+        model=model,
         schema=splits.schema,
         training=world.training,
         num_examples=upload.num_examples,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clients.private import private_record_ids, splits
 from experiments import controls, matching, metrics
-from experiments.disclose import disclose
+from experiments.disclose import architecture, disclose
 from experiments.result import RecordResult, Status, Trial
 from experiments.spec import Evaluation, Experiment
 from simulator import progress
@@ -69,6 +69,7 @@ Answer = Reconstruction | Exception
 def find_victims(experiment: Experiment, world: World, record: Record) -> list[Victim]:
     """The uploads to attack: the first ``evaluation.victims`` of each attacked round, with the knowledge that is disclosed."""
     parts, found = splits(world), []
+    model = architecture(world, parts)
     for round in sorted(experiment.evaluation.rounds):
         observation = record.observation(round)
         count = len(observation.uploads)
@@ -78,7 +79,7 @@ def find_victims(experiment: Experiment, world: World, record: Record) -> list[V
             ids = [private_record_ids(world, client, round) for client in senders]
             truth = take(parts.private, torch.cat(ids))
             clients = tuple(client for client, own in zip(senders, ids, strict=True) for _ in own)
-            knowledge = disclose(experiment.threat, world, parts, truth, view.upload)
+            knowledge = disclose(experiment.threat, world, parts, truth, view.upload, model)
             found.append(Victim(view, knowledge, truth, torch.cat(ids), clients))
     return found
 

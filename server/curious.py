@@ -12,7 +12,6 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from simulator import wire
-from simulator.errors import WireError
 from simulator.transcript import Transcript, broadcast_event, released_tensors, upload_event
 from simulator.types import Broadcast, Tensors, Upload
 
@@ -104,16 +103,12 @@ class CuriousGrid(Grid):
         return batch
 
     def _record_reply(self, message: Message, node: int) -> None:
-        if message.has_content() and message.metadata.message_type == wire.TRAIN and self._broadcast is not None:
-            try:
-                upload = wire.unpack_upload(message.content, self._clients.get(node, node), self._broadcast)
-            except WireError:
-                pass  # not an upload that anyone will use; it crossed all the same, so it is recorded as it is
-            else:
-                assert self._transcript is not None
-                self._transcript.append("upload", self._round, *upload_event(upload))
-                return
-        self._append("received", message, node)
+        is_upload = message.has_content() and message.metadata.message_type == wire.TRAIN
+        upload = wire.received_upload(message.content, self._clients.get(node, node)) if is_upload else None
+        if upload is None:
+            self._append("received", message, node)
+        elif self._transcript is not None:  # as it arrived: what the server refuses is marked as lost
+            self._transcript.append("upload", self._round, *upload_event(upload))
 
     def _append(self, kind: str, message: Message, node: int) -> None:
         if self._transcript is not None:

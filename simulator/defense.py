@@ -90,6 +90,10 @@ class Defense:
         """Transform the aggregate at the server, after the observation was taken."""
         return update
 
+    def noise_std(self, world: World) -> float:
+        """Standard deviation of the noise that it adds to one coordinate of an upload: what a channel must make room for."""
+        return 0.0
+
     def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
         """The formal claim over the whole training, or None: a defense without one is reported with ε = ∞.
 

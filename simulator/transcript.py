@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import queue
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +26,19 @@ from simulator.types import Broadcast, LocalTraining, Observation, Tensors, Upda
 SCHEMA = 1
 LINES = "transcript.jsonl"
 GENESIS = "0" * 64
+END = "end"
+IN_FLIGHT = 32
+"""Events that may wait to be written: bounds the memory that a slow disk can cost."""
 
 PARAMETERS, BUFFERS, UPDATE = "parameters", "buffers", "update"
 """First part of a tensor's name in a transcript file, and the key of its record in a Flower message."""
 
 
 class Transcript:
-    """Writes events; whoever holds it can only append.
+    """Writes events, in order, in a thread of its own; whoever holds it can only append.
+
+    Hashing and writing overlap with the federation, which waits when :data:`IN_FLIGHT` events are behind: no more than those can be
+    lost to a kill, and none to an error, since :meth:`close` writes them all.
 
     Args:
         directory: created if it is not there; must not hold a transcript yet.
@@ -47,10 +55,38 @@ class Transcript:
         self._directory, self._keep = directory, frozenset(keep_rounds)
         self._lines: BinaryIO = (directory / LINES).open("ab")
         self._previous, self._count = GENESIS, 0
+        self._waiting: queue.Queue[tuple[str, int, Mapping[str, Any], Tensors]] = queue.Queue(IN_FLIGHT)
+        self._failure: Exception | None = None
+        threading.Thread(target=self._serve, daemon=True, name="fedpeek-transcript").start()
         self.append("header", 0, {"schema": SCHEMA, **header})
 
     def append(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors | None = None) -> None:
-        """Add one event; when this returns, a killed process cannot lose it."""
+        """Add one event; the tensors must not change any more.
+
+        Raises:
+            TranscriptError: an earlier event could not be written.
+        """
+        self._check()
+        self._waiting.put((kind, round, facts, tensors or {}))
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise TranscriptError(f"transcript must be writable, got {self._failure!r} in {self._directory}. Free space or choose another --out.")
+
+    def _serve(self) -> None:
+        while True:
+            event = self._waiting.get()
+            try:
+                if self._failure is None:  # after a failure the chain is broken: nothing may follow
+                    self._write(*event)
+            except Exception as error:  # raised again by the next append or settle
+                self._failure = error
+            finally:
+                self._waiting.task_done()
+            if event[0] == END:
+                return
+
+    def _write(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors) -> None:
         event: dict[str, Any] = {"event": self._count, "kind": kind, "round": round, **facts}
         if tensors:
             body = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
@@ -67,8 +103,10 @@ class Transcript:
 
     def close(self, status: str, facts: Mapping[str, Any] | None = None) -> None:
         """Seal the transcript: ``ok``, ``degraded`` (clients were lost) or ``failed``."""
-        self.append("end", 0, {"status": status, **(facts or {})})
+        self.append(END, 0, {"status": status, **(facts or {})})
+        self._waiting.join()
         self._lines.close()
+        self._check()
 
 
 @dataclass(frozen=True)
@@ -169,7 +207,7 @@ def _verified_events(directory: Path) -> list[dict[str, Any]]:
             raise TranscriptError(f"transcript schema must be {SCHEMA}, got {event.get('schema')}. Use the fedpeek version that wrote it.")
         previous, round = hashlib.sha256(line).hexdigest(), max(round, int(event["round"]))
         events.append(event)
-    if not events or events[-1]["kind"] != "end":
+    if not events or events[-1]["kind"] != END:
         raise TranscriptError(f"transcript must end with an end event, got one cut short in round {round}. Run it again or with --resume.")
     return events
 

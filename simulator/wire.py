@@ -81,6 +81,16 @@ def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upl
     return Upload(frozenset({client}), Update(expected, update), buffers, examples)
 
 
+def received_upload(content: RecordDict, client: int) -> Upload | None:
+    """The upload in a reply as it arrived, unchecked; None if it is none."""
+    try:
+        facts = content.config_records[FACTS]
+        update, buffers = (_tensors(content.array_records[key]) for key in (UPDATE, BUFFERS))
+        return Upload(frozenset({client}), Update(str(facts["kind"]), update), buffers, int(facts["num-examples"]))  # type: ignore[arg-type]
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
 def check_tensors(got: Tensors, like: Tensors, what: str) -> None:
     """Check names, shapes, types and finiteness of received tensors against those that were sent.
 
@@ -96,7 +106,7 @@ def check_tensors(got: Tensors, like: Tensors, what: str) -> None:
         if got[name].shape != tensor.shape or got[name].dtype != tensor.dtype:
             mine, theirs = (f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, got[name]))
             raise WireError(f"{what} {name!r} must be {mine}, got {theirs}. Check the client's model.")
-        if not torch.isfinite(got[name]).all():
+        if not torch.isfinite(got[name].abs().max() if got[name].numel() else torch.zeros(())):
             raise WireError(f"{what} {name!r} must be finite, got NaN or infinity. Lower the client's learning rate.")
 
 
@@ -123,10 +133,10 @@ def unpack_stage(content: RecordDict) -> tuple[str, bytes, dict[str, Any]]:
 
 
 def content_bytes(message: Message) -> int:
-    """Bytes of the arrays and payloads in a message: what the upload costs whatever carries it."""
+    """Bytes of the serialized arrays and payloads in a message: what the upload costs, whatever carries it."""
     if message.has_error():
         return 0
-    arrays = sum(array.numpy().nbytes for record in message.content.array_records.values() for array in record.values())
+    arrays = sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
     payloads = sum(len(v) for record in message.content.config_records.values() for v in record.values() if isinstance(v, bytes))
     return int(arrays + payloads)
 
@@ -159,4 +169,4 @@ def _arrays(tensors: Tensors) -> ArrayRecord:
 
 
 def _tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+    return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}

@@ -84,32 +84,38 @@ class Objective:
     def _labels(self) -> Tensor:
         return torch.stack([victim.labels for victim in self.victims])
 
-    def value(self, inputs: Tensor, labels: Tensor, target: Tensor, parameters: Tensors, buffers: Tensors) -> Tensor:
-        """The objective of one candidate."""
+    def value(self, inputs: Tensor, labels: Tensor, target: Tensor, parameters: Tensors, buffers: Tensors, tv: float) -> Tensor:
+        """The objective of one candidate under the weight ``tv``."""
         kin = self.victims[0]
         trial = simulate(kin.model, parameters, buffers, inputs, labels, recipe=kin.recipe, order=kin.order, names=kin.names)
         match = DISTANCES[self.distance](trial, target)
-        return match + self.tv * total_variation(inputs) if self.tv else match
+        return match + tv * total_variation(inputs) if tv else match
 
-    def __call__(self, candidates: Candidates, rows: Rows) -> tuple[Float[Tensor, " rows"], Candidates]:
-        """Values and gradients of the candidates; ``rows`` says where in the full stack they stand."""
+    def __call__(self, candidates: Candidates, rows: Rows, prior: float = 1.0) -> tuple[Float[Tensor, " rows"], Candidates]:
+        """Values and gradients of the candidates.
+
+        Args:
+            candidates: to evaluate.
+            rows: where in the full stack they stand.
+            prior: factor on the weight of the prior, for attacks that loosen it as they go.
+        """
         starts = range(0, len(rows), self.at_once)
-        parts = [self._evaluate(candidates[i : i + self.at_once], rows[i : i + self.at_once]) for i in starts]
+        parts = [self._evaluate(candidates[i : i + self.at_once], rows[i : i + self.at_once], prior * self.tv) for i in starts]
         return torch.cat([value for value, _ in parts]), torch.cat([gradient for _, gradient in parts])
 
-    def _evaluate(self, candidates: Candidates, rows: Rows) -> tuple[Float[Tensor, " rows"], Candidates]:
+    def _evaluate(self, candidates: Candidates, rows: Rows, tv: float) -> tuple[Float[Tensor, " rows"], Candidates]:
         owners = rows // self.restarts
         parameters = self._parameters if self.shared else {name: tensor[owners] for name, tensor in self._parameters.items()}
         buffers = {name: tensor[owners] for name, tensor in self._buffers.items()}
-        arguments = (candidates, self._labels[owners], self._targets[owners], parameters, buffers)
-        axes = (0, 0, 0, None if self.shared else 0, 0)
+        arguments = (candidates, self._labels[owners], self._targets[owners], parameters, buffers, tv)
+        axes = (0, 0, 0, None if self.shared else 0, 0, None)
         if len(rows) > 1:
             gradients, values = vmap(grad_and_value(self.value), in_dims=axes)(*arguments)
             return values.detach(), gradients.detach()
         candidate = candidates[0].clone().requires_grad_(True)  # plain autograd outside: less overhead than torch.func twice
         owner = int(owners)
         alone = parameters if self.shared else first_of(parameters)
-        value = self.value(candidate, self._labels[owner], self._targets[owner], alone, first_of(buffers))
+        value = self.value(candidate, self._labels[owner], self._targets[owner], alone, first_of(buffers), tv)
         return value[None].detach(), torch.autograd.grad(value, candidate)[0][None]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simulator.types import Tensors
 
-Distance = Literal["cosine", "l2"]
+Distance = Literal["angle", "cosine", "l2"]
 
 
 def flat(update: Tensors, names: Sequence[str]) -> Float[Tensor, " coordinates"]:
@@ -25,9 +25,18 @@ def cosine(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordin
     return 1 - similarity
 
 
+def angle(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordinates"]) -> Float[Tensor, ""]:
+    """√(2·(1 − cos)): the chord between the directions, for small angles the angle in radians.
+
+    Its slope does not fade as the match improves, so that a prior weighs less and less against it; under 1 − cos a prior that is
+    right for the start dominates the end. The constant keeps the root differentiable at a perfect match.
+    """
+    return (2 * cosine(trial, target) + 1e-9).clamp(min=1e-9).sqrt()
+
+
 def l2(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordinates"]) -> Float[Tensor, ""]:
     """Squared distance relative to the target's own square: 0 is equal, 1 is as good as a zero update."""
     return (trial - target).square().sum() / target.square().sum()
 
 
-DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "l2": l2}
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {"angle": angle, "cosine": cosine, "l2": l2}

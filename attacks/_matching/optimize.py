@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attacks._matching.batch import Candidates, Rows
-from attacks._matching.priors import box
+from attacks._matching.batch import Candidates, Objective, Rows
+from attacks._matching.priors import box, total_variation
 from simulator.progress import tick
 
 Evaluate = Callable[[Candidates, Rows], tuple[Float[Tensor, " rows"], Candidates]]
@@ -38,28 +38,34 @@ class Run:
     converged: tuple[bool, ...]
 
 
-def signed_adam(evaluate: Evaluate, start: Candidates, *, steps: int, learning_rate: float, task: str) -> Run:
+def signed_adam(
+    evaluate: Objective, start: Candidates, *, steps: int, learning_rate: float, final_prior: float = 1.0, task: str
+) -> Run:
     """Adam on the sign of the gradient, projected to [0, 1]; the step falls to a tenth at 3/8, 5/8 and 7/8 of the run.
 
-    Converged means that the objective fell by less than 5 % over the tenth of the run before the second decay. Later the steps are
-    so small that any objective is flat, so the end of the run proves nothing.
+    The weight of the prior falls geometrically to ``final_prior`` times its first value at 7/8 of the run and then stays. While it
+    moves, objectives of different steps cannot be compared, so the best iterate is that of the last eighth (of the whole run where
+    the weight never moves), and its objective is the one under the final weight.
+
+    Converged means that the distance of the updates, without the prior, fell by less than 5 % over the tenth of the run before the
+    second decay. Later the steps are so small that any objective is flat, so the end of the run proves nothing.
     """
     rows = torch.arange(len(start))
     x, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     best, lowest = start.clone(), torch.full((len(start),), torch.inf)
-    at = {int(steps * (DECAYS[1] - 0.1)): lowest, int(steps * DECAYS[1]): lowest}
-    trace = []
+    matches, trace = [], []
     for step in range(steps):
-        value, gradient = evaluate(x, rows)
-        better = value < lowest  # False for NaN
+        prior = final_prior ** min(1.0, step / (DECAYS[2] * steps))
+        value, gradient = evaluate(x, rows, prior)
+        better = torch.isfinite(value) if prior > final_prior else value < lowest  # both False for NaN
         lowest = torch.where(better, value, lowest)
         best[better] = x[better]
-        if step in at:
-            at[step] = lowest
+        if DECAYS[1] - 0.1 <= step / steps <= DECAYS[1]:
+            matches.append(value - prior * evaluate.tv * row_variation(x))
         if step % max(1, steps // TRACE_POINTS) == 0 or step == steps - 1:
             trace.append((step, value))
         if step % 10 == 0:
-            tick(task, step, steps, f"objective {float(lowest.mean()):.2e}")
+            tick(task, step, steps, f"objective {float(value.mean()):.2e}")
         sign = torch.nan_to_num(gradient).sign()
         first = 0.9 * first + 0.1 * sign
         second = 0.999 * second + 0.001 * sign.square()
@@ -67,6 +73,18 @@ def signed_adam(evaluate: Evaluate, start: Candidates, *, steps: int, learning_r
         direction = (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         x = box(x - rate * direction)
     tick(task, steps, steps, f"objective {float(lowest.mean()):.2e}")
-    before, after = at.values() if len(at) == 2 else (torch.full_like(lowest, torch.inf), lowest)
-    flat = (before - after) < STILL_FALLING * before
-    return Run(best, lowest, tuple(trace), tuple((flat & torch.isfinite(lowest)).tolist()))
+    return Run(best, lowest, tuple(trace), tuple((flattened(matches) & torch.isfinite(lowest)).tolist()))
+
+
+def row_variation(x: Candidates) -> Float[Tensor, " rows"]:
+    """Total variation of each candidate."""
+    return torch.stack([total_variation(row) for row in x])
+
+
+def flattened(matches: list[Float[Tensor, " rows"]]) -> Bool[Tensor, " rows"]:
+    """Whether the distance fell by less than 5 % from the first to the second half of this stretch; halves, since signs jitter."""
+    if len(matches) < 4:
+        return torch.zeros_like(matches[0], dtype=torch.bool) if matches else torch.tensor(False)
+    half = len(matches) // 2
+    before, after = torch.stack(matches[:half]).mean(0), torch.stack(matches[half:]).mean(0)
+    return (before - after) < STILL_FALLING / 2 * before

@@ -8,7 +8,7 @@ Source: Zhao et al., 2020, arXiv:2001.02610, section 3.1 (one record); Ma et al.
     arXiv:2110.09074 (softmax of dummy inputs, average of the first and last model of a FedAvg round).
 Deviations: one record without bias is the row of largest norm, which assumes no sign of the features. iLRG's embeddings are corrected
     for the records of other classes by alternating with the counts: untrained models, C = 10, B = 32, exact batches over lenet,
-    convnet, mlp, linear and resnet20 rise from 53 to 75 of 90. RLU by nonnegative least squares, no Monte-Carlo over epochs.
+    convnet, mlp, linear and resnet20 rise from 59 to 75 of 90. RLU by nonnegative least squares, no Monte-Carlo over epochs.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 REFERENCE_STD = 1e-3
 """Coordinate standard deviation of a typical update, at which the rounding error is judged."""
+NOISE_REACH = 8
+"""Standard deviations that ``clip_range`` must leave for a defense's noise; beyond 8 lie 1e-15 of all coordinates."""
 MAX_RELATIVE_ERROR = 1e-4
 """Rounding error, relative to the mean's standard deviation, up to which 32-bit words are chosen."""
 
@@ -113,6 +115,12 @@ class SecureAggregation(Defense):
             return (
                 f"threshold must be above half of the cohort of {n}, got {threshold}: two disjoint groups could open both of a client's "
                 f"secrets. Use threshold = 0 for {2 * n // 3 + 1}."
+            )
+        noise = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses))
+        if NOISE_REACH * noise > self.clip_range:
+            return (
+                f"clip_range must be ≥ {NOISE_REACH} standard deviations of the noise that goes through it, got {self.clip_range} with noise of "
+                f"{noise:.3g}: clients would have to leave. Set clip_range = {2.0 ** math.ceil(math.log2(NOISE_REACH * noise)):g}."
             )
         if sum(defense.channel for defense in world.defenses) > 1:
             names = [defense.name for defense in world.defenses if defense.channel]

@@ -63,6 +63,10 @@ class ClientDP(Defense):
         """Refuse BatchNorm in train mode: its running statistics would leave beside the update, without noise."""
         return batch_norm_in_train_mode(world, self.name)
 
+    def noise_std(self, world: World) -> float:
+        """z·S."""
+        return self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
+
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Clip, then add noise."""
         clipped = clip_to_norm(update.tensors, self.clip_norm)

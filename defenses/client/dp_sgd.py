@@ -78,6 +78,18 @@ class DPSGD(Defense):
             return f"defenses with per-example gradients must be at most 1, got {count}. Keep dp_sgd or the other."
         return batch_norm(world, self.name)
 
+    def noise_std(self, world: World) -> float:
+        """z·C/B of one gradient; of a delta at most as many times the learning rate as there are local steps, momentum's reach included."""
+        if not self.noise_multiplier:
+            return 0.0
+        recipe = world.training
+        std = self.noise_multiplier * self.clip_norm / max(1, recipe.batch_size)
+        if recipe.algorithm == "fedsgd":
+            return std
+        records = len(world.data.load().records) // world.federation.clients
+        steps = recipe.steps or recipe.epochs * -(-records // (recipe.batch_size or records))
+        return std * recipe.learning_rate * math.sqrt(steps) / (1 - min(recipe.momentum, 0.99))
+
     def on_gradient(self, per_example: Tensors, context: ClientContext) -> Tensors:
         """Sum the clipped gradients, add noise once, divide by the expected batch size."""
         total = clipped_sum(per_example, self.clip_norm)

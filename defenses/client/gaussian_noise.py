@@ -20,6 +20,7 @@ import torch
 from simulator.defense import ClientContext, Defense
 from simulator.registry import register
 from simulator.types import Tensors, Update
+from simulator.world import World
 
 
 def add_gaussian(tensors: Tensors, sigma: float, rng: torch.Generator) -> Tensors:
@@ -49,6 +50,10 @@ class GaussianNoise(Defense):
     def __post_init__(self) -> None:
         if not 0 <= self.sigma < math.inf:
             raise ValueError(f"sigma must be ≥ 0 and finite, got {self.sigma}. Use sigma = 0 for no noise.")
+
+    def noise_std(self, world: World) -> float:
+        """Sigma itself."""
+        return self.sigma
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Add the noise."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clients.private import private_records, splits
-from experiments.disclose import disclose
+from experiments.disclose import architecture, disclose
 from simulator import config, registry
 from simulator.adversary import Attack, ThreatModel
 from simulator.defense import Defense
@@ -61,7 +61,7 @@ def test_knowledge_holds_no_truth_beyond_what_the_threat_model_grants(labels: st
     of = world(training={"batch_size": 8}, defenses=[{"name": "dp_sgd", "clip_norm": 1.0, "noise_multiplier": 1.0}], seed=31337)
     view = federate(of, tmp_path / "t").observations[0].only(0)
     truth = private_records(of, 0, 1)
-    knowledge = disclose(ThreatModel(labels=labels), of, splits(of), truth, view.upload)  # type: ignore[arg-type]
+    knowledge = disclose(ThreatModel(labels=labels), of, splits(of), truth, view.upload, architecture(of, splits(of)))  # type: ignore[arg-type]
     reachable = list(_reachable((view, knowledge)))
     assert not any(isinstance(item, World) for item in reachable)
     assert 31337 not in [item for item in reachable if isinstance(item, int)]

@@ -31,12 +31,16 @@ def double_backward(model: nn.Module, x: Tensor, victim: Victim, distance: str, 
     x = x.clone().requires_grad_(True)
     gradient = torch.autograd.grad(F.cross_entropy(model(x), victim.labels), list(model.parameters()), create_graph=True)
     trial, target = torch.cat([g.flatten() for g in gradient]), victim.target.to(x.dtype)
-    match = 1 - F.cosine_similarity(trial, target, dim=0) if distance == "cosine" else F.mse_loss(trial, target) / target.square().mean()
+    match = 1 - F.cosine_similarity(trial, target, dim=0)
+    if distance == "angle":
+        match = (2 * match).sqrt()
+    if distance == "l2":
+        match = F.mse_loss(trial, target) / target.square().mean()
     value = match + tv * ((x[..., 1:] - x[..., :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean())
     return value.detach(), torch.autograd.grad(value, x)[0]
 
 
-@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("distance", ["angle", "cosine", "l2"])
 @pytest.mark.parametrize("shared", [True, False], ids=["one broadcast", "many broadcasts"])
 def test_objective_equals_double_backward(distance: str, shared: bool) -> None:
     models = [build("lenet", (1, 8, 8), seed=0 if shared else seed) for seed in range(3)]
@@ -71,7 +75,7 @@ def test_unrolled_update_is_that_of_torch_sgd() -> None:
     assert torch.allclose(update, delta, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("distance", ["angle", "cosine", "l2"])
 def test_unrolled_gradient_equals_finite_differences(distance: str) -> None:
     objective = Objective([victim(smooth(), 4, FEDAVG)], 1, distance, 0.01, torch.float64)  # type: ignore[arg-type]
     x = torch.rand(1, 4, *SHAPE, dtype=torch.float64)

@@ -1,0 +1,29 @@
+"""Writes README's tables of attacks, defenses, data and models from the registry: python -m experiments.readme."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+from simulator import registry
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def table(kind: registry.Kind) -> str:
+    """One row for each registered name, with the first line of its documentation."""
+    rows = [f"| `{name}` | {(registry.get(kind, name).__doc__ or '').strip().partition(chr(10))[0]} |" for name in registry.names(kind)]
+    return "\n".join([f"| {kind} | |", "|---|---|", *rows])
+
+
+def updated(text: str) -> str:
+    """``text`` with each table between its markers written anew."""
+    for kind in get_args(registry.Kind):
+        block = f"<!-- {kind} -->\n{table(kind)}\n<!-- /{kind} -->"
+        text = re.sub(rf"<!-- {kind} -->.*?<!-- /{kind} -->", lambda _, block=block: block, text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
