@@ -108,7 +108,7 @@ class CuriousGrid(Grid):
         if upload is None:
             self._append("received", message, node)
         elif self._transcript is not None:  # as it arrived: what the server refuses is marked as lost
-            self._transcript.append("upload", self._round, *upload_event(upload))
+            self._transcript.append("upload", self._round, *upload)
 
     def _append(self, kind: str, message: Message, node: int) -> None:
         if self._transcript is not None:

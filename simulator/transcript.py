@@ -11,7 +11,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,13 +55,13 @@ class Transcript:
         self._directory, self._keep = directory, frozenset(keep_rounds)
         self._lines: BinaryIO = (directory / LINES).open("ab")
         self._previous, self._count = GENESIS, 0
-        self._waiting: queue.Queue[tuple[str, int, Mapping[str, Any], Tensors]] = queue.Queue(IN_FLIGHT)
+        self._waiting: queue.Queue[tuple[str, int, Mapping[str, Any], Tensors | Callable[[], Tensors]]] = queue.Queue(IN_FLIGHT)
         self._failure: Exception | None = None
         threading.Thread(target=self._serve, daemon=True, name="fedpeek-transcript").start()
         self.append("header", 0, {"schema": SCHEMA, **header})
 
-    def append(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors | None = None) -> None:
-        """Add one event; the tensors must not change any more.
+    def append(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors | Callable[[], Tensors] | None = None) -> None:
+        """Add one event; the tensors must not change any more, or are made by a function in the writer's thread.
 
         Raises:
             TranscriptError: an earlier event could not be written.
@@ -86,8 +86,9 @@ class Transcript:
             if event[0] == END:
                 return
 
-    def _write(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors) -> None:
+    def _write(self, kind: str, round: int, facts: Mapping[str, Any], source: Tensors | Callable[[], Tensors]) -> None:
         event: dict[str, Any] = {"event": self._count, "kind": kind, "round": round, **facts}
+        tensors = source() if callable(source) else source
         if tensors:
             body = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
             event["sha256"] = hashlib.sha256(body).hexdigest()

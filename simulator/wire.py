@@ -5,6 +5,7 @@ A reply is checked against the broadcast before anyone uses it: names, shapes, t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -81,14 +82,18 @@ def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upl
     return Upload(frozenset({client}), Update(expected, update), buffers, examples)
 
 
-def received_upload(content: RecordDict, client: int) -> Upload | None:
-    """The upload in a reply as it arrived, unchecked; None if it is none."""
+def received_upload(content: RecordDict, client: int) -> tuple[dict[str, Any], Callable[[], Tensors]] | None:
+    """The upload in a reply as it arrived, unchecked: an event's facts, and its tensors on demand; None if it is no upload.
+
+    The bytes are taken hold of now and cannot change; turning them into tensors is left to whoever writes them down.
+    """
     try:
         facts = content.config_records[FACTS]
-        update, buffers = (_tensors(content.array_records[key]) for key in (UPDATE, BUFFERS))
-        return Upload(frozenset({client}), Update(str(facts["kind"]), update), buffers, int(facts["num-examples"]))  # type: ignore[arg-type]
+        arrays = {f"{key}/{name}": array for key in (UPDATE, BUFFERS) for name, array in content.array_records[key].items()}
+        found = {"senders": [client], "update": str(facts["kind"]), "num_examples": int(facts["num-examples"])}  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError):
         return None
+    return found, lambda: {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
 
 
 def check_tensors(got: Tensors, like: Tensors, what: str) -> None:

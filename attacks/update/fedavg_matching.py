@@ -3,6 +3,7 @@
 Source: Geiping et al., 2020, arXiv:2003.14053, section 5 (unrolled local updates); Dimitrov et al., 2022, arXiv:2206.12395.
 Deviations: the client's shuffling is unknown, so the dummies keep one assumed order in all epochs, where Dimitrov et al. optimize
     separate variables for each epoch under an order-invariant prior. Several senders are one client with larger batches.
+    The defaults are those of inverting_gradients, not tuned for FedAvg.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Source: Zhao et al., 2020, arXiv:2001.02610, section 3.1 (one record); Ma et al.
     arXiv:2110.09074 (softmax of dummy inputs, average of the first and last model of a FedAvg round).
 Deviations: one record without bias is the row of largest norm, which assumes no sign of the features. iLRG's embeddings are corrected
     for the records of other classes by alternating with the counts: untrained models, C = 10, B = 32, exact batches over lenet,
-    convnet, mlp, linear and resnet20 rise from 59 to 75 of 90. RLU by nonnegative least squares, no Monte-Carlo over epochs.
+    convnet, mlp, linear and resnet20 rise from 59 to 75 of 90 (the same batches on which it was chosen).
+    RLU by nonnegative least squares, no Monte-Carlo over epochs.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from simulator.types import Observation, Tensors
 Estimate = Literal["auto", "uniform", "dummy", "embeddings", "public"]
 
 PROBES = 256
-"""Random inputs behind the dummy softmax; its error falls with their square root and is below one record already."""
+"""Random or public inputs behind an estimated softmax, at most."""
 
 
 ROUNDS = 30
-"""Half-steps of the alternation in :func:`embedding_counts`; it settles within about 10."""
+"""Half-steps of the alternation in :func:`embedding_counts`."""
 
 
 def one_label(weight: Float[Tensor, "classes features"], bias: Float[Tensor, " classes"] | None) -> int:

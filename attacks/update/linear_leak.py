@@ -27,7 +27,7 @@ from simulator.training import per_example_gradients
 from simulator.types import Batch, Observation
 
 PROOF = 1e-3
-"""Relative difference up to which a record explains its rows; float32 leaves 1e-5, mixtures 1e-1."""
+"""Relative difference up to which a record explains its rows; chosen, not measured."""
 
 
 def one_record(weight: Float[Tensor, "neurons inputs"], bias: Float[Tensor, " neurons"]) -> tuple[Float[Tensor, "1 inputs"], float]:
@@ -109,7 +109,7 @@ class LinearLeak:
     """Exact division through a first linear layer: one record always, of several those that own a neuron.
 
     Attributes:
-        tolerance: largest relative difference between two quotients of the same record; float32 leaves about 1e-6.
+        tolerance: largest relative difference between two quotients of the same record.
     """
 
     tolerance: float = 1e-4
