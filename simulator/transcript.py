@@ -16,12 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load, save
 from torch import Tensor
 
 from simulator.errors import TranscriptError
 from simulator.types import Broadcast, LocalTraining, Observation, Tensors, Update, Upload
+
+Arrays = Callable[[], Mapping[str, "np.ndarray[Any, Any]"]]
+"""Named arrays on demand: parsed in the writer's thread."""
 
 SCHEMA = 1
 LINES = "transcript.jsonl"
@@ -55,13 +60,13 @@ class Transcript:
         self._directory, self._keep = directory, frozenset(keep_rounds)
         self._lines: BinaryIO = (directory / LINES).open("ab")
         self._previous, self._count = GENESIS, 0
-        self._waiting: queue.Queue[tuple[str, int, Mapping[str, Any], Tensors | Callable[[], Tensors]]] = queue.Queue(IN_FLIGHT)
+        self._waiting: queue.Queue[tuple[str, int, Mapping[str, Any], Tensors | Arrays]] = queue.Queue(IN_FLIGHT)
         self._failure: Exception | None = None
         threading.Thread(target=self._serve, daemon=True, name="fedpeek-transcript").start()
         self.append("header", 0, {"schema": SCHEMA, **header})
 
-    def append(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors | Callable[[], Tensors] | None = None) -> None:
-        """Add one event; the tensors must not change any more, or are made by a function in the writer's thread.
+    def append(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors | Arrays | None = None) -> None:
+        """Add one event; its tensors must not change any more.
 
         Raises:
             TranscriptError: an earlier event could not be written.
@@ -71,7 +76,9 @@ class Transcript:
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise TranscriptError(f"transcript must be writable, got {self._failure!r} in {self._directory}. Free space or choose another --out.")
+            raise TranscriptError(
+                f"transcript must be writable, got {self._failure!r} in {self._directory}. Free space or choose another --out."
+            )
 
     def _serve(self) -> None:
         while True:
@@ -86,11 +93,10 @@ class Transcript:
             if event[0] == END:
                 return
 
-    def _write(self, kind: str, round: int, facts: Mapping[str, Any], source: Tensors | Callable[[], Tensors]) -> None:
+    def _write(self, kind: str, round: int, facts: Mapping[str, Any], tensors: Tensors | Arrays) -> None:
         event: dict[str, Any] = {"event": self._count, "kind": kind, "round": round, **facts}
-        tensors = source() if callable(source) else source
         if tensors:
-            body = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+            body = save_arrays(dict(tensors())) if callable(tensors) else save({n: t.detach().contiguous() for n, t in tensors.items()})
             event["sha256"] = hashlib.sha256(body).hexdigest()
             if not self._keep or round in self._keep or kind == "released":
                 event["file"] = f"{self._count:06d}.safetensors"

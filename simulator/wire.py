@@ -5,16 +5,17 @@ A reply is checked against the broadcast before anyone uses it: names, shapes, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
 from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from simulator.errors import WireError, did_you_mean
 from simulator.network import floating
-from simulator.transcript import BUFFERS, PARAMETERS, UPDATE
+from simulator.transcript import BUFFERS, PARAMETERS, UPDATE, Arrays
 from simulator.types import Broadcast, LocalTraining, Tensors, Update, Upload
 
 HELLO = "query.hello"
@@ -82,10 +83,10 @@ def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upl
     return Upload(frozenset({client}), Update(expected, update), buffers, examples)
 
 
-def received_upload(content: RecordDict, client: int) -> tuple[dict[str, Any], Callable[[], Tensors]] | None:
-    """The upload in a reply as it arrived, unchecked: an event's facts, and its tensors on demand; None if it is no upload.
+def received_upload(content: RecordDict, client: int) -> tuple[dict[str, Any], Arrays] | None:
+    """The upload in a reply as it arrived, unchecked: an event's facts, and its arrays on demand; None if it is no upload.
 
-    The bytes are taken hold of now and cannot change; turning them into tensors is left to whoever writes them down.
+    The bytes are taken hold of now and cannot change; parsing them is left to whoever writes them down.
     """
     try:
         facts = content.config_records[FACTS]
@@ -93,7 +94,7 @@ def received_upload(content: RecordDict, client: int) -> tuple[dict[str, Any], C
         found = {"senders": [client], "update": str(facts["kind"]), "num_examples": int(facts["num-examples"])}  # type: ignore[arg-type]
     except (KeyError, ValueError, TypeError):
         return None
-    return found, lambda: {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+    return found, lambda: {name: _view(array) for name, array in arrays.items()}
 
 
 def check_tensors(got: Tensors, like: Tensors, what: str) -> None:
@@ -171,6 +172,15 @@ def reply(content: RecordDict, request: Message) -> Message:
 
 def _arrays(tensors: Tensors) -> ArrayRecord:
     return ArrayRecord({name: Array(tensor.detach().contiguous().numpy()) for name, tensor in tensors.items()})
+
+
+def _view(array: Array) -> np.ndarray[Any, Any]:
+    """The array over the message's own bytes: ``array.numpy()`` without its copy, which would hold up the federation."""
+    stream = io.BytesIO(array.data)  # shares the bytes
+    if np.lib.format.read_magic(stream) != (1, 0):
+        return np.asarray(array.numpy())
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
 
 
 def _tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:

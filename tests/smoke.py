@@ -17,7 +17,7 @@ def check(out: Path) -> list[str]:
     strong = min((row for name, row in rows.items() if name.startswith("DP-SGD")), key=lambda row: row["epsilon"])
     secure = [row for name, row in rows.items() if name.startswith("secure aggregation")]
     statements = {
-        "none: at least 16 victims under 2 seeds": none["victims"] >= 32 and len(none["seeds"]) >= 2,
+        "none: at least 16 victims under 2 seeds": none["victims"] >= 32 and none["seeds"] >= 2,
         "none: identification ≥ 95 %": none["identified"]["rate"] >= 0.95,
         "none: PSNR gain > 8 dB with its interval above 0": none["gain"]["psnr_db"]["mean"] > 8 and none["gain"]["psnr_db"]["low"] > 0,
         "clip is not distinguishable from none": "not_distinguishable" in clip["flags"],

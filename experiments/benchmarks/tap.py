@@ -34,7 +34,7 @@ from simulator.world import World
 WORLD: dict[str, Any] = {
     "data": "mnist5k",
     "model": {"name": "mlp", "hidden": [1256]},
-    "federation": {"clients": 20, "rounds": 4},
+    "federation": {"clients": 20, "rounds": 10},
     "training": {"batch_size": 32},
 }
 TARGET = 0.10
