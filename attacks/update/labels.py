@@ -37,6 +37,9 @@ PROBES = 256
 """Random or public inputs behind an estimated softmax, at most."""
 
 
+CLIPPING = ("clip", "client_dp", "central_dp")
+"""Defenses that scale the whole update down to a norm, a setting of theirs."""
+
 ROUNDS = 30
 """Half-steps of the alternation in :func:`embedding_counts`."""
 
@@ -106,6 +109,21 @@ def bias_gradient_without_bias(weight: Tensor, head: Call) -> Float[Tensor, " cl
     return weight @ feature / feature.square().sum()
 
 
+def unclipping(view: Observation, knowledge: Knowledge, bias: Float[Tensor, " classes"], softmax: Float[Tensor, " classes"]) -> float:
+    """The factor ≥ 1 that undoes a clipping of the whole update which the adversary knows to be in place.
+
+    An update whose norm reaches the clip norm was scaled down by an unknown s. Counts need the scale: ν = p − ∂b/s. For every s they
+    sum to one, but a class that is absent has ν = 0, so the smallest 1/s at which some class vanishes is taken. It is right when at
+    least one class is absent, which fewer records than classes guarantee.
+    """
+    limits = [float(str(settings["clip_norm"])) for name, settings in knowledge.defenses if name in CLIPPING]
+    norm = torch.stack([tensor.double().square().sum() for tensor in view.upload.update.tensors.values()]).sum().sqrt()
+    if not limits or len(view.upload.senders) > 1 or norm < (1 - 1e-4) * min(limits):
+        return 1.0
+    positive = bias > 0
+    return max(1.0, float((softmax[positive] / bias[positive]).min()))
+
+
 def _models_along_the_way(view: Observation, knowledge: Knowledge) -> list[tuple[Tensors, Tensors]]:
     """The model before and, for more than one local step, after training: the softmax in between is about their average."""
     before, buffers = view.broadcast.parameters, all_buffers(knowledge.model, view.broadcast)
@@ -141,6 +159,9 @@ def estimate_counts(view: Observation, knowledge: Knowledge, estimate: Estimate 
         runs.append((calls[-1], logits, parameters))
     weight = gradient[head.weight]
     bias = gradient[head.bias] if head.bias in gradient else bias_gradient_without_bias(weight, runs[0][0])
+    mean_softmax = torch.stack([F.softmax(logits, 1).mean(0) for _, logits, _ in runs]).mean(0)
+    factor = unclipping(view, knowledge, bias, mean_softmax)
+    weight, bias = factor * weight, factor * bias
     if method == "embeddings" and head.bias in gradient:
         return torch.stack([embedding_counts(weight, bias, head, parameters, records) for _, _, parameters in runs]).mean(0)
     if method == "public":
@@ -148,7 +169,7 @@ def estimate_counts(view: Observation, knowledge: Knowledge, estimate: Estimate 
         return solve_counts(softmax, bias, records)
     if method == "uniform":
         return records * (1 / classes - bias)
-    return records * (torch.stack([F.softmax(logits, 1).mean(0) for _, logits, _ in runs]).mean(0) - bias)
+    return records * (mean_softmax - bias)
 
 
 def recovered_counts(view: Observation, knowledge: Knowledge, estimate: Estimate = "auto") -> Int[Tensor, " classes"]:

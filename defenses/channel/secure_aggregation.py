@@ -119,8 +119,8 @@ class SecureAggregation(Defense):
         noise = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses))
         if NOISE_REACH * noise > self.clip_range:
             return (
-                f"clip_range must be ≥ {NOISE_REACH} standard deviations of the noise that goes through it, got {self.clip_range} with noise of "
-                f"{noise:.3g}: clients would have to leave. Set clip_range = {2.0 ** math.ceil(math.log2(NOISE_REACH * noise)):g}."
+                f"clip_range must be ≥ {NOISE_REACH} standard deviations of the noise that goes through it, got {self.clip_range} "
+                f"with noise of {noise:.3g}: clients would have to leave. Set clip_range = {2.0 ** math.ceil(math.log2(NOISE_REACH * noise)):g}."
             )
         if sum(defense.channel for defense in world.defenses) > 1:
             names = [defense.name for defense in world.defenses if defense.channel]

@@ -15,7 +15,7 @@ CLAUSES: Mapping[Level, str] = {
     "partial": "rebuilds them in part under ",
     "identifiable": "tells whose picture it was, without rebuilding it, under ",
     "faint": "finds traces that identify nobody under ",
-    "floor": "does no better than a blind guess under ",
+    "floor": "does no better than a blind guess, with this attack, under ",
     "unmeasured": "was not measured under ",
 }
 

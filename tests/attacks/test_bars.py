@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.labels import LabelRecovery, to_counts
 from attacks.update.linear_leak import LinearLeak
 from simulator.rng import stream
-from simulator.types import Batch, LocalTraining
+from simulator.types import Batch, LocalTraining, Update
 from tests.attacks.victims import attack_surface, build, cifar10, digits, psnr_db, records
 
 ONE_STEP = LocalTraining(algorithm="fedavg", batch_size=0, learning_rate=0.1, weight_decay=0.01)
@@ -89,6 +90,25 @@ def test_counts_of_untrained_models_are_exact(size: int) -> None:
         guess = LabelRecovery()(*attack_surface(build("convnet", (1, 16, 16), seed=seed), [batch]), rng=stream(0))
         exact += bool(torch.equal(guess.labels, batch.labels.sort().values))
     assert exact >= 19
+
+
+def test_counts_survive_clipping_that_the_adversary_knows_of() -> None:
+    """Five records of ten classes, the update clipped to a tenth of its norm: the scale is recovered with the counts."""
+    data, exact, blind = digits(1000, (1, 16, 16)), 0, 0
+    for seed in range(20):
+        chosen = torch.randint(1000, (5,), generator=stream(seed, "draw"))
+        batch = Batch(data.inputs[chosen], data.labels[chosen])
+        view, knowledge = attack_surface(build("convnet", (1, 16, 16), seed=seed), [batch])
+        update = view.upload.update
+        norm = float(torch.stack([t.square().sum() for t in update.tensors.values()]).sum().sqrt())
+        clipped = Update("gradient", {name: 0.1 * tensor for name, tensor in update.tensors.items()})
+        scaled = replace(view, uploads=(replace(view.upload, update=clipped),))
+        told = replace(knowledge, defenses=(("clip", {"clip_norm": 0.1 * norm}),))
+        truth = batch.labels.sort().values
+        exact += bool(torch.equal(LabelRecovery()(scaled, told, rng=stream(0)).labels, truth))
+        blind += bool(torch.equal(LabelRecovery()(scaled, knowledge, rng=stream(0)).labels, truth))
+    assert exact >= 19
+    assert exact >= blind + 5
 
 
 def test_counts_of_a_fedavg_round() -> None:

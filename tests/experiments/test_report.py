@@ -363,7 +363,7 @@ def test_answer_names_each_arm_once_under_what_it_leaks() -> None:
     assert sorted(text for text, arm in pieces if arm) == sorted(str(arm["defense"]) for arm in arms())
     sentence = "".join(text for text, _ in pieces)
     assert "The honest-but-curious server can recognize the clients’ pictures under none, clip, dp_sgd ε=8 and central DP; " in sentence
-    assert sentence.endswith("no better than a blind guess under dp_sgd ε=1, secure aggregation and secure aggregation + DP.")
+    assert sentence.endswith("no better than a blind guess, with this attack, under dp_sgd ε=1, secure aggregation and secure aggregation + DP.")
     assert [text for text, arm in words.no_better({"rows": arms()}) if arm] == ["clip", "dp_sgd ε=8", "central DP"]
 
 
