@@ -118,9 +118,10 @@ class SecureAggregation(Defense):
             )
         noise = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses))
         if NOISE_REACH * noise > self.clip_range:
+            enough = 2.0 ** math.ceil(math.log2(NOISE_REACH * noise))
             return (
                 f"clip_range must be ≥ {NOISE_REACH} standard deviations of the noise that goes through it, got {self.clip_range} "
-                f"with noise of {noise:.3g}: clients would have to leave. Set clip_range = {2.0 ** math.ceil(math.log2(NOISE_REACH * noise)):g}."
+                f"with noise of {noise:.3g}: clients would have to leave. Set clip_range = {enough:g}."
             )
         if sum(defense.channel for defense in world.defenses) > 1:
             names = [defense.name for defense in world.defenses if defense.channel]
