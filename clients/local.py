@@ -18,7 +18,7 @@ from simulator.world import World
 def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: int) -> Upload:
     """Train on the private batches of this round as the broadcast says, with every client-side defense in its place."""
     batches = private_batches(world, client, broadcast.round)
-    rng = stream(world.seed, "defense", client, broadcast.round)
+    rng = stream(world.seed, "defense", world.secret, client, broadcast.round)
     context = ClientContext(client, broadcast.round, len(batches[0]), rng)
     for defense in world.defenses:
         batches = [defense.on_batch(batch, context) for batch in batches]

@@ -13,7 +13,7 @@ from defenses.channel._secagg.masking import Words
 from defenses.channel._secagg.parameters import Parameters
 from defenses.channel.secure_aggregation import SecureAggregation
 from simulator import wire
-from simulator.errors import FedpeekError, ProtocolAbort
+from simulator.errors import ProtocolAbort
 from simulator.rng import stream
 from simulator.types import Broadcast
 from simulator.world import World
@@ -52,9 +52,9 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
             answer = party.mask(payload, private_vector(world, model, client, broadcast, channel, cohort))
         else:
             answer = party.unmask(payload)
-    except FedpeekError as error:
+    except Exception as error:  # whatever it is: why may depend on the private update, so it stays here
         logging.getLogger("fedpeek").warning("client %d leaves secure aggregation: %s", client, error)
-        raise ProtocolAbort("left secure aggregation") from None  # why may depend on the private update, so it stays here
+        raise ProtocolAbort("left secure aggregation") from None
     if stage != "unmask":
         state[MEMORY] = ConfigRecord({"state": party.to_bytes()})
     return wire.pack_stage(stage, answer)
@@ -63,7 +63,7 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
 def private_vector(world: World, model: nn.Module, client: int, broadcast: Broadcast, channel: SecureAggregation, cohort: int) -> Words:
     """The client's update as words modulo 2^bits, rounded with its own randomness: the same in both modes."""
     upload = local_upload(world, model, broadcast, client)
-    rng = stream(world.seed, "rounding", client, broadcast.round)
+    rng = stream(world.seed, "rounding", world.secret, client, broadcast.round)
     bound = channel.largest_upload(world)
     return channel.encode(upload.update, upload.buffers, upload.num_examples, cohort=cohort, max_examples=bound, rng=rng)
 

@@ -170,10 +170,10 @@ def _listing(kind: Kind) -> Iterator[tuple[str, str, str]]:
         for name, path in sorted(specs().items()):
             yield name, str(tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")), f"fedpeek run {name}"
         return
-    from simulator import registry
+    from simulator import lookup
 
-    for name in registry.names(kind):
-        cls = registry.get(kind, name)
+    for name in lookup.names(kind):
+        cls = lookup.get(kind, name)
         yield name, (cls.__doc__ or "").strip().partition("\n")[0], ", ".join(_settings(cls))
 
 

@@ -2,26 +2,29 @@
 
 Each floor answers for the whole batch and is matched to it with the same freedom as the attack. The fourth floor,
 ``shuffled_gradient``, is the same attack on a view that lost its information (:func:`shuffled`); the runner adds it.
+Recovered labels have a floor of their own, :func:`label_floor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Int
+from scipy import stats
 from torch import Tensor
 
 from experiments.matching import Images, assign
 from experiments.metrics import ImageScores, evaluate
-from simulator.types import Observation, Update
+from simulator.types import Observation, Update, Upload
 
 FLOORS: dict[str, str] = {
     "mean_image": "the mean of all other records of the data set",
     "another_victim": "other records of the data set, drawn at random",
     "random_guess": "uniform noise",
-    "shuffled_gradient": "the same attack on an update whose values were permuted within each tensor",
+    "shuffled_gradient": "the same attack on an update whose values, and those of its buffers, were permuted within each tensor",
 }
 """What each floor guesses."""
 
@@ -66,12 +69,41 @@ def best_floor(floors: Mapping[str, ImageScores]) -> tuple[str, ImageScores]:
 
 
 def shuffled(view: Observation, rng: torch.Generator) -> Observation:
-    """Return ``view`` with the values of every update tensor permuted: the same values, without their information.
+    """Return ``view`` with every tensor of its uploads permuted, BatchNorm's buffers too: the same values, without their information.
 
-    Norm and histogram of each tensor stay, so that an attack which succeeds on it lives on its prior.
+    Norm and histogram of each tensor stay, so that an attack which succeeds on it lives on its prior. A buffer left in place
+    would tell it the batch's mean and variance, channel by channel. What the server broadcast is its own and stays.
     """
-    uploads = [replace(upload, update=Update(upload.update.kind, _permuted(upload.update.tensors, rng))) for upload in view.uploads]
-    return replace(view, uploads=tuple(uploads))
+    return replace(view, uploads=tuple(_shuffled(upload, rng) for upload in view.uploads))
+
+
+def label_floor(batches: Sequence[Sequence[int]], *, matched: bool) -> float:
+    """Return the share of labels that a guess gets right in expectation when it knows how frequent each class is, and nothing else.
+
+    For one label at a time this is the share of the most frequent class: random guessing cannot beat it. Where k labels are
+    guessed at once and matched to the truth in the best order, the floor has the same freedom: it guesses the k labels with
+    the most expected hits Σ_c E[min(m_c, X_c)], X_c ~ Binomial(k, frequency of c). Each further guess of a class adds
+    P(X_c ≥ m_c), ever less, so the k largest of these terms are the optimum.
+
+    Args:
+        batches: the true labels of each upload. Frequencies are taken over all of them: the floor knows the victims' own.
+        matched: whether the attack's labels were matched among themselves, as :func:`experiments.matching.assign_labels` does.
+    """
+    counts = Counter(label for batch in batches for label in batch)
+    total = counts.total()
+    if not matched:
+        return max(counts.values()) / total
+    return sum(_most_hits(len(batch), [count / total for count in counts.values()]) for batch in batches) / total
+
+
+def _most_hits(guesses: int, frequencies: Sequence[float]) -> float:
+    terms = [float(stats.binom.sf(hit, guesses, share)) for share in frequencies for hit in range(guesses)]
+    return sum(sorted(terms, reverse=True)[:guesses])
+
+
+def _shuffled(upload: Upload, rng: torch.Generator) -> Upload:
+    update = Update(upload.update.kind, _permuted(upload.update.tensors, rng))
+    return replace(upload, update=update, buffers=_permuted(upload.buffers, rng))
 
 
 def _permuted(tensors: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:

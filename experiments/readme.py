@@ -6,20 +6,21 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from simulator import registry
+from simulator import lookup
+from simulator.registry import Kind
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def table(kind: registry.Kind) -> str:
+def table(kind: Kind) -> str:
     """One row for each registered name, with the first line of its documentation."""
-    rows = [f"| `{name}` | {(registry.get(kind, name).__doc__ or '').strip().partition(chr(10))[0]} |" for name in registry.names(kind)]
+    rows = [f"| `{name}` | {(lookup.get(kind, name).__doc__ or '').strip().partition(chr(10))[0]} |" for name in lookup.names(kind)]
     return "\n".join([f"| {kind} | |", "|---|---|", *rows])
 
 
 def updated(text: str) -> str:
     """``text`` with each table between its markers written anew."""
-    for kind in get_args(registry.Kind):
+    for kind in get_args(Kind):
         block = f"<!-- {kind} -->\n{table(kind)}\n<!-- /{kind} -->"
         text = re.sub(rf"<!-- {kind} -->.*?<!-- /{kind} -->", lambda _, block=block: block, text, flags=re.DOTALL)  # type: ignore[misc]
     return text

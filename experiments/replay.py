@@ -21,7 +21,7 @@ from simulator import config, progress
 from simulator.adversary import Knowledge
 from simulator.errors import FedpeekError, SpecError
 from simulator.rng import stream
-from simulator.transcript import Record, read
+from simulator.transcript import LINES, Record, read
 from simulator.types import LocalTraining, Schema
 
 
@@ -32,17 +32,21 @@ def replay(directory: Path, attack: str, assignments: Sequence[str], round: int,
         TranscriptError: the transcript is not whole, or has no such round.
         SpecError: no such attack or setting, or ``out`` is not empty.
     """
+    directory = directory.resolve()
+    if not (directory / LINES).is_file():
+        raise SpecError(f"transcript must be a directory with {LINES}, got {directory}. Give RUN/transcript/ARM-seedN.")
     record = read(directory)
     table: dict[str, Any] = {"name": attack}
     for assignment in assignments:
         table = config.override(table, assignment)
     plugin = config.build_plugin("attacks", table, "attack")
     rounds = (round,) if round else tuple(observation.broadcast.round for observation in record.observations)
-    for number in rounds:
-        record.observation(number)
+    recorded = [observation.broadcast.round for observation in record.observations]
+    if round and round not in recorded:
+        raise SpecError(f"--round must be one of the recorded {recorded}, got {round}. Use 0 for all of them.")
     root = directory.parent.parent
     out = out or root / "attacks" / f"{directory.name}-{plugin.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"--out must be empty or new, got {out}. Choose another directory.")
     with progress.listening(lambda *tick: notify(plugin.name, *tick)):
         found = _run_of(directory, root)

@@ -1,7 +1,8 @@
 """What one run leaves behind: one line of JSON a trial, and what each arm cost and claimed.
 
 The lines are standard JSON: an infinite or undefined number is written as ``"inf"``, ``"-inf"`` or ``"nan"``.
-Reading is strict: an unknown or missing key, or a value of another type, is refused.
+Reading is strict: an unknown or missing key, or a value of another type, is refused; only a field that older versions did not
+write may be missing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from experiments.metrics import ImageScores
@@ -21,6 +22,13 @@ T = TypeVar("T")
 
 Status = Literal["ok", "failed", "unsupported", "diverged"]
 """``unsupported`` says before running why not; ``failed`` raised; ``diverged`` ended in values that are not finite."""
+
+
+Answered = Literal["inputs", "labels"]
+"""What the attack gave back: a guess of the private inputs, or of their labels alone, which is not to be judged as pictures."""
+
+SINCE = {"optional": True}
+"""Metadata of a field that lines of an older version lack; they are read with its default."""
 
 
 class ResultError(FedpeekError):
@@ -40,6 +48,7 @@ class RecordResult:
         label_correct: whether the matched guess carries its label; None when labels were not compared.
         floors: what guesses without the gradient score on it, by name.
         lpips: perceptual distance; None where no real weights were found.
+        label: its true class, from which the floor of label recovery is computed; None in lines of an older version.
     """
 
     client: int
@@ -53,6 +62,7 @@ class RecordResult:
     label_correct: bool | None
     floors: Mapping[str, ImageScores]
     lpips: float | None = None
+    label: int | None = field(default=None, metadata=SINCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,8 @@ class Trial:
         seconds: wall-clock time of the attack, its share of a batch of victims.
         upload_bytes: size of the attacked upload.
         flags: warnings of this trial, names of :data:`experiments.checks.FLAGS`.
+        answered: ``labels`` where the attack ended well and guessed no inputs; the records' image scores are then those of the
+            mid-gray image and mean nothing.
     """
 
     arm: str
@@ -85,6 +97,7 @@ class Trial:
     seconds: float = 0.0
     upload_bytes: int = 0
     flags: tuple[str, ...] = ()
+    answered: Answered = field(default="inputs", metadata=SINCE)
 
     def __post_init__(self) -> None:
         if self.status == "unsupported" and self.records:
@@ -93,6 +106,8 @@ class Trial:
             raise ValueError(f"trial with status {self.status!r} must score its records, got none. A failure scores as mid-gray.")
         if self.status != "ok" and any(record.identified for record in self.records):
             raise ValueError(f"trial with status {self.status!r} must not identify a record. Score its records without a guess.")
+        if self.answered == "labels" and any(record.identified for record in self.records):
+            raise ValueError("trial that answered labels only must not identify a record. Score its records without a guess.")
 
     @property
     def view(self) -> Literal["update", "aggregate"]:
@@ -199,9 +214,11 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
 
 def _record(cls: type[T], value: Any, path: str) -> T:
     hints = get_type_hints(cls)
-    _checked(isinstance(value, dict) and set(value) == set(hints), value, path, f"an object with exactly the keys {', '.join(hints)}")
+    optional = {item.name for item in dataclasses.fields(cls) if item.metadata == SINCE}
+    complete = isinstance(value, dict) and set(hints) - optional <= set(value) <= set(hints)
+    _checked(complete, value, path, f"an object with exactly the keys {', '.join(hints)}")
     try:
-        return cls(**{name: _decode(hint, value[name], f"{path}.{name}") for name, hint in hints.items()})
+        return cls(**{name: _decode(hint, value[name], f"{path}.{name}") for name, hint in hints.items() if name in value})
     except ValueError as error:
         raise ResultError(f"{path}: {error}") from error
 

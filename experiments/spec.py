@@ -13,7 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from clients.private import partition, records_held
+import torch
+
+from clients.private import partition, records_held, splits
 from defenses.accounting import guarantee
 from simulator import config
 from simulator.adversary import ThreatModel
@@ -66,6 +68,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not self.rounds or min(self.rounds) < 1:
             raise ValueError(f"rounds must be numbers ≥ 1, got {list(self.rounds)}. Round 1 is the initial model.")
+        if len(set(self.rounds)) != len(self.rounds):
+            raise ValueError(f"rounds must differ, got {list(self.rounds)}. A repeated round adds no information.")
         if self.victims < 0 or self.candidates < 0 or self.candidates == 1:
             raise ValueError(f"victims must be ≥ 0 and candidates 0 or ≥ 2, got {self.victims} and {self.candidates}. Use 0 for all.")
         if not 0 < self.delta < 1:
@@ -74,7 +78,13 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that ``fedpeek run`` needs; see ``fedpeek list specs`` for examples."""
+    """Everything that ``fedpeek run`` needs; see ``fedpeek list specs`` for examples.
+
+    Attributes:
+        seeds: one federation for each arm and seed; a seed fixes victims and initial weights, the same in every arm.
+        secret: see :class:`simulator.world.World`; drawn for each run unless the spec gives it. The resolved spec holds it, so that
+            running that file again gives the same bits.
+    """
 
     data: Annotated[Any, Plugin("data")]
     model: Annotated[Any, Plugin("models")]
@@ -88,12 +98,16 @@ class Experiment:
     threat: ThreatModel = field(default_factory=ThreatModel)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seeds: tuple[int, ...] = (0,)
+    secret: str = ""
     driver: Literal["inprocess", "simulation", "deployment"] = "inprocess"
 
     def __post_init__(self) -> None:
         for what, values in (("seeds", self.seeds), ("arms", self.arms), ("attacks", self.attacks)):
             if not values:
                 raise ValueError(f"{what} must hold at least one, got none. Add one to the spec.")
+        names = [attack.name for attack in self.attacks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"attacks must differ, got {names}. Run the other settings in a second experiment, or with `fedpeek attack`.")
         slugs = [arm.slug for arm in self.arms]
         if len(set(slugs)) != len(slugs):
             raise ValueError(f"arm names must differ, got {[arm.name for arm in self.arms]}. Rename one.")
@@ -110,7 +124,7 @@ class Experiment:
         kept = self.federation.record_rounds or tuple(sorted(self.evaluation.rounds))
         return World(
             data=self.data, model=self.model, split=self.split, federation=replace(self.federation, record_rounds=kept),
-            training=self.training, defenses=arm.defenses, seed=seed,
+            training=self.training, defenses=arm.defenses, seed=seed, secret=self.secret,
         )  # fmt: skip
 
 
@@ -156,8 +170,11 @@ def check(experiment: Experiment) -> None:
         raise SpecError(
             f"federation.record_rounds must hold the attacked rounds, got none of {sorted(missing)}. Add them or leave it empty."
         )
-    if experiment.threat.public_data and not experiment.split.public:
-        raise SpecError("split.public must be > 0 when threat.public_data is true, got 0. Give the public a share.")
+    if federation.record_rounds and not all(1 <= round <= federation.rounds for round in federation.record_rounds):
+        raise SpecError(
+            f"federation.record_rounds must lie in 1..{federation.rounds}, got {list(federation.record_rounds)}. Drop the others."
+        )
+    _check_knowledge(experiment)
     for seed in experiment.seeds:
         _check_data(experiment.world(experiment.arms[0], seed))
     for arm in experiment.arms:
@@ -184,6 +201,21 @@ def _check_data(world: World) -> None:
         raise SpecError(
             f"training.batch_size must be ≤ what every client holds, got {world.training.batch_size} with {fewest} records "
             f"at client {client} (seed {world.seed}). Lower it, or use 0 for all a client holds."
+        )
+
+
+def _check_knowledge(experiment: Experiment) -> None:
+    """What the adversary is told must exist, and must leave enough records among which the true one can hide."""
+    parts = splits(experiment.world(experiment.arms[0], experiment.seeds[0]))
+    threat, wanted = experiment.threat, experiment.evaluation.candidates
+    if threat.public_data and not len(parts.public):
+        raise SpecError(f"split.public must give the public at least 1 record, got {experiment.split.public}. Raise it.")
+    labels = torch.cat([part.labels for part in ([parts.private, parts.test] if threat.public_data else parts.all)])
+    available = int(labels.bincount().min()) if threat.labels != "none" else len(labels)
+    if wanted > available:
+        raise SpecError(
+            f"evaluation.candidates must be ≤ {available}, the records that are neither public nor told apart by disclosed labels, "
+            f"got {wanted}. Lower it, or use 0 for all."
         )
 
 

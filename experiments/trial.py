@@ -159,9 +159,19 @@ def score(
 
 
 def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tuple[Tensor, Int[Tensor, " batch"]]:
-    """The N records among which the true ones must be found: them first, then distractors of the same data set."""
-    records = torch.cat([parts.private.inputs, parts.test.inputs, parts.public.inputs])
-    others = torch.ones(len(records), dtype=torch.bool).index_fill(0, victim.record_ids, False).nonzero().flatten()
+    """The N records among which the true ones must be found: them first, then distractors of the same data set.
+
+    A distractor that the adversary's knowledge rules out is none, and would put identification above its chance k/N without any
+    update: public records are left out where they were disclosed, and classes outside the batch where labels or counts were. (Among
+    several classes of one batch, exact labels still say more than k/N.)
+    """
+    told = victim.knowledge
+    pool = [parts.private, parts.test] if told.public is not None else parts.all
+    records, labels = torch.cat([part.inputs for part in pool]), torch.cat([part.labels for part in pool])
+    possible = torch.ones(len(records), dtype=torch.bool).index_fill(0, victim.record_ids, False)
+    if told.labels is not None or told.label_counts is not None:
+        possible &= torch.isin(labels, victim.truth.labels)
+    others = possible.nonzero().flatten()
     rng = stream(seed, "candidates", victim.round, victim.senders)
     count = max(0, (wanted or len(records)) - len(victim.record_ids))
     drawn = others[torch.randperm(len(others), generator=rng)[:count]]

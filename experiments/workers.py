@@ -7,6 +7,8 @@ the next one.
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -17,6 +19,9 @@ from simulator import progress
 
 Notify = Callable[[Any, str, int, int, str], None]
 """(task, what is being done, done, total, note)."""
+
+GRACE_SECONDS = 30.0
+"""How long a worker may take to end what it started, such as Flower's processes, when the run is interrupted."""
 
 TICK_SECONDS = 0.1
 """Ticks closer together than this are dropped, but for the last of a kind."""
@@ -78,13 +83,27 @@ def each(tasks: Sequence[Any], job: Callable[[Any], Any], workers: int, notify: 
                 del busy[connection]
                 assign(process, connection)
                 yield task, body[0], ""
+    except KeyboardInterrupt:  # the terminal sent it to the workers, too: let them end what they started
+        _join([process for process, _ in busy.values()])
+        raise
     finally:
         for process, _ in busy.values():
             process.terminate()
+        _join([process for process, _ in busy.values()])
+
+
+def _join(processes: Sequence[BaseProcess]) -> None:
+    """Wait for processes that are ending; kill those that do not."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
             process.join()
 
 
 def _serve(connection: Connection, job: Callable[[Any], Any]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds the stack: a driver stops the processes that it started
     last = 0.0
 
     def tell(what: str, done: int, total: int, note: str) -> None:

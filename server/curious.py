@@ -28,6 +28,7 @@ class CuriousGrid(Grid):
         self._grid, self._transcript = grid, transcript
         self._clients: dict[int, int] = {}
         self._broadcast: Broadcast | None = None
+        self._sent_model = RecordDict()
         self._round = 0
         self.upload_bytes = 0
 
@@ -84,10 +85,10 @@ class CuriousGrid(Grid):
     def _sent(self, messages: Iterable[Message]) -> list[Message]:
         batch = list(messages)
         for message in batch:
-            if wire.RECIPE not in message.content:
-                self._append("sent", message, message.metadata.dst_node_id)
-            elif self._broadcast is None or wire.round_of(message) != self._broadcast.round:
+            if wire.RECIPE in message.content and (self._broadcast is None or wire.round_of(message) != self._broadcast.round):
                 self.record_broadcast(wire.unpack_broadcast(message.content))
+                self._sent_model = message.content
+            self._record_sent(message)
         return batch
 
     def _received(self, messages: Iterable[Message]) -> list[Message]:
@@ -95,12 +96,24 @@ class CuriousGrid(Grid):
         for message in batch:
             node = message.metadata.src_node_id
             if message.has_content() and message.metadata.message_type == wire.HELLO:
-                self._clients[node] = int(message.content.config_records["hello"]["client"])
+                self._clients[node] = wire.hello_client(message.content, -1)
             elif message.has_content():
                 self.upload_bytes += wire.content_bytes(message)
             if self._transcript is not None:
                 self._record_reply(message, node)
         return batch
+
+    def _record_sent(self, message: Message) -> None:
+        """What went to which client; a model equal to the round's broadcast is not written again."""
+        if wire.RECIPE not in message.content:
+            self._append("sent", message, message.metadata.dst_node_id)
+        elif self._transcript is not None and wire.same_model(message.content, self._sent_model):
+            facts, tensors = wire.facts_of_content(wire.without_model(message.content))
+            client = self._clients.get(message.metadata.dst_node_id, -1)
+            facts |= {"client": client, "type": message.metadata.message_type, "model": "the broadcast"}
+            self._transcript.append("sent", self._round, facts, tensors)
+        else:  # a model of this client's own: an honest server never sends one
+            self._append("sent", message, message.metadata.dst_node_id)
 
     def _record_reply(self, message: Message, node: int) -> None:
         is_upload = message.has_content() and message.metadata.message_type == wire.TRAIN

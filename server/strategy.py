@@ -78,7 +78,7 @@ def introduce(grid: CuriousGrid, expected: int, timeout: float) -> dict[int, int
         raise FederationError(
             f"every node must say who it is, got none from {len(answers.lost)}: {' '.join(answers.lost.values())} Check its log."
         )
-    clients = {int(content.config_records["hello"]["client"]): node for node, content in answers.contents.items()}
+    clients = {wire.hello_client(content, -1): node for node, content in answers.contents.items()}
     if sorted(clients) != list(range(expected)):
         raise FederationError(f"clients must be 0 to {expected - 1}, got {sorted(clients)}. Check partition-id in the node configuration.")
     return clients
@@ -109,7 +109,7 @@ def step(world: World, broadcast: Broadcast, uploads: Sequence[Upload]) -> tuple
     """The next model: the mean update, through the server-side defenses, along the learning rates."""
     update, means = mean_update(uploads)
     answered = sum(len(upload.senders) for upload in uploads)
-    context = ServerContext(broadcast.round, answered, stream(world.seed, "server-defense", broadcast.round))
+    context = ServerContext(broadcast.round, answered, stream(world.seed, "server-defense", world.secret, broadcast.round))
     for defense in world.defenses:
         update = defense.on_aggregate(update, context)
     rate = world.federation.server_learning_rate

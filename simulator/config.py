@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from simulator import registry
+from simulator import lookup
 from simulator.errors import SpecError, did_you_mean
+from simulator.registry import Kind
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ T = TypeVar("T")
 class Plugin:
     """Marks a field whose value is a registered dataclass, written in TOML as a name or as a table with ``name``."""
 
-    kind: registry.Kind
+    kind: Kind
 
 
 def build(cls: type[T], table: Mapping[str, Any], path: str = "") -> T:
@@ -47,7 +48,8 @@ def dump(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = getattr(type(value), "name", "")
         named = {"name": name} if name and not _is_field(value, "name") else {}
-        return named | {field.name: dump(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        settings = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return named | {name: dump(setting) for name, setting in settings.items() if setting is not None}  # TOML has no null
     if isinstance(value, Mapping):
         return {str(key): dump(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -91,12 +93,12 @@ def _assign(node: Any, keys: list[str], value: Any, path: str) -> Any:
     return node
 
 
-def build_plugin(kind: registry.Kind, value: Any, path: str) -> Any:
+def build_plugin(kind: Kind, value: Any, path: str) -> Any:
     """Make a registered dataclass from its name, or from a table with ``name`` and its settings."""
     table = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else None
     if table is None or not isinstance(table.get("name"), str):
-        raise SpecError(f"setting {path} must be a name or a table with a name, got {value!r}. {did_you_mean('', registry.names(kind))}")
-    cls = registry.get(kind, table.pop("name"))
+        raise SpecError(f"setting {path} must be a name or a table with a name, got {value!r}. {did_you_mean('', lookup.names(kind))}")
+    cls = lookup.get(kind, table.pop("name"))
     return build(cls, table, f"{path}.")
 
 
@@ -140,7 +142,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if hint in (str, bool):
         _require(isinstance(value, hint), path, "a text" if hint is str else "true or false", value)
         return value
-    return value
+    return frozen(value)
+
+
+def frozen(value: Any) -> Any:
+    """Lists as tuples, so that a world with a user's own settings can be a key."""
+    return tuple(frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def _require(condition: bool, path: str, wanted: str, got: Any) -> None:

@@ -58,6 +58,11 @@ class Splits:
     public: Batch
     schema: Schema
 
+    @property
+    def all(self) -> list[Batch]:
+        """The three parts."""
+        return [self.private, self.test, self.public]
+
 
 def split(data: DataSet, shares: Split, seed: int) -> Splits:
     """Shuffle the records with the seed and cut them into private, test and public parts."""

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 import torch
@@ -102,6 +102,7 @@ class Transcript:
                 event["file"] = f"{self._count:06d}.safetensors"
                 (self._directory / event["file"]).write_bytes(body)
         event["previous"] = self._previous
+        event["digest"] = _digest(event)  # so that the last line, which nothing follows, is protected like the others
         line = json.dumps(event, sort_keys=True, allow_nan=False).encode() + b"\n"
         self._lines.write(line)
         self._lines.flush()
@@ -154,6 +155,15 @@ def read(directory: Path) -> Record:
         TranscriptError: there is none, it has another schema, or it was truncated or altered; the message names the round.
     """
     events = _verified_events(directory)
+    try:
+        return _parse(directory, events)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TranscriptError(
+            f"events must have the fields of schema {SCHEMA}, got {error!r}. Use the fedpeek version that wrote it."
+        ) from error
+
+
+def _parse(directory: Path, events: list[dict[str, Any]]) -> Record:
     broadcasts: dict[int, Broadcast] = {}
     uploads: dict[int, list[Upload]] = {}
     released: tuple[Tensors, Tensors] | None = None
@@ -206,7 +216,7 @@ def _verified_events(directory: Path) -> list[dict[str, Any]]:
             event = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             event = None
-        if not isinstance(event, dict) or event.get("previous") != previous or event.get("event") != len(events):
+        if not _is_event(event) or event["previous"] != previous or event["event"] != len(events):
             raise TranscriptError(
                 f"transcript must be unaltered, got a broken chain at event {len(events)}, round {round}. Record it again."
             )
@@ -217,6 +227,18 @@ def _verified_events(directory: Path) -> list[dict[str, Any]]:
     if not events or events[-1]["kind"] != END:
         raise TranscriptError(f"transcript must end with an end event, got one cut short in round {round}. Run it again or with --resume.")
     return events
+
+
+def _is_event(event: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a line is one of ours, and unaltered in itself."""
+    required = {"event": int, "round": int, "kind": str, "previous": str, "digest": str}
+    fits = isinstance(event, dict) and all(isinstance(event.get(name), kind) for name, kind in required.items())
+    return fits and event["digest"] == _digest(event)
+
+
+def _digest(event: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in event.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(directory: Path, event: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -68,6 +69,17 @@ class LocalTraining:
     momentum: float = 0.0
     weight_decay: float = 0.0
     batch_norm: Literal["train", "eval"] = "train"
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("batch_size", 0), ("epochs", 1), ("steps", 0)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be ≥ {lowest}, got {getattr(self, name)}. The default is {getattr(LocalTraining, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be > 0 and finite, got {self.learning_rate}. The default is 0.1.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}. 0 is plain SGD.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be ≥ 0 and finite, got {self.weight_decay}. 0 is none.")
 
 
 @dataclass(frozen=True)

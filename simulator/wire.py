@@ -6,6 +6,7 @@ A reply is checked against the broadcast before anyone uses it: names, shapes, t
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ HELLO = "query.hello"
 TRAIN = "train.update"
 SECAGG = "train.secagg"
 """Message types: who are you; train and upload; one stage of secure aggregation."""
+
+MALFORMED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, EOFError)
+"""What reading a record raises that is not what it should be."""
 
 ROUND, RECIPE, FACTS, STAGE = "round", "recipe", "facts", "stage"
 
@@ -40,6 +44,27 @@ def pack_broadcast(broadcast: Broadcast) -> RecordDict:
 def round_of(message: Message) -> int:
     """The round of a message that carries a broadcast."""
     return int(message.content.config_records[RECIPE][ROUND])  # type: ignore[arg-type]
+
+
+def same_model(one: RecordDict, other: RecordDict) -> bool:
+    """Whether two contents carry the same parameters and buffers, byte by byte."""
+    pairs = [(record.array_records.get(key) or {} for record in (one, other)) for key in (PARAMETERS, BUFFERS)]
+    return all(
+        left.keys() == right.keys() and all(left[name].data == right[name].data for name in left) for left, right in map(tuple, pairs)
+    )
+
+
+def without_model(content: RecordDict) -> RecordDict:
+    """What a content carries beside the model and the recipe."""
+    return RecordDict({key: record for key, record in content.items() if key not in (PARAMETERS, BUFFERS, RECIPE)})
+
+
+def hello_client(content: RecordDict, otherwise: int) -> int:
+    """The client number in the answer to a hello, or ``otherwise`` if there is none."""
+    try:
+        return int(content.config_records["hello"]["client"])  # type: ignore[arg-type]
+    except MALFORMED:
+        return otherwise
 
 
 def unpack_broadcast(content: RecordDict) -> Broadcast:
@@ -71,7 +96,7 @@ def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upl
         facts = content.config_records[FACTS]
         update, buffers = _tensors(content.array_records[UPDATE]), _tensors(content.array_records[BUFFERS])
         kind, examples = facts["kind"], facts["num-examples"]
-    except (KeyError, ValueError, TypeError) as error:
+    except MALFORMED as error:
         raise WireError(f"reply must carry {UPDATE}, {BUFFERS} and {FACTS}, got {sorted(content)} ({error}). Check the client.") from error
     expected: Literal["gradient", "delta"] = "delta" if broadcast.training.algorithm == "fedavg" else "gradient"
     if kind != expected:
@@ -91,9 +116,13 @@ def received_upload(content: RecordDict, client: int) -> tuple[dict[str, Any], A
     try:
         facts = content.config_records[FACTS]
         arrays = {f"{key}/{name}": array for key in (UPDATE, BUFFERS) for name, array in content.array_records[key].items()}
-        found = {"senders": [client], "update": str(facts["kind"]), "num_examples": int(facts["num-examples"])}  # type: ignore[arg-type]
-    except (KeyError, ValueError, TypeError):
+        found: dict[str, Any] = {"senders": [client], "update": str(facts["kind"]), "num_examples": int(facts["num-examples"])}  # type: ignore[arg-type]
+    except MALFORMED:
         return None
+    extra = {key: record for key, record in content.items() if key not in (UPDATE, BUFFERS, FACTS)}
+    if extra or set(facts) != {"kind", "num-examples"}:  # more crossed than an upload needs: metadata is part of the view
+        more, tensors = facts_of_content(RecordDict({**extra, FACTS: facts}))
+        return {**found, "beside": more}, lambda: {**{name: _view(array) for name, array in arrays.items()}, **_numpy(tensors)}
     return found, lambda: {name: _view(array) for name, array in arrays.items()}
 
 
@@ -151,18 +180,44 @@ def facts_of(message: Message) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     """Everything in a message that has no noun of its own: scalars as JSON, arrays and byte strings as tensors."""
     if message.has_error():
         return {"error": {"code": message.error.code, "reason": message.error.reason}}, {}
+    return facts_of_content(message.content)
+
+
+def facts_of_content(content: RecordDict) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Everything in a content, whatever it is: what no tensor or JSON can hold is kept as bytes or text. It never fails."""
     facts: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for key, array_record in message.content.array_records.items():
-        tensors |= {f"{key}/{name}": tensor for name, tensor in _tensors(array_record).items()}
-    for key, metric_record in message.content.metric_records.items():
-        facts[key] = dict(metric_record.items())
-    for key, config_record in message.content.config_records.items():
-        facts[key] = {name: value for name, value in config_record.items() if not isinstance(value, bytes)}
-        for name, value in config_record.items():
-            if isinstance(value, bytes) and value:
-                tensors[f"{key}/{name}"] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
-    return facts, tensors
+    for key, array_record in content.array_records.items():
+        for name, array in array_record.items():
+            try:
+                tensors[f"{key}/{name}"] = torch.from_numpy(array.numpy())
+            except MALFORMED:
+                tensors[f"{key}/{name}"] = _bytes(array.data)
+                facts.setdefault(key, {})[name] = f"{array.dtype} {array.shape}, as bytes"
+    for key, record in [*content.metric_records.items(), *content.config_records.items()]:
+        for name, value in record.items():
+            if isinstance(value, bytes):
+                tensors[f"{key}/{name}"] = _bytes(value)
+            else:
+                facts.setdefault(key, {})[name] = _plain(value)
+    return facts, {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as standard JSON can hold it: NaN and infinity as text, bytes in hexadecimal."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+
+
+def _numpy(tensors: Tensors) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def reply(content: RecordDict, request: Message) -> Message:
@@ -177,10 +232,14 @@ def _arrays(tensors: Tensors) -> ArrayRecord:
 def _view(array: Array) -> np.ndarray[Any, Any]:
     """The array over the message's own bytes: ``array.numpy()`` without its copy, which would hold up the federation."""
     stream = io.BytesIO(array.data)  # shares the bytes
-    if np.lib.format.read_magic(stream) != (1, 0):
-        return np.asarray(array.numpy())
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    return np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            return np.asarray(array.numpy())
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        found = np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
+    except MALFORMED:
+        return np.frombuffer(array.data, np.uint8)
+    return found if dtype.kind in "biuf" else np.frombuffer(array.data, np.uint8)
 
 
 def _tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:

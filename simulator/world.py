@@ -47,6 +47,10 @@ class Federation:
             raise ValueError(f"cohort must be between 0 (all) and clients = {self.clients}, got {self.cohort}. Set federation.cohort.")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be > 0, got {self.alpha}. Set federation.alpha; large values approach iid.")
+        if not 1 <= self.min_clients <= self.cohort_size:
+            raise ValueError(f"min_clients must be in 1..{self.cohort_size}, the cohort, got {self.min_clients}. Lower it.")
+        if not 0 < self.server_learning_rate < math.inf:
+            raise ValueError(f"server_learning_rate must be > 0 and finite, got {self.server_learning_rate}. The default is 1.")
         if not self.timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be > 0, got {self.timeout_seconds}. Use inf to wait for ever.")
 
@@ -70,7 +74,13 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Data, model, federation, recipe, defenses and seed: the same world gives the same bits on every driver."""
+    """Data, model, federation, recipe, defenses and seed: the same world gives the same bits on every driver.
+
+    Attributes:
+        seed: fixes the initial weights, who holds what, and the order of batches. Small numbers can be guessed from what they fix.
+        secret: keys the randomness of the defenses together with the seed. ``fedpeek run`` draws 128 bits for each run and writes
+            them to its resolved spec alone, so that no attack can compute the noise again; empty in tests.
+    """
 
     data: Annotated[Any, Plugin("data")]
     model: Annotated[Any, Plugin("models")]
@@ -79,6 +89,7 @@ class World:
     training: LocalTraining = field(default_factory=LocalTraining)
     defenses: Annotated[tuple[Defense, ...], Plugin("defenses")] = ()
     seed: int = 0
+    secret: str = ""
 
     @property
     def channel(self) -> Defense | None:

@@ -28,7 +28,6 @@ from attacks._gradient import mean_gradient, not_finite, steps_taken
 from attacks._layers import Call, all_buffers, last_linear, trace
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
-from simulator.rng import stream
 from simulator.types import Observation, Tensors
 
 Estimate = Literal["auto", "uniform", "dummy", "embeddings", "public"]
@@ -151,7 +150,8 @@ def estimate_counts(view: Observation, knowledge: Knowledge, estimate: Estimate 
     if knowledge.public is not None:
         inputs, labels = knowledge.public.inputs[:PROBES], knowledge.public.labels[:PROBES]
     else:
-        inputs, labels = torch.rand(PROBES, *knowledge.schema.shape, generator=stream(0, "label probes")), torch.zeros(PROBES).long()
+        noise = torch.Generator().manual_seed(PROBES)
+        inputs, labels = torch.rand(PROBES, *knowledge.schema.shape, generator=noise), torch.zeros(PROBES).long()
 
     gradient, runs = mean_gradient(view, knowledge), []
     for parameters, buffers in _models_along_the_way(view, knowledge):

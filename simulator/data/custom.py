@@ -15,9 +15,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from simulator.dataset import DataSet
 from simulator.errors import SpecError
+from simulator.lookup import adapter
 from simulator.models.constructor import construct, settings_class
 from simulator.models.initial import drawn_from
-from simulator.registry import adapter
 from simulator.rng import stream
 from simulator.types import Batch, Schema
 

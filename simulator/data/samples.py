@@ -42,8 +42,8 @@ class ImageNetSample:
     size: int = 64
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= 512:
-            raise ValueError(f"size must be between 1 and 512 pixels, got {self.size}. Typical: 64 or 224.")
+        if not 8 <= self.size <= 512:
+            raise ValueError(f"size must be between 8 and 512 pixels, got {self.size}. Typical: 64 or 224.")
 
     def load(self) -> DataSet:
         """Read the records in the order of their file names."""

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from simulator.errors import SpecError
+from simulator.lookup import adapter
 from simulator.models.constructor import construct, settings_class
 from simulator.models.initial import drawn_from
-from simulator.registry import adapter
 from simulator.types import Schema
 
 

@@ -12,7 +12,7 @@ import torch
 
 from clients.private import private_records, splits
 from experiments.disclose import architecture, disclose
-from simulator import config, registry
+from simulator import config, lookup
 from simulator.adversary import Attack, ThreatModel
 from simulator.defense import Defense
 from simulator.transcript import read
@@ -38,18 +38,18 @@ def test_no_pickle_in_our_code() -> None:
     assert not [path for path in sources if "import pickle" in path.read_text() or "cloudpickle" in path.read_text()]
 
 
-@pytest.mark.parametrize("name", registry.names("attacks"))
+@pytest.mark.parametrize("name", lookup.names("attacks"))
 def test_every_attack_is_a_frozen_dataclass_with_a_line_of_description(name: str) -> None:
-    cls = registry.get("attacks", name)
+    cls = lookup.get("attacks", name)
     assert dataclasses.is_dataclass(cls)
     assert cls.__dataclass_params__.frozen
     assert isinstance(cls(), Attack)
     assert (cls.__doc__ or "").strip().partition("\n")[0].endswith(".")
 
 
-@pytest.mark.parametrize("name", registry.names("defenses"))
+@pytest.mark.parametrize("name", lookup.names("defenses"))
 def test_every_defense_says_what_it_does_not_protect(name: str) -> None:
-    cls = registry.get("defenses", name)
+    cls = lookup.get("defenses", name)
     assert issubclass(cls, Defense)
     module = sys.modules[cls.__module__].__doc__ or ""
     assert "does not protect" in module.lower()

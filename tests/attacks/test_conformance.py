@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from simulator import registry
+from simulator import lookup
 from simulator.adversary import Attack, BatchedAttack, Knowledge, Reconstruction
 from simulator.rng import stream
 from simulator.types import LocalTraining, Observation
@@ -21,7 +21,7 @@ Surface = tuple[Observation, Knowledge]
 
 
 def fast(name: str) -> Attack:
-    cls = registry.get("attacks", name)
+    cls = lookup.get("attacks", name)
     return cls(**{field.name: FAST[field.name] for field in fields(cls) if field.name in FAST})
 
 
@@ -41,7 +41,7 @@ def surface(request: pytest.FixtureRequest) -> Surface:
     return surfaces()[request.param]
 
 
-@pytest.fixture(params=registry.names("attacks"))
+@pytest.fixture(params=lookup.names("attacks"))
 def attack(request: pytest.FixtureRequest) -> Attack:
     return fast(request.param)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simulator import registry
+from simulator import lookup
 from simulator.adversary import Knowledge
 from simulator.aggregate import weighted_mean
 from simulator.rng import stream
@@ -20,7 +20,7 @@ CLASSES = tuple("0123456789")
 
 
 def build(name: str, shape: tuple[int, int, int], *, seed: int = 0, **settings: object) -> nn.Module:
-    return registry.get("models", name)(**settings).build(Schema(shape, CLASSES), stream(seed, "model"))
+    return lookup.get("models", name)(**settings).build(Schema(shape, CLASSES), stream(seed, "model"))
 
 
 def smooth(shape: tuple[int, int, int] = (1, 4, 4), activation: type[nn.Module] = nn.Sigmoid) -> nn.Module:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from clients.private import private_records
 from simulator import inprocess, wire
@@ -90,6 +91,55 @@ def test_client_that_sends_what_cannot_be_used_is_named_and_the_run_goes_on(tamp
     assert [(round, client) for round, client, _ in record.lost] == [(1, 2), (2, 2)]
     assert all("client 2" in text and reason in text for _, _, text in record.lost)
     assert [min(upload.senders) for upload in record.observations[0].uploads] == [0, 1, 3]
+
+
+def _text(message: Message) -> Message:
+    name, _ = next(iter(message.content.array_records["update"].items()))
+    message.content.array_records["update"][name] = Array(np.array(["a", "b"]))
+    return message
+
+
+def _no_facts(message: Message) -> Message:
+    del message.content["facts"]
+    message.content["metrics"] = MetricRecord({"loss": float("nan")})
+    message.content["more"] = ConfigRecord({"parts": [b"a", b"b"], "rate": float("inf")})
+    return message
+
+
+@pytest.mark.parametrize("tamper", [_text, _no_facts])
+def test_reply_that_is_no_upload_at_all_is_recorded_and_named(tamper, tmp_path: Path) -> None:
+    record = federate(world(), tmp_path / "t", misbehaving(lambda client, _, answer: tamper(answer()) if client == 2 else answer()))
+    assert record.end["status"] == "degraded"
+    assert [(round, client) for round, client, _ in record.lost] == [(1, 2), (2, 2)]
+    assert len(record.observations[1].uploads) == 3
+
+
+def test_what_crosses_beside_an_upload_is_recorded(tmp_path: Path) -> None:
+    def act(client, request, answer):
+        message = answer()
+        message.content["metrics"] = MetricRecord({"loss": 0.25})
+        return message
+
+    federate(world(federation={"rounds": 1}), tmp_path / "t", misbehaving(act))
+    events = [json.loads(line) for line in (tmp_path / "t" / LINES).read_text().splitlines()]
+    uploads = [event for event in events if event["kind"] == "upload"]
+    assert [event["beside"]["metrics"] for event in uploads] == [{"loss": 0.25}] * 4
+
+
+def test_transcript_says_which_client_got_which_model(tmp_path: Path) -> None:
+    federate(world(federation={"rounds": 1, "cohort": 2}), tmp_path / "t")
+    events = [json.loads(line) for line in (tmp_path / "t" / LINES).read_text().splitlines()]
+    sent = [event for event in events if event["kind"] == "sent" and event["type"] == wire.TRAIN]
+    assert len(sent) == 2
+    assert {event["model"] for event in sent} == {"the broadcast"}
+
+
+def test_noise_is_keyed_by_the_secret_and_victims_are_not(tmp_path: Path) -> None:
+    """Small seeds can be guessed from the initial weights; the noise must not follow from them."""
+    noisy = {"defenses": [{"name": "dp_sgd", "clip_norm": 1.0, "noise_multiplier": 1.0}], "federation": {"rounds": 1}}
+    runs = [federate(world(secret=secret, **noisy), tmp_path / secret).observations[0].uploads[0] for secret in ("a", "b")]
+    assert not torch.equal(*(run.update.tensors["head.bias"] for run in runs))
+    assert torch.equal(*(private_records(world(secret=secret), 0, 1).inputs for secret in ("a", "b")))
 
 
 def test_client_that_raises_is_named_with_its_reason(tmp_path: Path) -> None:

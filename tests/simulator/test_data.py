@@ -18,7 +18,7 @@ import torch
 import torchvision.datasets
 from torch.nn import functional as F
 
-from simulator import config, registry
+from simulator import config, lookup
 from simulator.data.packaged import packaged
 from simulator.dataset import DataSet, split, take
 from simulator.errors import SpecError
@@ -49,7 +49,7 @@ def load(spec: object) -> DataSet:
 
 
 def test_the_built_in_names() -> None:
-    assert {*OFFLINE, *ONLINE} <= set(registry.names("data"))
+    assert {*OFFLINE, *ONLINE} <= set(lookup.names("data"))
 
 
 @pytest.mark.parametrize("name", OFFLINE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from simulator import config, registry
+from simulator import config, lookup
 from simulator.errors import SpecError
 from simulator.models.normalize import Normalize
 from simulator.rng import stream
@@ -41,7 +41,7 @@ def count(model: nn.Module) -> int:
 
 
 def test_the_built_in_names() -> None:
-    assert set(BUILT_IN) <= set(registry.names("models"))
+    assert set(BUILT_IN) <= set(lookup.names("models"))
 
 
 @pytest.mark.parametrize("spec", VARIANTS, ids=str)

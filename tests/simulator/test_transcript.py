@@ -49,7 +49,7 @@ def test_whole_transcript_is_read_twice_the_same(recorded: Path) -> None:
     assert all(equal(a, b) for a, b in zip(read(recorded).observations, read(recorded).observations, strict=True))
 
 
-@pytest.mark.parametrize(("keep", "round"), [(-1, 2), (-7, 1), (1, 0)])
+@pytest.mark.parametrize(("keep", "round"), [(-1, 2), (-11, 1), (1, 0)])
 def test_missing_tail_is_refused_with_its_round(copy: Path, keep: int, round: int) -> None:
     (copy / LINES).write_bytes(b"".join(_lines(copy)[:keep]))
     with pytest.raises(TranscriptError, match=f"cut short in round {round}"):
@@ -60,6 +60,16 @@ def test_half_a_line_is_refused(copy: Path) -> None:
     (copy / LINES).write_bytes((copy / LINES).read_bytes()[:-20])
     with pytest.raises(TranscriptError, match="broken chain at event .*, round 2"):
         read(copy)
+
+
+def test_every_single_line_is_protected(copy: Path) -> None:
+    lines = _lines(copy)
+    for place, line in enumerate(lines):
+        event = json.loads(line)
+        event["note"] = "altered"
+        (copy / LINES).write_bytes(b"".join([*lines[:place], json.dumps(event, sort_keys=True).encode() + b"\n", *lines[place + 1 :]]))
+        with pytest.raises(TranscriptError, match=f"broken chain at event {place},"):
+            read(copy)
 
 
 def test_altered_fact_is_refused_even_if_the_line_is_valid_json(copy: Path) -> None:
