@@ -38,7 +38,7 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
         if stage == "ideal" and channel.mode == "ideal":
             vector = private_vector(world, model, client, wire.unpack_broadcast(content), channel, world.federation.cohort_size)
             return wire.pack_stage(stage, vector.tobytes())
-        if memory is None:
+        if stage == "advertise" or memory is None:  # a new round ends whatever an earlier one left behind
             party = SecAggClient(_agreed(Parameters.from_bytes(payload), world, model, client, channel), client)
         else:
             party = SecAggClient.from_bytes(bytes(memory["state"]))  # type: ignore[arg-type]

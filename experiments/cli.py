@@ -79,8 +79,8 @@ def run(
 
     if resume and out is None:
         raise SpecError("--resume must come with --out, got none. Name the directory of the run.")
-    experiment = specs.load(spec, assign or ())
-    out = out or Path("fedpeek-out") / f"{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    experiment, slug = specs.load(spec, assign or ()), specs.slug
+    out = out or Path("fedpeek-out") / f"{slug(experiment.name)}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         with _progress(len(experiment.arms) * len(experiment.seeds)) as (notify, advance):
             failures = run_experiment(experiment, out, workers=workers, resume=resume, notify=notify, done=advance)
@@ -168,7 +168,7 @@ def _listing(kind: Kind) -> Iterator[tuple[str, str, str]]:
         from experiments.spec import specs
 
         for name, path in sorted(specs().items()):
-            yield name, str(tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")), f"fedpeek run {name}"
+            yield name, str(tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")), f"fedpeek run {name}; copy {path}"
         return
     from simulator import lookup
 

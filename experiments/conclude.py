@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import shlex
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -20,7 +17,7 @@ from safetensors.torch import load_file
 from experiments.report import html
 from experiments.report.table import table as terminal_table
 from experiments.result import Trial
-from experiments.run import FACTS, PICTURES, SPEC, TRANSCRIPTS, read_facts, read_trials
+from experiments.run import FACTS, HOW, PICTURES, SPEC, TRANSCRIPTS, read_facts, read_trials
 from experiments.spec import Arm, Experiment
 from experiments.summary import summarize
 from simulator import config
@@ -28,7 +25,6 @@ from simulator.errors import FedpeekError, SpecError
 from simulator.transcript import LINES
 
 SUMMARY = "summary.json"
-PACKAGES = ("flwr", "torch", "torchvision", "numpy", "cryptography", "dp-accounting")
 
 
 def conclude(out: Path) -> tuple[Table, Path, list[str]]:
@@ -46,20 +42,43 @@ def conclude(out: Path) -> tuple[Table, Path, list[str]]:
     trials, facts = in_order(experiment, read_trials(out)), read_facts(out)
     if not facts:
         raise FedpeekError(f"run must have at least one finished task, got none in {out / FACTS}. Run it again with --resume.")
+    how = json.loads((out / HOW).read_text(encoding="utf-8"))
+    _require_whole(experiment, trials, {(fact.arm, fact.seed) for fact in facts})
     control = experiment.control
     summary = summarize(
         trials, facts, candidates=candidates(experiment), control_arm=control.name if control else None,
-        environment=environment(), version=version("fedpeek"), by_round=experiment.evaluation.by_round,
+        environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
     )  # fmt: skip
     (out / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    public_spec = "\n".join(line for line in spec.splitlines() if not line.startswith("secret = "))
     report = html.write(
-        out, summary=summary, pictures=list(gallery(experiment, trials, out)), threat=threat(experiment), spec_toml=spec,
-        provenance=provenance(experiment, spec, out),
+        out, summary=summary, pictures=list(gallery(experiment, trials, out)), threat=threat(experiment), spec_toml=public_spec,
+        provenance=provenance(experiment, how, spec, out),
     )  # fmt: skip
+    hopeless = [row for row in summary["rows"] if not row["statuses"].get("ok")]
+    failed = [f"{row['defense']}, {row['attack']}: no trial ended well; {first_reason(row)}" for row in hopeless]
     lost = [f"{fact.arm}, seed {fact.seed}: {failure}" for fact in facts for failure in fact.client_failures]
     planned = len(experiment.arms) * len(experiment.seeds)
     missing = [] if len(facts) == planned else [f"only {len(facts)} of {planned} arms × seeds are finished; go on with --resume"]
-    return terminal_table(summary), report, missing + lost
+    return terminal_table(summary), report, missing + failed + lost
+
+
+def first_reason(row: Mapping[str, Any]) -> str:
+    """Why the trials of a row are not ok: the first of the reasons that they gave."""
+    reasons = row.get("reasons") or {}
+    return str(next(iter(reasons), "see results.jsonl"))
+
+
+def _require_whole(experiment: Experiment, trials: Sequence[Trial], finished: set[tuple[str, int]]) -> None:
+    """Refuse results that lack the trials of a task which is marked as finished.
+
+    Raises:
+        FedpeekError: lines are missing from results.jsonl.
+    """
+    found = {(trial.arm, trial.seed, trial.attack) for trial in trials}
+    lacking = sorted((arm, seed, a.name) for arm, seed in finished for a in experiment.attacks if (arm, seed, a.name) not in found)
+    if lacking:
+        raise FedpeekError(f"results.jsonl must hold trials of every finished task, got none of {lacking[0]}. Run it again elsewhere.")
 
 
 def in_order(experiment: Experiment, trials: Sequence[Trial]) -> list[Trial]:
@@ -101,7 +120,7 @@ def _pictures(
         pictures = load_file(path)
         mine = [trial for trial in trials if (trial.arm, trial.attack, trial.seed) == (arm.name, attack, seed)]
         places = [(trial, index) for trial in mine for index in range(len(trial.records))]
-        for (trial, index), private, guess in zip(places, pictures["private"], pictures["guess"], strict=True):
+        for (trial, index), private, guess in zip(places, pictures["private"], pictures["guess"], strict=False):
             yield trial, index, private.permute(1, 2, 0).squeeze(-1).numpy(), guess.permute(1, 2, 0).squeeze(-1).numpy()
 
 
@@ -110,17 +129,13 @@ def threat(experiment: Experiment) -> dict[str, object]:
     return {**config.dump(experiment.threat), "rounds": list(experiment.evaluation.rounds), "batch_size": experiment.training.batch_size}
 
 
-def environment() -> dict[str, str]:
-    """The versions that may change a number."""
-    return {"python": platform.python_version(), "platform": platform.platform(), **{name: version(name) for name in PACKAGES}}
-
-
-def provenance(experiment: Experiment, spec: str, out: Path) -> Mapping[str, str]:
+def provenance(experiment: Experiment, how: Mapping[str, Any], spec: str, out: Path) -> Mapping[str, str]:
     """What is needed to run it again, and to know that it is the same."""
     transcripts = sorted((out / TRANSCRIPTS).glob(f"*/{LINES}"))
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in transcripts)).hexdigest()
     return {
-        "command": shlex.join(["fedpeek", *sys.argv[1:]]),
+        "command": str(how["command"]),
+        "started": str(how["started"]),
         "seeds": ", ".join(map(str, experiment.seeds)),
         "driver": experiment.driver,
         "SHA-256 of the spec": hashlib.sha256(spec.encode()).hexdigest(),

@@ -7,12 +7,20 @@ each task runs on one thread, whoever runs it.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import platform
+import secrets
+import shlex
 import shutil
+import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +43,8 @@ from simulator.errors import FedpeekError, SpecError, TranscriptError
 from simulator.transcript import Record, read
 from simulator.world import World
 
-SPEC, RESULTS, FACTS, TRANSCRIPTS, PICTURES = "spec.toml", "results.jsonl", "facts.jsonl", "transcript", "reconstructions"
+SPEC, HOW, RESULTS, FACTS, TRANSCRIPTS, PICTURES = "spec.toml", "run.json", "results.jsonl", "facts.jsonl", "transcript", "reconstructions"
+PACKAGES = ("flwr", "torch", "torchvision", "numpy", "cryptography", "dp-accounting")
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,9 @@ def run(
         SpecError: the experiment cannot run, or ``out`` holds something else.
     """
     check(experiment)
-    spec = tomli_w.dumps(config.dump(experiment))
-    _claim(out, spec, resume)
+    experiment = replace(experiment, secret=experiment.secret or _secret_of(out, resume))
+    _claim(out, tomli_w.dumps(config.dump(experiment)), resume)
+    _note_how(out)
     finished_before = {(facts.arm, facts.seed) for facts in read_facts(out)}
     tasks = [Task(arm.name, seed) for seed in experiment.seeds for arm in experiment.arms if (arm.name, seed) not in finished_before]
     _forget_halves(out, tasks)
@@ -104,17 +114,20 @@ def run_task(experiment: Experiment, task: Task, out: Path) -> Finished:
     torch.set_num_threads(1)
     arm = next(arm for arm in experiment.arms if arm.name == task.arm)
     world, slug = experiment.world(arm, task.seed), f"{arm.slug}-seed{task.seed}"
+    trials: list[Trial] = []
     try:
         record, seconds = _federate(experiment, world, out / TRANSCRIPTS / slug)
-    except (FedpeekError, ValueError) as error:
+        victims = find_victims(experiment, world, record)
+        for attack in experiment.attacks:
+            outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
+            trials += outcome.trials
+            _save_pictures(outcome, out / PICTURES / f"{slug}-{attack.name}.safetensors")
+        return Finished(task, tuple(trials), _facts(experiment, task, world, record, victims, seconds))
+    except FedpeekError as error:
         return Finished(task, failure=str(error))
-    victims = find_victims(experiment, world, record)
-    trials: list[Trial] = []
-    for attack in experiment.attacks:
-        outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
-        trials += outcome.trials
-        _save_pictures(outcome, out / PICTURES / f"{slug}-{attack.name}.safetensors")
-    return Finished(task, tuple(trials), _facts(experiment, task, world, record, victims, seconds))
+    except Exception as error:  # one task must not take the others with it, however many workers there are
+        logging.getLogger("fedpeek").exception("%s, seed %d", task.arm, task.seed)
+        return Finished(task, failure=f"{type(error).__name__}: {error}")
 
 
 def _job(spec: Mapping[str, Any], out: Path, task: Task) -> Finished:
@@ -180,6 +193,25 @@ def _save_pictures(outcome: Outcome, path: Path) -> None:
     save_file({"private": outcome.private.contiguous(), "guess": outcome.guess.contiguous()}, path)
 
 
+def _secret_of(out: Path, resume: bool) -> str:
+    """The secret of the run that is resumed, else a fresh one of 128 bits."""
+    if resume and (out / SPEC).is_file():
+        return str(tomllib.loads((out / SPEC).read_text(encoding="utf-8")).get("secret", ""))
+    return secrets.token_hex(16)
+
+
+def _note_how(out: Path) -> None:
+    """Write down how the run was started, when, and with which versions: a report made later must not say its own."""
+    if not (out / HOW).exists():
+        facts = {"command": shlex.join(["fedpeek", *sys.argv[1:]]), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        (out / HOW).write_text(json.dumps({**facts, "environment": environment()}, indent=2) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """The versions that may change a number."""
+    return {"python": platform.python_version(), "platform": platform.platform(), **{name: version(name) for name in PACKAGES}}
+
+
 def _claim(out: Path, spec: str, resume: bool) -> None:
     existing = out / SPEC
     if resume:
@@ -192,8 +224,11 @@ def _claim(out: Path, spec: str, resume: bool) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"--out must be empty or new, got {out}. Add --resume to go on with it, or choose another directory.")
-    out.mkdir(parents=True, exist_ok=True)
-    existing.write_text(spec, encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        existing.write_text(spec, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"--out must be a directory that can be written, got {out} ({error}). Choose another.") from error
 
 
 def _forget_halves(out: Path, tasks: Sequence[Task]) -> None:
@@ -201,11 +236,15 @@ def _forget_halves(out: Path, tasks: Sequence[Task]) -> None:
     pending = {(task.arm, task.seed) for task in tasks}
     kept = [line for line in _lines(out / RESULTS) if (json.loads(line)["arm"], json.loads(line)["seed"]) not in pending]
     for name, lines in ((RESULTS, kept), (FACTS, _lines(out / FACTS))):
-        (out / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        body = "".join(f"{line}\n" for line in lines)
+        if (out / name).is_file() and (out / name).read_text(encoding="utf-8") != body:
+            (out / f"{name}.new").write_text(body, encoding="utf-8")
+            os.replace(out / f"{name}.new", out / name)  # a kill leaves the old file or the new one
 
 
 def _lines(path: Path) -> list[str]:
     """The whole lines of a file; a last one without its end was cut off by a kill."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line.rstrip("\n") for line in lines if line.endswith("\n") and line.strip()]

@@ -28,6 +28,11 @@ from simulator.world import Federation, Split, World
 DEMO = "demo"
 
 
+def slug(name: str) -> str:
+    """A name as that of a file."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower().replace("ε", "eps")).strip("-.") or "unnamed"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One stack of defenses under a name; the arm without any is the control."""
@@ -42,7 +47,7 @@ class Arm:
     @property
     def slug(self) -> str:
         """The name as a directory."""
-        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower().replace("ε", "eps")).strip("-") or "arm"
+        return slug(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

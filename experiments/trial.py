@@ -86,7 +86,7 @@ def find_victims(experiment: Experiment, world: World, record: Record) -> list[V
 
 def attack_victims(attack: Any, victims: Sequence[Victim], evaluation: Evaluation, world: World, arm: str) -> Outcome:
     """Run one attack on every victim, and on their shuffled updates as a floor, and score what it answers."""
-    reasons = [attack.supports(victim.view, victim.knowledge) for victim in victims]
+    reasons = [_unsupported(attack, victim) for victim in victims]
     able = [victim for victim, reason in zip(victims, reasons, strict=True) if reason is None]
     answers = iter(reconstruct(attack, able, world.seed))
     shuffles: Any = iter(())
@@ -111,14 +111,15 @@ def reconstruct(attack: Any, victims: Sequence[Victim], seed: int) -> list[Answe
     if isinstance(attack, BatchedAttack) and len(victims) > 1:
         try:
             rngs = [_attack_rng(attack, victim, seed) for victim in victims]
-            return list(attack.many([v.view for v in victims], [v.knowledge for v in victims], rngs=rngs))
+            found = list(attack.many([v.view for v in victims], [v.knowledge for v in victims], rngs=rngs))
+            return [_valid(answer, victim) for answer, victim in zip(found, victims, strict=True)]
         except Exception:
             logging.getLogger("fedpeek").exception("%s failed on %d victims at once; trying one by one", attack.name, len(victims))
     answers: list[Answer] = []
     for number, victim in enumerate(victims):
         started = time.perf_counter()
         try:
-            answer: Answer = attack(victim.view, victim.knowledge, rng=_attack_rng(attack, victim, seed))
+            answer: Answer = _valid(attack(victim.view, victim.knowledge, rng=_attack_rng(attack, victim, seed)), victim)
             if isinstance(answer, Reconstruction) and not answer.seconds:
                 answer = replace(answer, seconds=time.perf_counter() - started)
         except Exception as error:
@@ -133,7 +134,7 @@ def score(
 ) -> tuple[Trial, Tensor]:
     """Judge one answer; return the trial, and the guess for each record in the records' order."""
     truth = victim.truth.inputs
-    status, reason, guess = _judge(answer, truth)
+    status, reason, guess = _judge(answer)
     assignment = None if guess is None else matching.assign(guess, truth)
     labels = answer.labels if isinstance(answer, Reconstruction) else None
     perceptual, _ = metrics.load_lpips()
@@ -144,7 +145,7 @@ def score(
     rng = stream(seed, "floors", victim.round, victim.senders)
     floors = controls.floors(truth, records, victim.record_ids, rng=rng)
     if blind is not None:
-        _, _, blind_guess = _judge(blind, truth)
+        _, _, blind_guess = _judge(blind)
         for floor, blind_score in zip(floors, controls.floor_scores(blind_guess, truth), strict=True):
             floor["shuffled_gradient"] = blind_score
     results = tuple(
@@ -178,6 +179,34 @@ def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tupl
     return records[torch.cat([victim.record_ids, drawn])], torch.arange(len(victim.record_ids))
 
 
+def _unsupported(attack: Any, victim: Victim) -> str | None:
+    """Why the attack does not run on this victim; an attack that cannot even say is tried, and fails there."""
+    try:
+        reason = attack.supports(victim.view, victim.knowledge)
+    except Exception as error:
+        logging.getLogger("fedpeek").warning("%s.supports raised %r", attack.name, error)
+        return None
+    return None if reason is None else str(reason)
+
+
+def _valid(answer: Any, victim: Victim) -> Reconstruction:
+    """The answer with plain numbers, if it is one.
+
+    Raises:
+        TypeError, ValueError: it is no Reconstruction, or of no records, or of records of another shape.
+    """
+    if not isinstance(answer, Reconstruction):
+        raise TypeError(f"an attack must answer a Reconstruction, got {type(answer).__name__}.")
+    if not len(answer.labels) or (answer.inputs is not None and len(answer.inputs) != len(answer.labels)):
+        count = None if answer.inputs is None else len(answer.inputs)
+        raise ValueError(f"an answer must hold ≥ 1 record and a label for each, got {count} inputs and {len(answer.labels)} labels.")
+    if answer.inputs is not None and answer.inputs.shape[1:] != victim.truth.inputs.shape[1:]:
+        wanted, got = tuple(victim.truth.inputs.shape[1:]), tuple(answer.inputs.shape[1:])
+        raise ValueError(f"inputs must have shape {wanted} each, got {got}.")
+    trace = tuple((int(step), float(value)) for step, value in answer.trace)
+    return replace(answer, objective=float(answer.objective), seconds=float(answer.seconds), converged=bool(answer.converged), trace=trace)
+
+
 def _attack_rng(attack: Any, victim: Victim, seed: int) -> torch.Generator:
     """The same for every arm, so that arms are compared on the same victims with the same luck."""
     return stream(seed, "attack", attack.name, victim.round, victim.senders)
@@ -187,13 +216,11 @@ def _blinded(victim: Victim, seed: int) -> Observation:
     return controls.shuffled(victim.view, stream(seed, "shuffle", victim.round, victim.senders))
 
 
-def _judge(answer: Answer, truth: Tensor) -> tuple[Status, str, Tensor | None]:
+def _judge(answer: Answer) -> tuple[Status, str, Tensor | None]:
     if isinstance(answer, Exception):
         return "failed", f"{type(answer).__name__}: {answer}", None
     if answer.inputs is None:
         return "ok", "", None
-    if answer.inputs.shape[1:] != truth.shape[1:]:
-        return "failed", f"inputs must have shape {tuple(truth.shape[1:])} each, got {tuple(answer.inputs.shape[1:])}", None
     if not bool(torch.isfinite(answer.inputs).all()):
         return "diverged", "the guess holds NaN or infinity", None
     return "ok", "", answer.inputs.detach()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ BAD = {
     "delta that means nothing": (["--set", "evaluation.delta=0.1"], "delta must be"),
     "negative noise": (["--set", 'arms.1.defenses=[{name="gaussian_noise", sigma=-1.0}]'], "got -1.0"),
     "absent online data": (["--set", "data=cifar10"], "download"),
+    "negative batch": (["--set", "training.batch_size=-1"], "batch_size must be ≥ 0, got -1"),
+    "no epochs": (["--set", "training.epochs=0"], "epochs must be ≥ 1, got 0"),
+    "momentum beyond one": (["--set", "training.momentum=5.0"], "momentum must be in [0, 1), got 5.0"),
+    "learning rate that is none": (["--set", "training.learning_rate=nan"], "learning_rate must be > 0 and finite, got nan"),
+    "more answers than clients": (["--set", "federation.min_clients=9"], "min_clients must be in 1..4"),
+    "a round twice": (["--set", "evaluation.rounds=[1, 1]"], "rounds must differ"),
+    "an attack twice": (["--set", 'attacks=["random_guess", "random_guess"]'], "attacks must differ"),
+    "recorded round never happens": (["--set", "federation.record_rounds=[1, 99]"], "federation.record_rounds must lie in 1..1"),
+    "public data without public records": (
+        ["--set", "threat.public_data=true", "--set", "split.public=0.0001"],
+        "split.public must give the public at least 1 record",
+    ),
+    "more candidates than the disclosed labels leave": (
+        ["--set", 'threat.labels="exact"', "--set", "evaluation.candidates=500"],
+        "evaluation.candidates must be ≤",
+    ),
     "no such spec": (["--resume"], "--resume must name a run"),
 }
 
@@ -116,6 +133,13 @@ def test_occupied_directory_is_left_alone(
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "--out must be empty or new" in refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_out_below_a_file_and_missing_transcripts_are_refused(
+    spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--out must be a directory that can be written" in refuse(capsys, monkeypatch, "run", spec, "--out", spec / "below")
+    assert "transcript must be a directory" in refuse(capsys, monkeypatch, "attack", tmp_path / "no", "--attack", "dlg")
 
 
 def test_help_teaches() -> None:
@@ -210,6 +234,97 @@ def test_run_that_lost_a_client_does_not_exit_with_success(tmp_path: Path) -> No
     rows = {row["defense"]: row for row in json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]}
     assert "clients_lost" in rows["clip"]["flags"]
     assert "clients_lost" not in rows["none"]["flags"]
+
+
+BROKEN = {
+    "raises": "raise RuntimeError('boom')",
+    "answers nothing": "return None",
+    "answers no records": "return Reconstruction(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))",
+    "answers another shape": "return Reconstruction(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))",
+}
+
+
+@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
+def test_attack_that_misbehaves_is_a_counted_failure_and_no_success(body: str, tmp_path: Path) -> None:
+    from experiments.conclude import conclude
+    from experiments.run import run
+    from experiments.spec import load
+
+    name = f"broken{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nfrom dataclasses import dataclass\nfrom simulator.adversary import Reconstruction\n\n\n"
+        "@dataclass(frozen=True)\nclass Broken:\n    def supports(self, view, knowledge):\n        return None\n\n"
+        f"    def __call__(self, view, knowledge, *, rng):\n        {body}\n"
+    )
+    path = tmp_path / "spec.toml"
+    path.write_text(TINY.replace('"random_guess"', f'"{name}:Broken"'))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert run(load(str(path)), tmp_path / "out", workers=1) == []
+        _, _, warnings = conclude(tmp_path / "out")
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert len(warnings) == 2
+    assert all("no trial ended well" in warning for warning in warnings)
+    trials = [json.loads(line) for line in (tmp_path / "out" / RESULTS).read_text().splitlines()]
+    assert [trial["status"] for trial in trials] == ["failed"] * 8
+    assert not any(record["identified"] for trial in trials for record in trial["records"])
+
+
+def test_each_run_draws_its_own_secret_which_the_report_does_not_show(spec: Path, tmp_path: Path) -> None:
+    from experiments.conclude import conclude
+    from experiments.run import run
+    from experiments.spec import load
+
+    found = []
+    for name in ("a", "b"):
+        run(load(str(spec)), tmp_path / name, workers=1)
+        _, report, _ = conclude(tmp_path / name)
+        secret = tomllib.loads((tmp_path / name / "spec.toml").read_text())["secret"]
+        assert len(secret) == 32
+        assert secret not in report.read_text()
+        assert not any(secret in path.read_text() for path in (tmp_path / name / "transcript").rglob("*.jsonl"))
+        found.append(secret)
+    assert found[0] != found[1]
+    again = load(str(tmp_path / "a" / "spec.toml"))
+    assert again.secret == found[0]
+
+
+def test_interrupted_run_leaves_no_process_behind(spec: Path, tmp_path: Path) -> None:
+    """SIGTERM to the command: its workers end, and with them whatever they started."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FEDPEEK_MARK": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "experiments",
+        "run",
+        spec,
+        "--out",
+        tmp_path / "out",
+        "--set",
+        "federation.rounds=5000",
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("transcript/*/transcript.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert _marked(str(tmp_path)) == []
+
+
+def _marked(mark: str) -> list[str]:
+    """Processes whose environment carries the mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"FEDPEEK_MARK={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
 
 
 def test_specs_that_ship_are_sound() -> None:

@@ -100,6 +100,32 @@ def test_client_may_leave_at_every_stage(stage: str, senders: int, tmp_path: Pat
         assert torch.allclose(got.double(), mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", ["advertise", "share", "mask"])
+def test_client_whose_reply_was_lost_takes_part_again_in_the_next_round(stage: str, tmp_path: Path) -> None:
+    def act(client, request, answer):
+        message = answer()  # the client acted: its key material is there, only its reply does not arrive
+        if client == 4 and wire.unpack_stage(request.content)[0] == stage and not lost:
+            lost.append(stage)
+            raise RuntimeError("gone")
+        return message
+
+    lost: list[str] = []
+    record = federate(secure(federation={**COHORT, "rounds": 3}), tmp_path / "t", misbehaving(act))
+    assert [len(observation.upload.senders) for observation in record.observations] == [5, 6, 6]
+
+
+def test_why_a_client_left_stays_with_it_whatever_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clients import secure as client_side
+
+    def train(*_):
+        raise ValueError("cannot train on a record with label 7")
+
+    monkeypatch.setattr(client_side, "local_upload", train)
+    with pytest.raises(FederationError) as caught:
+        federate(secure(), tmp_path / "t")
+    assert "label 7" not in str(caught.value) + (tmp_path / "t" / LINES).read_text()
+
+
 def test_too_few_clients_stop_the_run_with_the_stage_and_no_aggregate(tmp_path: Path) -> None:
     def act(client, request, answer):
         if client >= 4 and wire.unpack_stage(request.content)[0] == "mask":
