@@ -14,7 +14,8 @@ n: a client with few records uses each of them most often, so the claim is made 
 
 What it does not protect: the number of records (zero-out leaves it as it is, and it is uploaded in clear), which client takes part,
 a person with several records (their ε adds up), and statistics of the population. Noise is float32 from torch's generator:
-simulation grade, not safe against floating-point attacks (Mironov, 2012).
+simulation grade, not safe against floating-point attacks (Mironov, 2012), and drawn from the world's seed and secret, which the
+drivers hand to both apps: a deployment must draw it at the client instead.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -103,6 +104,7 @@ def main() -> None:
     finally:
         shutil.rmtree(directory)
     print(json.dumps(figures) if arguments.json else "\n".join(f"{name:20} {value}" for name, value in figures.items()))
+    sys.exit(figures["overhead"] > TARGET)
 
 
 if __name__ == "__main__":

@@ -361,3 +361,20 @@ def test_set_reaches_into_lists_and_bare_names() -> None:
     assert (experiment.arms[1].defenses[0].clip_norm, experiment.seeds) == (2.5, (7,))  # type: ignore[attr-defined]
     with pytest.raises(SpecError, match="must be an index below"):
         load(None, ["arms.99.name=x"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_deployment_is_taken_down_by_its_workers(stop: signal.Signals, spec: Path, tmp_path: Path) -> None:
+    """Flower's processes are children of fedpeek's workers: they must not outlive the command."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FEDPEEK_MARK": str(tmp_path)}
+    words = ["run", spec, "--out", tmp_path / "out", "--set", 'driver="deployment"', "--set", "federation.clients=2", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments", *map(str, words)], cwd=ROOT, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 180
+    while len(_marked(str(tmp_path))) < 9 and time.monotonic() < deadline:  # command, tracker, workers, two SuperLinks, SuperNodes
+        time.sleep(0.2)
+    assert len(_marked(str(tmp_path))) >= 9
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)  # a terminal's Ctrl-C reaches the whole group
+    assert process.wait(90) == (143 if stop == signal.SIGTERM else 130)
+    time.sleep(1)
+    assert _marked(str(tmp_path)) == []

@@ -102,7 +102,7 @@ def to_reals(words: Words, *, limit: float, scale: Scale, senders: int, weights:
     """
     signed = words.view(f"<i{words.itemsize}")
     if signed.size and not -senders * scale.q_max <= signed.min() <= signed.max() <= senders * scale.q_max:
-        raise ProtocolAbort(f"sum must be within {senders} clients' range, got values outside. A mask was left in it: abort the round.")
+        raise ProtocolAbort(f"sum must be within {senders} clients' range, got values outside. The sum is corrupt: abort the round.")
     return signed.astype(np.float64) * (scale.step(limit) / weights)
 
 
