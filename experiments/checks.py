@@ -15,22 +15,28 @@ TOLERATED_UNCONVERGED = 0.1
 VACUOUS_CEILING = 0.99
 """A ceiling above this allows practically every record to be identified."""
 
+EQUIVALENCE_DB = 3.0
+"""Margin in dB of the paired difference to the undefended run: a factor of two in squared error, which no eye would call a defense."""
+
 FLAGS: dict[str, str] = {
     "not_converged": f"more than {TOLERATED_UNCONVERGED:.0%} of the attacks stopped while still improving: the leakage may be larger",
     "floor_not_beaten": "the interval of the gain over the best floor reaches 0 or below: no leakage was shown, which is not its absence",
     "control_failed": "the undefended attack did not beat its own floor: no defense can take credit here",
+    "no_control": "there is no undefended run on the same victims: no defense can take credit",
     "oracle_used": "the threat model disclosed labels to the attack: the leakage holds for that adversary only",
     "few_victims": f"fewer than {FEW_RECORDS} scored records or {FEW_SEEDS} seeds: read the numbers as an example",
     "few_uploads": f"fewer than {FEW_UPLOADS} independent uploads: the intervals are only indicative",
     "ceiling_exceeded": "more records were identified than (ε, δ) allows, beyond chance: the defense or its accounting is broken",
     "ceiling_vacuous": f"(ε, δ) allows more than {VACUOUS_CEILING:.0%} of the records to be identified: the guarantee excludes nothing",
     "clients_lost": "some clients did not answer as they should: victims, accuracy and ε are not those that were planned",
+    "unsupported": "the attack does not apply here and was not run, for the reason given: nothing is known of the leakage",
     "attack_failed": "some trials failed or diverged; they are counted as failures of the attack, so the leakage may be larger",
-    "not_distinguishable": "the interval of the difference to the undefended run contains 0: no effect on this attack was shown",
+    "not_distinguishable": "the interval of the difference to the undefended run contains 0: no effect was shown, which is not its absence",
+    "equivalent": f"the interval of the difference to the undefended run lies within ±{EQUIVALENCE_DB:g} dB: any effect is smaller",
 }
 """Each flag with its one-line explanation."""
 
-INFORMATION = frozenset({"not_distinguishable", "ceiling_vacuous"})
+INFORMATION = frozenset({"not_distinguishable", "equivalent", "ceiling_vacuous"})
 """Flags that describe a finding; all others warn."""
 
 
@@ -42,6 +48,7 @@ def flags_for(
     uploads: int,
     unconverged: int,
     gain: Interval | None,
+    controlled: bool,
     control_gain: Interval | None,
     difference: Interval | None,
     identified: Rate | None,
@@ -57,27 +64,33 @@ def flags_for(
         records: scored records over all seeds.
         uploads: attacked uploads over all seeds.
         unconverged: attacks that ended well but stopped while still improving.
-        gain: PSNR over the best floor in dB; None in a row without scores.
-        control_gain: the same for the undefended arm under this attack; None without a control.
-        difference: PSNR minus that of the undefended arm in dB, paired; None for the control itself.
-        identified: share of identified records; None in a row without scores.
+        gain: what the attack reached over its floor: PSNR over the best one in dB, or, where it answered labels only, the share
+            of right labels over theirs; None in a row without scores.
+        controlled: whether the undefended arm, or this row as such, has scores under this attack on the same victims.
+        control_gain: ``gain`` of the undefended arm under this attack; None without a control.
+        difference: PSNR minus that of the undefended arm in dB, paired; None for the control itself, and where none is left.
+        identified: share of identified records; None in a row without scores of images.
         epsilon: ∞ without a claim.
         ceiling: the most that ``identified`` can be under the claim.
         oracle: whether the attack was told labels.
     """
-    if gain is None or identified is None:
-        return [flag for flag, raised in {"oracle_used": oracle, "clients_lost": clients_lost}.items() if raised]
+    if gain is None:
+        lack = {"oracle_used": oracle, "clients_lost": clients_lost, "unsupported": statuses.get("unsupported", 0) > 0}
+        return [flag for flag, raised in lack.items() if raised]
     raised = {
         "not_converged": unconverged > TOLERATED_UNCONVERGED * statuses.get("ok", 0),
         "floor_not_beaten": gain.low <= 0,
         "control_failed": control_gain is not None and control_gain.low <= 0,
+        "no_control": not controlled,
         "oracle_used": oracle,
         "few_victims": records < FEW_RECORDS or seeds < FEW_SEEDS,
         "few_uploads": uploads < FEW_UPLOADS,
-        "ceiling_exceeded": identified.low > ceiling,
+        "ceiling_exceeded": identified is not None and identified.low > ceiling,
         "ceiling_vacuous": math.isfinite(epsilon) and ceiling > VACUOUS_CEILING,
         "clients_lost": clients_lost,
+        "unsupported": False,
         "attack_failed": statuses.get("failed", 0) + statuses.get("diverged", 0) > 0,
         "not_distinguishable": difference is not None and difference.low <= 0 <= difference.high,
+        "equivalent": difference is not None and max(-difference.low, difference.high) < EQUIVALENCE_DB,
     }
     return [flag for flag in FLAGS if raised[flag]]

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +139,9 @@ def main() -> None:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     try:
-        app()
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ.setdefault("MPLCONFIGDIR", scratch)  # matplotlib would keep its font list in the user's home
+            app()
     except SpecError as error:
         errors.print(f"[red]bad input[/red] {escape(str(error))}")
         sys.exit(BAD_INPUT)

@@ -119,6 +119,8 @@ def _pictures(
             continue
         pictures = load_file(path)
         mine = [trial for trial in trials if (trial.arm, trial.attack, trial.seed) == (arm.name, attack, seed)]
+        if any(trial.answered == "labels" for trial in mine):
+            continue  # it guessed no pictures
         places = [(trial, index) for trial in mine for index in range(len(trial.records))]
         for (trial, index), private, guess in zip(places, pictures["private"], pictures["guess"], strict=False):
             yield trial, index, private.permute(1, 2, 0).squeeze(-1).numpy(), guess.permute(1, 2, 0).squeeze(-1).numpy()

@@ -65,9 +65,19 @@ METRICS: dict[str, Metric] = {
         Metric("ssim", "1", True, f"structural similarity, {SSIM_WINDOW}-pixel Gaussian window inside the image, less for smaller images"),
         Metric("mse", "1", False, "mean squared error on [0, 1], after clamping the guess; not capped"),
         Metric("exact", "share", True, f"records whose mean squared error is below {EXACT_MSE:.0e}"),
-        Metric("label_correct", "share", True, "records whose matched guess carries the right label; beside it the floor of a guess that knows the class frequencies"),
-        Metric("identified", "share", True, "records that are nearest to their guess among N candidates; ties count against the attack. Interval: Clopper–Pearson; "
-            "where one upload holds several records, no narrower than the bootstrap over whole uploads"),
+        Metric(
+            "label_correct",
+            "share",
+            True,
+            "records whose matched guess carries the right label; beside it the floor of a guess that knows the class frequencies",
+        ),
+        Metric(
+            "identified",
+            "share",
+            True,
+            "records that are nearest to their guess among N candidates; ties count against the attack. Interval: Clopper–Pearson; "
+            "where one upload holds several records, no narrower than the bootstrap over whole uploads",
+        ),
         Metric("rank", "1..N", False, "candidates at least as near to the guess as the true record, itself included; 1 is identified"),
         Metric("lpips", "1", False, f"learned perceptual distance (AlexNet v0.1); only with real weights in ${LPIPS_VARIABLE}"),
     )

@@ -79,9 +79,13 @@ def _scored(record: Record, attack: Any, rounds: tuple[int, ...], experiment: Ex
         if not trial.records:
             table.add_row(str(trial.round), clients, "", trial.status, "", "", trial.reason, "")
         for result in trial.records:
-            _write_pair(out / f"{place:03d}-round{trial.round}-client{result.client}.png", outcome.private[place], outcome.guess[place])
-            place += 1
             label = "" if result.label_correct is None else "right" if result.label_correct else "wrong"
+            place += 1
+            if trial.answered == "labels":
+                table.add_row(str(trial.round), clients, str(result.record), trial.status, "", "", "", label)
+                continue
+            picture = f"{place - 1:03d}-round{trial.round}-client{result.client}.png"
+            _write_pair(out / picture, outcome.private[place - 1], outcome.guess[place - 1])
             scores = (f"{result.psnr_db:.1f}", f"{result.ssim:.3f}", "yes" if result.identified else f"no (rank {result.rank})", label)
             table.add_row(str(trial.round), clients, str(result.record), trial.status if not trial.reason else trial.reason, *scores)
     return table

@@ -214,7 +214,7 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
 
 def _record(cls: type[T], value: Any, path: str) -> T:
     hints = get_type_hints(cls)
-    optional = {item.name for item in dataclasses.fields(cls) if item.metadata == SINCE}
+    optional = {item.name for item in dataclasses.fields(cls) if item.metadata == SINCE}  # type: ignore[arg-type]
     complete = isinstance(value, dict) and set(hints) - optional <= set(value) <= set(hints)
     _checked(complete, value, path, f"an object with exactly the keys {', '.join(hints)}")
     try:

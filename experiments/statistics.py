@@ -4,7 +4,7 @@ Records of one upload are attacked together and share its fate, so that scores a
 never by the record.
 
 Sources: expanded percentile bootstrap: Hesterberg, 2015 (arXiv:1411.5279).
-Exact binomial interval: Clopper and Pearson, 1934. Where records share an upload it is too narrow: :func:`clustered_rate`. Step-down correction: Holm, 1979.
+Exact binomial interval: Clopper and Pearson, 1934. Step-down correction: Holm, 1979.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -151,9 +151,11 @@ def score(
     results = tuple(
         RecordResult(
             client=client, record=int(record), psnr_db=s.psnr_db, ssim=s.ssim, mse=s.mse, exact=s.exact, identified=f.identified,
-            rank=f.rank, label_correct=s.label_correct, floors=floor, lpips=s.lpips,
+            rank=f.rank, label_correct=s.label_correct, floors=floor, lpips=s.lpips, label=int(label),
         )
-        for client, record, s, f, floor in zip(victim.clients, victim.record_ids, scores, found, floors, strict=True)
+        for client, record, label, s, f, floor in zip(
+            victim.clients, victim.record_ids, victim.truth.labels, scores, found, floors, strict=True
+        )
     )  # fmt: skip
     trial = _trial(victim, arm, attack, seed, status, reason, results, answer)
     return trial, _in_order(guess, assignment, truth)
@@ -248,4 +250,7 @@ def _trial(
     )  # fmt: skip
     if not isinstance(answer, Reconstruction):
         return trial
-    return replace(trial, objective=answer.objective, converged=answer.converged, trace=answer.trace, seconds=answer.seconds)
+    answered: Literal["inputs", "labels"] = "labels" if status == "ok" and answer.inputs is None else "inputs"
+    return replace(
+        trial, answered=answered, objective=answer.objective, converged=answer.converged, trace=answer.trace, seconds=answer.seconds,
+    )  # fmt: skip

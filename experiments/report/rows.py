@@ -26,13 +26,13 @@ def rows_of(summary: Mapping[str, object]) -> list[Mapping[str, object]]:
 
 
 def control_of(row: Mapping[str, object], rows: Iterable[Mapping[str, object]]) -> Mapping[str, object] | None:
-    """Return the undefended row of the same attack on the same rounds: the first one that is compared with no other."""
+    """Return the undefended row of the same attack on the same rounds: the one that says so, else the first that is compared with none."""
     same = [other for other in rows if (other.get("attack"), other.get("rounds")) == (row.get("attack"), row.get("rounds"))]
-    return next((other for other in same if not other.get("difference_to_control")), None)
+    return next((other for other in same if other.get("control", not other.get("difference_to_control"))), None)
 
 
 def strongest(rows: Iterable[Mapping[str, object]]) -> list[Mapping[str, object]]:
-    """Return one row for each arm, in order: that of the attack which identified most, then gained most."""
+    """Return one row for each arm, in order: that of the attack which identified most, then gained most, then got most labels right."""
     best: dict[str, Mapping[str, object]] = {}
     for row in rows:
         arm = name(row, "defense")
@@ -78,6 +78,8 @@ def lines(summary: Mapping[str, object]) -> list[Line]:
             verdict=verdict(row, control_of(row, rows)),
             strongest=several and any(row is other for other in best),
             victims=_victims(row),
+            labels=estimate(row, "scores", "label_accuracy") if row.get("answered") == "labels" else None,
+            label_floor=values.percent(number(lookup(row, "scores", "label_accuracy", "floor"))),
             identified=estimate(row, "identified"),
             chance=number(lookup(row, "identified", "chance")),
             identified_bar=_bar(estimate(row, "identified"), (0.0, 1.0), number(lookup(row, "identified", "chance"))),
@@ -103,9 +105,9 @@ def lines(summary: Mapping[str, object]) -> list[Line]:
     ]
 
 
-def _strength(row: Mapping[str, object]) -> tuple[float, float]:
-    rate, gain = number(lookup(row, "identified")), number(lookup(row, "gain", "psnr_db"))
-    return (-1.0 if rate is None else rate, float("-inf") if gain is None else gain)
+def _strength(row: Mapping[str, object]) -> tuple[float, ...]:
+    found = (lookup(row, *path) for path in (("identified",), ("gain", "psnr_db"), ("scores", "label_accuracy")))
+    return tuple(float("-inf") if (value := number(entry)) is None else value for entry in found)
 
 
 def _victims(row: Mapping[str, object]) -> str:
@@ -131,7 +133,9 @@ def _score(row: Mapping[str, object], key: str) -> Score:
     found = estimate(row, "scores", key)
     worst, middle, best = (number(lookup(row, "scores", key, part)) for part in ("min", "median", "max"))
     if style == "%":
-        return Score(label, values.percent(found.value), values.percent_range(found.low, found.high), "")
+        floor = number(lookup(row, "scores", key, "floor"))
+        beside = "" if floor is None else f"floor {values.percent(floor)}"
+        return Score(label, values.percent(found.value), values.percent_range(found.low, found.high), beside)
     texts = [values.significant(x, 2) if style is None else values.fixed(x, int(style)) for x in (found.value, worst, middle, best)]
     low, high = (values.significant(x, 2) if style is None else values.fixed(x, int(style)) for x in (found.low, found.high))
     return Score(
@@ -170,7 +174,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one row as text: mean, interval, and ``min · median · max``."""
+    """One metric of one row as text: mean, interval, and ``min · median · max``, or for a rate its floor."""
 
     label: str
     mean: str
@@ -180,7 +184,10 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row, ready to print; estimates stay numbers where page and terminal print them differently."""
+    """One row, ready to print; estimates stay numbers where page and terminal print them differently.
+
+    ``labels`` is the share of right labels where the attack answered nothing else, else None.
+    """
 
     defense: str
     attack: str
@@ -189,6 +196,8 @@ class Line:
     verdict: Verdict
     strongest: bool
     victims: str
+    labels: Estimate | None
+    label_floor: str
     identified: Estimate
     chance: float | None
     identified_bar: Bar | None

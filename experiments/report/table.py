@@ -13,7 +13,13 @@ from experiments.report.rows import Line, lines
 from experiments.report.verdict import Level
 from experiments.report.words import explain
 
-STYLES: Mapping[Level, str] = {"recognizable": "bold red", "partial": "yellow", "identifiable": "yellow", "floor": "blue"}
+STYLES: Mapping[Level, str] = {
+    "recognizable": "bold red",
+    "partial": "yellow",
+    "identifiable": "yellow",
+    "labels": "yellow",
+    "floor": "blue",
+}
 
 
 def table(summary: Mapping[str, object]) -> Table:
@@ -35,7 +41,7 @@ def table(summary: Mapping[str, object]) -> Table:
                 [Text(line.defense), *(Text(word, style="dim") for word in (line.attack if several else "", line.rounds) if word)]
             ),
             Text(line.view),
-            Text(_with_range(values.percent(rate.value), values.percent_range(rate.low, rate.high)), style=style),
+            Text(_labels(line) or _with_range(values.percent(rate.value), values.percent_range(rate.low, rate.high)), style=style),
             Text(_with_range(values.fixed(gain.value, sign=True), values.fixed_range(gain.low, gain.high)), style=style),
             Text(line.epsilon),
             Text(values.percent(line.ceiling)),
@@ -50,9 +56,26 @@ def _with_range(value: str, interval: str) -> str:
     return f"{value} [{inner}]" if inner else value
 
 
+def _labels(line: Line) -> str:
+    """What stands in place of the identification rate where the attack answered labels only, so that there is none."""
+    if line.labels is None:
+        return ""
+    found = line.labels
+    return f"labels\n{_with_range(values.percent(found.value), values.percent_range(found.low, found.high))}\nfloor {line.label_floor}"
+
+
 def _caption(rows: list[Line], letters: Mapping[str, str]) -> Text:
     chances = sorted({line.chance for line in rows if line.chance is not None})
     chance_words = f"; chance {values.join([values.percent(chance) for chance in chances])}" if chances else ""
     parts = [f"[…] are 95 % intervals{chance_words}."]
     parts += [f"{letter}: {flag.replace('_', ' ')}. {explain(flag)}".strip() for flag, letter in letters.items()]
-    return Text("\n".join(parts))
+    return Text("\n".join(parts + _unmeasured(rows)))
+
+
+def _unmeasured(rows: list[Line]) -> list[str]:
+    """Say why a row has no measurement, once for all arms with the same reason."""
+    arms: dict[tuple[str, str, str], list[str]] = {}
+    for line in rows:
+        for reason in line.reasons if line.verdict.level == "unmeasured" else ():
+            arms.setdefault((line.attack, line.verdict.words, reason), []).append(line.defense)
+    return [f"{attack} under {values.join(names)}: {words}: {reason}" for (attack, words, reason), names in arms.items()]

@@ -6,24 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from experiments.checks import EQUIVALENCE_DB
 from experiments.report.values import Estimate, decibel, estimate, lookup, number, percent
 
-Level = Literal["recognizable", "partial", "identifiable", "faint", "floor", "unmeasured"]
+Level = Literal["recognizable", "partial", "identifiable", "faint", "labels", "floor", "unmeasured"]
 
 RECOGNIZABLE_RATE = 0.5
 """Fraction of victims that the lower end of the interval must reach: more often identified than not."""
 RECOGNIZABLE_GAIN_DB = 3.0
 """Mean gain in dB: half the squared error of the best guess that ignores the upload."""
-EQUAL_DB = 0.5
-"""A paired difference whose whole interval is within ± this many dB is no difference, even where it is statistically sure."""
-UNDECIDED_DB = 3.0
-"""An interval that holds 0 and is wider than this many dB decides nothing: there are too few victims."""
 
 WORDS: Mapping[Level, str] = {
     "recognizable": "pictures recognizable",
     "partial": "partly recognizable",
     "identifiable": "identifiable only",
     "faint": "traces only",
+    "labels": "labels recovered",
     "floor": "floor not beaten",
     "unmeasured": "not measured",
 }
@@ -33,13 +31,18 @@ MEANING: Mapping[Level, str] = {
     "partial": "identified more often than by chance, and a PSNR gain above 0 (both by their intervals), but not by as much as above",
     "identifiable": "identified more often than by chance, although the pictures are no closer to the truth than the best floor",
     "faint": "closer to the truth than the best floor, but not identified more often than by chance",
-    "floor": "neither identified more often than by chance nor closer to the truth than a guess that ignores the upload",
+    "labels": "the attack answered labels and no pictures, and got more of them right (lower end of the interval) than a guess that "
+    "knows how frequent each class is",
+    "floor": "neither identified more often than by chance nor closer to the truth than a guess that ignores the upload; of an attack "
+    "that answered labels only: no more of them right than such a guess",
     "unmeasured": "no victim was measured, or the numbers that a verdict needs are missing",
 }
 EQUAL = "not distinguishable from no defense"
 UNDECIDED = "difference to no defense undecided"
+FAILED = "every attack failed"
 LESS = "leaks less than no defense"
 MORE = "leaks more than no defense"
+SLIGHTLY = f", by less than {EQUIVALENCE_DB:g} dB"
 NO_CREDIT = "no credit: the undefended attack misses its floor too"
 
 
@@ -51,8 +54,12 @@ def verdict(row: Mapping[str, object], control: Mapping[str, object] | None = No
         control: the undefended row of the same attack. Where its PSNR does not beat its own floor, no defense gets credit.
     """
     found = level(row)
+    if found == "unmeasured":
+        return Verdict(found, FAILED if _failures(row) else WORDS[found], "")
     difference = estimate(row, "difference_to_control", "psnr_db")
-    if found == "unmeasured" or difference.low is None or difference.high is None:
+    if number(lookup(row, "difference_to_control", "pairs")) == 0:
+        return Verdict(found, WORDS[found], NO_CREDIT)
+    if difference.low is None or difference.high is None:
         return Verdict(found, WORDS[found], "")
     if control is not None and level(control) in ("identifiable", "floor", "unmeasured"):
         return Verdict(found, WORDS[found], NO_CREDIT)
@@ -62,8 +69,11 @@ def verdict(row: Mapping[str, object], control: Mapping[str, object] | None = No
 def level(row: Mapping[str, object]) -> Level:
     """Classify how much a row leaks; an interval that is missing counts as not sure, hence as not above."""
     identified, gain = estimate(row, "identified"), estimate(row, "gain", "psnr_db")
-    measured = number(lookup(row, "statuses", "ok"))
-    if measured == 0 or (identified.value is None and gain.value is None):
+    if number(lookup(row, "statuses", "ok")) == 0:
+        return "unmeasured"
+    if row.get("answered") == "labels":
+        return _label_level(row)
+    if identified.value is None and gain.value is None:
         return "unmeasured"
     chance = number(lookup(row, "identified", "chance"))
     named = identified.low is not None and chance is not None and identified.low > chance
@@ -82,11 +92,20 @@ def compare(difference: Estimate) -> str:
     low, high = difference.low, difference.high
     if low is None or high is None:
         return ""
-    if low >= -EQUAL_DB and high <= EQUAL_DB:
-        return EQUAL
+    within = max(-low, high) < EQUIVALENCE_DB
     if low <= 0 <= high:
-        return EQUAL if high - low <= UNDECIDED_DB else UNDECIDED
-    return LESS if high < 0 else MORE
+        return EQUAL if within else UNDECIDED
+    return (LESS if high < 0 else MORE) + (SLIGHTLY if within else "")
+
+
+def _label_level(row: Mapping[str, object]) -> Level:
+    right, floor = estimate(row, "scores", "label_accuracy"), number(lookup(row, "scores", "label_accuracy", "floor"))
+    return "labels" if right.low is not None and floor is not None and right.low > floor else "floor"
+
+
+def _failures(row: Mapping[str, object]) -> bool:
+    """Whether any attack failed or diverged; all of them, if none ended well."""
+    return any(number(lookup(row, "statuses", status)) for status in ("failed", "diverged"))
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from experiments.checks import FLAGS
+from experiments.checks import EQUIVALENCE_DB, FLAGS
 from experiments.report import values
 from experiments.report.rows import control_of, name, rows_of, strongest
 from experiments.report.values import lookup, number
-from experiments.report.verdict import EQUAL, EQUAL_DB, MEANING, UNDECIDED_DB, WORDS, Level, level, verdict
+from experiments.report.verdict import EQUAL, FAILED, MEANING, WORDS, Level, level, verdict
 
 CLAUSES: Mapping[Level, str] = {
     "recognizable": "can recognize the clients’ pictures under ",
     "partial": "rebuilds them in part under ",
     "identifiable": "tells whose picture it was, without rebuilding it, under ",
     "faint": "finds traces that identify nobody under ",
+    "labels": "recovers the labels, but no pictures, under ",
     "floor": "does no better than a blind guess, with this attack, under ",
     "unmeasured": "was not measured under ",
 }
@@ -23,7 +24,7 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     (
         "Identified",
         "How often the victim’s true picture is the one nearest to the reconstruction among N candidates. Chance is 1/N, and k/N for k "
-        "pictures that are rebuilt together from one aggregate. The interval is Clopper–Pearson. It is the most telling number: a blurred "
+        "pictures that are rebuilt together from one aggregate. It is the most telling number: a blurred "
         "picture can still say who it is, a smooth one can score well and say nothing.",
     ),
     (
@@ -36,7 +37,11 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     ("SSIM", "Structural similarity, at most 1 (the same picture). It looks at local contrast and structure, where PSNR looks at pixels."),
     ("MSE", "Mean squared error of the pixels in [0, 1]. Lower is closer; 0 is exact."),
     ("Exact", "Fraction of the records that were rebuilt exactly, up to rounding."),
-    ("Labels right", "Fraction of the private labels that the attack got right."),
+    (
+        "Labels right",
+        "Fraction of the private labels that the attack got right. Its floor is what a guess gets right that knows how frequent each class "
+        "is among the victims, and that is matched to the truth as the attack’s labels are.",
+    ),
     (
         "Floor",
         "The best score that a guess reaches without looking at the upload: the mean training picture, another victim’s picture, random "
@@ -48,13 +53,14 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     ),
     (
         "Against no defense",
-        "The paired difference defended − undefended, on the same victims and seeds. It counts as “not distinguishable” when its "
-        f"interval holds 0 or lies within ± {values.decibel(EQUAL_DB)}, and as “undecided” when it holds 0 but is wider than "
-        f"{values.decibel(UNDECIDED_DB)}.",
+        "The paired difference defended − undefended, on the same victims and seeds; a victim on which the undefended attack misses its "
+        "floor is left out. It counts as “not distinguishable” when its interval holds 0 and lies within "
+        f"± {values.decibel(EQUIVALENCE_DB)}, and as “undecided” when it holds 0 but reaches further.",
     ),
     (
         "95 % interval",
-        "Over victims and seeds: paired bootstrap for scores, Clopper–Pearson for rates. It covers these victims, not other data or "
+        "Over victims and seeds: paired bootstrap for scores, Clopper–Pearson for rates; where one upload holds several records, a rate’s "
+        "interval is no narrower than the bootstrap over whole uploads. It covers these victims, not other data or "
         "other attacks.",
     ),
     (
@@ -168,7 +174,7 @@ def explain(flag: str) -> str:
 
 def verdicts() -> list[tuple[str, str]]:
     """Return each verdict with the thresholds behind it."""
-    return [(WORDS[key], MEANING[key]) for key in WORDS]
+    return [*((WORDS[key], MEANING[key]) for key in WORDS), (FAILED, "no attack ended well, so that its scores are those of gray pictures")]
 
 
 def _adversary(threat: Mapping[str, object]) -> str:

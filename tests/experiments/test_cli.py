@@ -44,8 +44,8 @@ def spec(tmp_path: Path) -> Path:
     return path
 
 
-def fedpeek(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd)}
+def fedpeek(*words: object, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cwd), **more}
     command = [sys.executable, "-m", "experiments", *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
@@ -167,9 +167,11 @@ def test_list_names_everything(kind: str, expected: list[str]) -> None:
 
 
 def test_run_writes_what_it_promises_and_attack_and_report_go_on_from_there(spec: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = fedpeek("run", spec, "--out", out, "--workers", 1)
+    out, home = tmp_path / "out", tmp_path / "home"
+    home.mkdir()
+    done = fedpeek("run", spec, "--out", out, "--workers", 1, HOME=str(home), XDG_CACHE_HOME="", XDG_CONFIG_HOME="")
     assert done.returncode == 0, done.stderr
+    assert list(home.rglob("*")) == []
     names = {path.name for path in out.iterdir()}
     assert {"spec.toml", "transcript", RESULTS, FACTS, "summary.json", "report.html", "leakage-vs-accuracy.png"} <= names
     summary = json.loads((out / "summary.json").read_text())
@@ -378,3 +380,15 @@ def test_interrupted_deployment_is_taken_down_by_its_workers(stop: signal.Signal
     assert process.wait(90) == (143 if stop == signal.SIGTERM else 130)
     time.sleep(1)
     assert _marked(str(tmp_path)) == []
+
+
+def test_recovered_labels_are_judged_as_labels(spec: Path, tmp_path: Path) -> None:
+    done = fedpeek("run", spec, "--out", tmp_path / "out", "--set", 'attacks=["label_recovery"]', "--set", "federation.clients=40")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]:
+        assert row["gain"] is None
+        assert row["identified"] is None
+        assert row["scores"]["label_accuracy"]["mean"] == 1.0
+        assert row["scores"]["label_accuracy"]["low"] > row["scores"]["label_accuracy"]["floor"]
+        assert "floor_not_beaten" not in row["flags"]
+    assert "labels recovered" in (tmp_path / "out" / "report.html").read_text()

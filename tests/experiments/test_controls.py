@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 
-from experiments.controls import FLOORS, best_floor, floor_scores, floors, shuffled
+from experiments.controls import FLOORS, best_floor, floor_scores, floors, label_floor, shuffled
 from experiments.metrics import ImageScores, image_scores
 from simulator.types import Broadcast, LocalTraining, Observation, Update, Upload
 
@@ -79,16 +82,37 @@ def test_failed_floor_scores_as_mid_gray() -> None:
 
 def test_shuffled_keeps_values_and_moves_them() -> None:
     tensors = {"weight": torch.randn(5, 7, generator=generator()), "bias": torch.randn(9, generator=generator(1))}
+    buffers = {"running_mean": torch.randn(16, generator=generator(3)), "num_batches_tracked": torch.tensor(7)}
     broadcast = Broadcast(1, {"weight": torch.zeros(5, 7), "bias": torch.zeros(9)}, {}, LocalTraining())
-    view = Observation(broadcast, (Upload(frozenset({3}), Update("gradient", tensors), {"running_mean": torch.ones(2)}, 4),))
+    view = Observation(broadcast, (Upload(frozenset({3}), Update("gradient", tensors), buffers, 4),))
     other = shuffled(view, generator(2))
     for name, tensor in tensors.items():
         moved = other.upload.update.tensors[name]
         assert moved.shape == tensor.shape
         assert not torch.equal(moved, tensor)
         assert torch.equal(moved.flatten().sort().values, tensor.flatten().sort().values)
+    moved = other.upload.buffers["running_mean"]
+    assert not torch.equal(moved, buffers["running_mean"])
+    assert torch.equal(moved.sort().values, buffers["running_mean"].sort().values)
+    assert other.upload.buffers["num_batches_tracked"] == 7
     assert other.broadcast is view.broadcast
     assert (other.upload.senders, other.upload.num_examples, other.upload.update.kind) == (frozenset({3}), 4, "gradient")
     assert torch.equal(view.upload.update.tensors["weight"], tensors["weight"])
     again = shuffled(view, generator(2)).upload.update.tensors
     assert all(torch.equal(again[name], other.upload.update.tensors[name]) for name in tensors)
+
+
+def test_floor_of_single_labels_is_the_most_frequent_class() -> None:
+    batches = [[1], [0], [1], [2]]
+    assert label_floor(batches, matched=True) == pytest.approx(0.5)
+    assert label_floor(batches, matched=False) == pytest.approx(0.5)
+    assert label_floor([[3], [3]], matched=True) == pytest.approx(1.0)
+
+
+def test_floor_of_matched_labels_is_the_best_guess_without_the_upload() -> None:
+    batch, rng = [0, 0, 0, 1, 1, 1, 2, 2], np.random.default_rng(0)
+    draws = [Counter(rng.choice(batch, size=8).tolist()) for _ in range(4000)]  # uploads of the same class frequencies
+    guesses = [Counter({0: a, 1: b, 2: 8 - a - b}) for a in range(9) for b in range(9 - a)]
+    best = max(np.mean([(guess & truth).total() for truth in draws]) / 8 for guess in guesses)
+    assert label_floor([batch, batch], matched=True) == pytest.approx(best, abs=0.01)
+    assert best > 0.7 > label_floor([batch, batch], matched=False) == 3 / 8

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from experiments.checks import FLAGS
+from experiments.checks import EQUIVALENCE_DB, FLAGS
 from experiments.report import html, plots, table, values, verdict, words
 from experiments.report.html import Picture
 from experiments.report.rows import control_of, lines, rows_of, strongest
@@ -61,6 +61,14 @@ def leak(rate: tuple[float, float, float], gain: tuple[float, float, float], **c
     )
 
 
+def labels(low: float, floor: float | None, **changes: object) -> dict[str, object]:
+    """A row whose attack answered labels only: every score of images is null."""
+    scores = {"psnr_db": None, "ssim": None, "mse": None, "exact": None}
+    judged = {"label_accuracy": {"mean": 0.9, "low": low, "high": 1.0, "floor": floor}}
+    nothing: dict[str, object] = {"gain": None, "identified": None, "floor": None, "difference_to_control": None}
+    return row("arm", answered="labels", scores=scores | judged, **(nothing | {"control": True} | changes))
+
+
 def difference(low: float, high: float) -> dict[str, object]:
     return {"psnr_db": {"mean": (low + high) / 2, "low": low, "high": high}}
 
@@ -98,6 +106,12 @@ def pictures(arm: str = "none") -> list[Picture]:
         )
         for place, which in enumerate(("best", "median", "worst"))
     ]
+
+
+def terminal(summary: dict[str, object]) -> str:
+    console = Console(width=100, record=True, file=io.StringIO(), color_system=None)
+    console.print(table.table(summary))
+    return console.export_text()
 
 
 @pytest.fixture
@@ -320,8 +334,12 @@ def test_each_attack_of_an_arm_has_its_row_and_the_strongest_stands_for_the_arm(
         (leak((0.6, 0.55, 0.7), (9.0, 0.0, 14.0)), "identifiable"),
         (leak((0.03, 0.01, 0.1), (1.0, 0.1, 2.0)), "faint"),
         (leak((0.03, 0.01, 0.1), (1.0, -0.1, 2.0)), "floor"),
-        (leak((1.0, 0.9, 1.0), (11.0, 10.0, 12.0), statuses={"ok": 0, "failed": 9}), "unmeasured"),
+        (leak((1.0, 0.9, 1.0), (11.0, 10.0, 12.0), statuses={"ok": 0}), "unmeasured"),
         (row("x", identified=None, gain=None), "unmeasured"),
+        (labels(0.8, 0.53), "labels"),
+        (labels(0.53, 0.53), "floor"),
+        (labels(0.8, None), "floor"),
+        (labels(0.8, 0.53, statuses={"ok": 0, "unsupported": 2}), "unmeasured"),
         (row("x", gain=None), "identifiable"),
         (row("x", identified=None), "faint"),
     ],
@@ -335,11 +353,13 @@ def test_verdict_levels(changed: dict[str, object], expected: str) -> None:
     ("low", "high", "expected"),
     [
         (-0.1, 0.1, verdict.EQUAL),
-        (-verdict.EQUAL_DB, -0.1, verdict.EQUAL),
-        (-verdict.EQUAL_DB - 0.01, -0.1, verdict.LESS),
-        (0.1, verdict.EQUAL_DB + 0.01, verdict.MORE),
-        (-verdict.UNDECIDED_DB / 2, verdict.UNDECIDED_DB / 2, verdict.EQUAL),
-        (-verdict.UNDECIDED_DB, 0.1, verdict.UNDECIDED),
+        (0.0, 0.0, verdict.EQUAL),
+        (-EQUIVALENCE_DB + 0.01, EQUIVALENCE_DB - 0.01, verdict.EQUAL),
+        (-EQUIVALENCE_DB, 0.1, verdict.UNDECIDED),
+        (-0.1, EQUIVALENCE_DB, verdict.UNDECIDED),
+        (-EQUIVALENCE_DB, -0.1, verdict.LESS),
+        (0.1, EQUIVALENCE_DB, verdict.MORE),
+        (-1.0, -0.1, verdict.LESS + verdict.SLIGHTLY),
     ],
 )
 def test_comparison_with_no_defense(low: float, high: float, expected: str) -> None:
@@ -352,6 +372,40 @@ def test_no_credit_where_the_undefended_attack_fails() -> None:
     blurred = leak((0.6, 0.5, 0.7), (-1.0, -2.0, 0.0), difference_to_control=None)
     assert verdict.verdict(row("x", difference_to_control=difference(-9, -7)), blurred).against_control == verdict.NO_CREDIT
     assert verdict.verdict(failed, failed).against_control == ""
+
+
+def test_no_credit_where_no_victim_is_left_to_compare() -> None:
+    nothing = {"psnr_db": None, "identified": None, "pairs": 0, "excluded": 8, "p": None, "p_holm": None}
+    assert verdict.verdict(row("x", difference_to_control=nothing), row("none")).against_control == verdict.NO_CREDIT
+
+
+def test_the_control_is_the_row_that_says_so() -> None:
+    rows = [row("noise", control=False, difference_to_control=None), row("none", control=True, difference_to_control=None)]
+    assert control_of(rows[0], rows) is rows[1]
+
+
+def test_labels_are_judged_as_labels_and_null_is_never_zero(tmp_path: Path, no_plot: None) -> None:
+    summary = {"rows": [labels(0.8, 0.53)]}
+    line = lines(summary)[0]
+    assert (line.verdict.words, line.identified_bar, line.gain_bar) == ("labels recovered", None, None)
+    text = Page(write(tmp_path, summary=summary, pictures=[])).text
+    body = text[text.index("Flags") : text.index("Dots are means")]
+    for part in ("labels recovered", "90\u00a0% of the labels right (80–100\u00a0%), floor 53\u00a0%", "—"):
+        assert part in body
+    assert not re.search(r"(?<!\d)0\u00a0(%|dB)", body)
+    assert "recovers the labels, but no pictures, under arm" in text
+    printed = terminal(summary)
+    assert re.search(r"labels +— +∞", printed)
+    assert "90\u00a0% [80, 100]" in printed
+    assert "floor 53\u00a0%" in printed
+    assert "chance" not in printed
+
+
+def test_an_arm_is_answered_by_pictures_before_labels_and_by_labels_before_nothing() -> None:
+    nothing = row("arm", attack="linear_leak", identified=None, gain=None, scores={}, statuses={"ok": 0, "unsupported": 2})
+    recovered, seen = labels(0.8, 0.53, attack="label_recovery"), row("arm", attack="dlg")
+    assert strongest([nothing, recovered]) == [recovered]
+    assert strongest([nothing, recovered, seen]) == [seen]
 
 
 def test_verdict_ignores_the_arms_name() -> None:
@@ -396,6 +450,17 @@ def test_reasons_and_lost_clients_are_named(tmp_path: Path, no_plot: None) -> No
     text = Page(write(tmp_path, summary={"rows": [unsupported, lost]}, pictures=[])).text
     for part in ("not measured", "needs a dense layer", "4 unsupported", "other: client 3 sent NaN in round 1"):
         assert part in text
+    printed = terminal({"rows": [unsupported, unsupported | {"defense": "clip"}, row("none", reasons=["one of many fell over"])]})
+    assert "inverting_gradients under arm and clip: not measured: needs a dense layer" in printed
+    assert "fell over" not in printed
+    broken = row("arm", statuses={"ok": 0, "failed": 3, "diverged": 1}, reasons=["CUDA fell over"])
+    assert verdict.verdict(broken) == verdict.Verdict("unmeasured", verdict.FAILED, "")
+    assert "inverting_gradients under arm: every attack failed: CUDA fell over" in terminal({"rows": [broken]})
+
+
+def test_accuracy_that_was_not_measured_is_a_dash() -> None:
+    unknown = {"rows": [row("x", accuracy=None)]}
+    assert re.search(r"100\u00a0% +— *$", terminal(unknown), re.MULTILINE)
 
 
 def test_rows_of_several_rounds_are_told_apart() -> None:
@@ -410,9 +475,7 @@ def test_rows_of_several_rounds_are_told_apart() -> None:
 
 
 def test_terminal_table_holds_the_numbers_in_100_columns() -> None:
-    console = Console(width=100, record=True, file=io.StringIO(), color_system=None)
-    console.print(table.table({"rows": [*arms(), row("a [bold]very long[/bold] stack of defenses " * 3)]}))
-    text = console.export_text()
+    text = terminal({"rows": [*arms(), labels(0.81234, 0.53), row("a [bold]very long[/bold] stack of defenses " * 3)]})
     assert max(map(len, text.splitlines())) <= 100
     for part in (
         "97\u00a0% [84, 99.9]",

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments import statistics
-from experiments.statistics import binomial_rate, bootstrap_difference, bootstrap_mean, holm, sign_flip_p
+from experiments.statistics import binomial_rate, bootstrap_difference, bootstrap_mean, clustered_rate, holm, sign_flip_p
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -30,6 +30,21 @@ def test_clopper_pearson_test_vectors(successes: int, trials: int, low: float, h
 def test_clopper_pearson_is_the_beta_quantile() -> None:
     rate = binomial_rate(7, 32)
     assert (rate.low, rate.high) == pytest.approx((stats.beta.ppf(0.025, 7, 26), stats.beta.ppf(0.975, 8, 25)))
+
+
+def test_rate_of_single_records_is_clopper_pearson() -> None:
+    assert clustered_rate([True] * 7 + [False] * 25, range(32), rng=rng()) == binomial_rate(7, 32)
+
+
+def test_rate_of_records_that_share_an_upload_is_never_the_narrower_one() -> None:
+    hits, clusters = [True] * 20 + [False] * 60, list(np.repeat(np.arange(8), 10))  # two uploads leak whole, six not at all
+    rate, records, uploads = clustered_rate(hits, clusters, rng=rng()), binomial_rate(20, 80), bootstrap_mean(hits, clusters, rng=rng())
+    assert rate.rate == 0.25
+    assert (rate.low, rate.high) == (max(0.0, uploads.low), uploads.high)
+    assert rate.high - rate.low > 1.5 * (records.high - records.low)
+    even = clustered_rate([True, False] * 40, clusters, rng=rng())  # uploads without any spread
+    assert (even.low, even.high) == (binomial_rate(40, 80).low, binomial_rate(40, 80).high)
+    assert clustered_rate([True] * 8, ["only"] * 8, rng=rng()).low == 0.0
 
 
 def test_bootstrap_of_many_single_records_is_the_t_interval() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.checks import FLAGS, INFORMATION, flags_for
+from experiments.checks import EQUIVALENCE_DB, FLAGS, INFORMATION, flags_for
 from experiments.metrics import ImageScores
 from experiments.result import ArmFacts, RecordResult, ResultError, Trial
-from experiments.statistics import Interval, Rate
+from experiments.statistics import Interval, Rate, binomial_rate
 from experiments.summary import summarize
 
 FLOOR_DB = 12.0
@@ -52,6 +53,18 @@ def aggregate(name: str, psnr_db: float, *, clients: int = 8) -> list[Trial]:
     ]  # fmt: skip
 
 
+def label_arm(name: str, right: Callable[[int], bool], *, batch: int = 1, clients: int = 8, classes: int = 4) -> list[Trial]:
+    """Two seeds of an attack that answers labels only; pictures are those of the mid-gray image."""
+    gray = {"psnr_db": 7.0, "ssim": 0.0, "mse": 0.2, "identified": False, "rank": 100}
+    return [
+        trial(
+            arm=name, attack="label_recovery", seed=seed, senders=(client,), answered="labels",
+            records=tuple(record(client, n, label=n % classes, label_correct=right(n), **gray) for n in range(batch * client, batch * (client + 1))),
+        )
+        for seed in (0, 1) for client in range(clients)
+    ]  # fmt: skip
+
+
 def summary(trials: list[Trial], *facts: ArmFacts, control: str | None = "none", by_round: bool = False) -> dict[str, Any]:
     environment = {"torch": "2", "cores": 2}
     table = summarize(
@@ -74,6 +87,7 @@ def row(table: dict[str, Any], defense: str, attack: str = "ig") -> dict[str, An
         trial(senders=(0, 1), records=(record(0, label_correct=None, lpips=0.25), record(1)), objective=0.5),
         trial(status="unsupported", records=(), reason="needs a dense layer with bias, got none", objective=0.0),
         trial(status="diverged", records=(record(identified=False),), objective=math.inf),
+        trial(answered="labels", records=(record(identified=False, label=3),), objective=0.0),
         ArmFacts(arm="dp", seed=1, accuracy=0.8, accuracy_per_round=(0.5, 0.8), epsilon=8.0, delta=1e-5, client_failures=("3: NaN",)),
         ArmFacts(arm="none", seed=0, accuracy=0.9, quantization_error=1e-6),
     ],
@@ -101,6 +115,8 @@ def test_infinite_epsilon_and_undefined_objective_are_text() -> None:
         ({"seed": True}, "trial.seed must be of type int"),
         ({"objective": None}, "trial.objective must be a number"),
         ({"status": "fine"}, "trial.status must be one of 'ok'"),
+        ({"answered": "both"}, "trial.answered must be one of 'inputs'"),
+        ({"answered": "labels"}, "must not identify a record"),
         ({"senders": 3}, "trial.senders must be a list"),
         ({"view": "aggregate"}, "trial.view must be 'update'"),
         ({"trace": [[1, 2.0, 3.0]]}, "trial.trace.0 must be a list of the right length"),
@@ -111,6 +127,15 @@ def test_infinite_epsilon_and_undefined_objective_are_text() -> None:
 def test_reading_is_strict(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ResultError, match=message):
         Trial.from_json(json.dumps(json.loads(trial().to_json()) | change))
+
+
+def test_lines_of_an_older_version_are_read_and_no_other_key_may_be_missing() -> None:
+    table = json.loads(trial(objective=0.5).to_json())
+    del table["answered"], table["records"][0]["label"]
+    assert Trial.from_json(json.dumps(table)) == trial(objective=0.5)
+    for key in ("flags", "seconds", "status"):
+        with pytest.raises(ResultError, match="trial must be an object with exactly the keys"):
+            Trial.from_json(json.dumps({name: value for name, value in table.items() if name != key}))
 
 
 @pytest.mark.parametrize("line", ["", '{"arm": "no', "[]", "3"])
@@ -142,7 +167,8 @@ def test_row_has_the_keys_and_types_of_the_schema() -> None:
     assert {key: type(got[key]) for key in want} == want
     assert got["epsilon"] == "inf"
     assert set(got["scores"]["psnr_db"]) >= {"mean", "low", "high", "min", "median", "max"}
-    assert set(got["scores"]["label_accuracy"]) == {"mean", "low", "high"}
+    assert set(got["scores"]["label_accuracy"]) == {"mean", "low", "high", "floor"}
+    assert (got["answered"], got["control"]) == ("inputs", True)
     assert set(got["gain"]["psnr_db"]) == {"mean", "low", "high"}
     assert set(got["identified"]) >= {"rate", "low", "high", "chance"}
 
@@ -189,12 +215,112 @@ def test_failures_count() -> None:
     assert got["flags"] == ["attack_failed"]
 
 
+def test_a_row_of_failures_alone_says_so_and_keeps_the_scores_of_gray_pictures() -> None:
+    gray = arm("none", 7.0, identified=False, spread=0.0)
+    broken = [replace(t, status="failed", reason="CUDA fell over", converged=False) for t in gray]
+    got = row(summary(broken), "none")
+    assert got["statuses"] == {"ok": 0, "failed": 16}
+    assert (got["scores"]["psnr_db"]["mean"], got["identified"]["rate"]) == (7.0, 0.0)
+    assert got["flags"] == ["floor_not_beaten", "control_failed", "attack_failed"]
+
+
 def test_unsupported_attack_has_a_row_without_scores() -> None:
     trials = [trial(attack="linear_leak", status="unsupported", records=(), reason="needs a dense layer", flags=("oracle_used",))]
     got = row(summary(trials), "none", "linear_leak")
     assert (got["victims"], got["statuses"]["unsupported"], got["scores"], got["gain"]) == (0, 1, {}, None)
     assert got["reasons"] == ["needs a dense layer"]
-    assert got["flags"] == ["oracle_used"]
+    assert got["flags"] == ["oracle_used", "unsupported"]
+
+
+def test_recovered_labels_are_judged_as_labels_and_never_as_pictures() -> None:
+    got = row(summary(label_arm("none", lambda n: n != 0)), "none", "label_recovery")
+    assert (got["answered"], got["victims"], got["gain"], got["identified"], got["floor"]) == ("labels", 16, None, None, None)
+    assert [got["scores"][name] for name in ("psnr_db", "ssim", "mse", "exact")] == [None] * 4
+    exact = binomial_rate(14, 16)
+    assert got["scores"]["label_accuracy"] == pytest.approx({"mean": 14 / 16, "low": exact.low, "high": exact.high, "floor": 0.25})
+    assert got["flags"] == []
+
+
+def test_recovered_labels_must_beat_a_guess_of_the_class_frequencies() -> None:
+    chance = summary(label_arm("none", lambda n: n % 4 == 0) + label_arm("noise", lambda n: n % 4 == 0))
+    assert row(chance, "none", "label_recovery")["flags"] == ["floor_not_beaten", "control_failed"]
+    assert row(chance, "noise", "label_recovery")["flags"] == ["floor_not_beaten", "control_failed"]
+    defended = summary(label_arm("none", lambda n: True) + label_arm("noise", lambda n: n % 4 == 0))
+    assert row(defended, "noise", "label_recovery")["flags"] == ["floor_not_beaten"]
+    unknown = [replace(t, records=tuple(replace(r, label=None) for r in t.records)) for t in label_arm("none", lambda n: True)]
+    got = row(summary(unknown), "none", "label_recovery")
+    assert (got["scores"]["label_accuracy"]["floor"], got["flags"]) == (None, ["floor_not_beaten", "control_failed"])
+
+
+def test_floor_of_labels_has_the_freedom_that_the_attack_had() -> None:
+    trials = label_arm("none", lambda n: True, batch=4, classes=2)
+    matched = row(summary(trials), "none", "label_recovery")["scores"]["label_accuracy"]["floor"]
+    pictured = row(summary([replace(t, answered="inputs") for t in trials]), "none", "label_recovery")["scores"]["label_accuracy"]["floor"]
+    assert pictured == 0.5
+    assert matched == pytest.approx(1 - 2 * (1 / 16) * 2 / 4 - 2 * (4 / 16) * 1 / 4)  # two of each: 4:0 misses two, 3:1 misses one
+
+
+def test_one_guess_of_inputs_makes_it_a_row_of_pictures() -> None:
+    trials = label_arm("none", lambda n: True)
+    pictured = replace(trials[0], answered="inputs", records=(record(label=0),))
+    got = row(summary([pictured, *trials[1:]]), "none", "label_recovery")
+    assert got["answered"] == "inputs"
+    assert got["identified"]["rate"] == 1 / 16
+
+
+def test_failures_of_label_recovery_count_against_it() -> None:
+    trials = label_arm("none", lambda n: True)
+    failed = [
+        replace(t, status="failed", answered="inputs", records=tuple(replace(r, label_correct=False) for r in t.records))
+        for t in trials[:4]
+    ]
+    got = row(summary(failed + trials[4:]), "none", "label_recovery")
+    assert (got["answered"], got["scores"]["label_accuracy"]["mean"], got["flags"]) == ("labels", 0.75, ["attack_failed"])
+
+
+def test_accuracy_that_was_not_measured_is_null() -> None:
+    facts = [ArmFacts(arm="none", seed=seed, accuracy=math.nan) for seed in (0, 1)]
+    got = row(summary(arm("none", 25.0), *facts), "none")
+    assert (got["accuracy"], got["accuracy_by_seed"]) == (None, {"0": None, "1": None})
+    known = row(summary(arm("none", 25.0), facts[0], ArmFacts(arm="none", seed=1, accuracy=0.5)), "none")
+    assert (known["accuracy"], known["accuracy_by_seed"]) == (0.5, {"0": None, "1": 0.5})
+
+
+def test_no_defense_gets_credit_without_an_undefended_run() -> None:
+    noise, none = arm("noise", 12.5), arm("none", 25.0)
+    assert "no_control" in row(summary(noise, control=None), "noise")["flags"]
+    assert "no_control" in row(summary(noise + arm("none", 25.0, attack="dlg")), "noise")["flags"]
+    assert "no_control" in row(summary([*noise, replace(none[0], status="unsupported", records=())]), "noise")["flags"]
+    others = [replace(t, round=9) for t in none]
+    assert "no_control" in row(summary(noise + others), "noise")["flags"]
+    assert all("no_control" not in r["flags"] for r in summary(noise + none)["rows"])
+    assert "no_control" not in INFORMATION
+
+
+def test_credit_is_given_only_where_the_undefended_attack_beats_its_floor() -> None:
+    none, noise = arm("none", 25.0, spread=0.0), arm("noise", 20.0, spread=0.0)
+    weak = [replace(t, records=(replace(t.records[0], psnr_db=FLOOR_DB),)) for t in none[:6]]  # at its floor, not above it
+    gray = [replace(t, status="failed", records=(replace(t.records[0], psnr_db=FLOOR_DB + 1, identified=False),)) for t in none[6:8]]
+    got = row(summary(weak + gray + none[8:] + noise), "noise")["difference_to_control"]
+    assert (got["pairs"], got["excluded"]) == (8, 8)
+    assert got["psnr_db"] == pytest.approx({"mean": -5, "low": -5, "high": -5})
+    blind = [replace(t, records=(replace(t.records[0], psnr_db=9.0),)) for t in none]
+    table = summary(blind + noise + arm("clip", 20.0))
+    nothing = {"psnr_db": None, "identified": None, "pairs": 0, "excluded": 16, "p": None, "p_holm": None}
+    assert row(table, "noise")["difference_to_control"] == nothing
+    assert "control_failed" in row(table, "noise")["flags"]
+    assert "not_distinguishable" not in row(table, "noise")["flags"]
+
+
+def test_rates_of_joint_batches_are_no_narrower_than_whole_uploads_allow() -> None:
+    lucky = [
+        replace(t, records=tuple(replace(r, identified=True, exact=True, rank=1) for r in t.records)) for t in aggregate("secagg", 25.0)
+    ]
+    uploads = [replace(t, round=at) for at in range(4) for t in (lucky if at == 0 else aggregate("secagg", 12.5))]
+    got, records = row(summary(uploads), "secagg"), binomial_rate(16, 64)
+    assert got["identified"]["rate"] == 0.25
+    for rate in (got["identified"], got["scores"]["exact"]):
+        assert rate["high"] - rate["low"] > 1.5 * (records.high - records.low)
 
 
 def test_difference_to_control_is_paired_by_victim() -> None:
@@ -202,7 +328,7 @@ def test_difference_to_control_is_paired_by_victim() -> None:
     noise, clip = row(table, "noise")["difference_to_control"], row(table, "clip")["difference_to_control"]
     assert noise["psnr_db"]["low"] == pytest.approx(-3)  # the victims' spread of 5 dB is gone
     assert noise["psnr_db"]["high"] == pytest.approx(-3)
-    assert (noise["pairs"], noise["control_above_floor"]) == (16, 16)
+    assert (noise["pairs"], noise["excluded"]) == (16, 0)
     assert clip["psnr_db"] == pytest.approx({"mean": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9)
     assert noise["p"] < noise["p_holm"] == pytest.approx(2 * noise["p"])
     assert "not_distinguishable" in row(table, "clip")["flags"]
@@ -223,7 +349,7 @@ def test_aggregate_is_compared_victim_by_victim_and_resampled_by_the_aggregate()
     assert "few_uploads" in got["flags"]
     alone = row(summary(aggregate("secagg", 12.5)[:1], control=None), "secagg")
     assert (alone["gain"]["psnr_db"]["low"], alone["gain"]["psnr_db"]["high"]) == (None, None)
-    assert alone["flags"] == ["floor_not_beaten", "few_victims", "few_uploads"]
+    assert alone["flags"] == ["floor_not_beaten", "no_control", "few_victims", "few_uploads"]
 
 
 def test_rounds_share_a_row_or_have_their_own() -> None:
@@ -264,7 +390,7 @@ def test_claims_take_the_worst_seed() -> None:
 def flags(**changes: Any) -> list[str]:
     sound: dict[str, Any] = {
         "statuses": {"ok": 32}, "records": 32, "seeds": 2, "uploads": 32, "unconverged": 0, "gain": Interval(10, 8, 12),
-        "control_gain": Interval(10, 8, 12), "difference": Interval(-5, -6, -4), "identified": Rate(0.1, 0.02, 0.25),
+        "controlled": True, "control_gain": Interval(10, 8, 12), "difference": Interval(-5, -6, -4), "identified": Rate(0.1, 0.02, 0.25),
         "epsilon": math.inf, "ceiling": 1.0, "oracle": False, "clients_lost": False,
     }  # fmt: skip
     return flags_for(**(sound | changes))
@@ -280,6 +406,7 @@ def flags(**changes: Any) -> list[str]:
         ({"gain": Interval(5, -math.inf, math.inf)}, ["floor_not_beaten"]),
         ({"control_gain": Interval(1, -0.1, 2)}, ["control_failed"]),
         ({"control_gain": None, "difference": None}, []),
+        ({"controlled": False, "control_gain": None, "difference": None}, ["no_control"]),
         ({"oracle": True}, ["oracle_used"]),
         ({"records": 15}, ["few_victims"]),
         ({"seeds": 1}, ["few_victims"]),
@@ -289,8 +416,16 @@ def flags(**changes: Any) -> list[str]:
         ({"epsilon": 50.0, "ceiling": 0.999}, ["ceiling_vacuous"]),
         ({"clients_lost": True}, ["clients_lost"]),
         ({"statuses": {"ok": 31, "diverged": 1}}, ["attack_failed"]),
-        ({"difference": Interval(-0.1, -0.3, 0.0)}, ["not_distinguishable"]),
+        ({"difference": Interval(-0.1, -0.3, 0.0)}, ["not_distinguishable", "equivalent"]),
+        ({"difference": Interval(0.0, -9.0, 9.0)}, ["not_distinguishable"]),
+        ({"difference": Interval(0.0, -math.inf, math.inf)}, ["not_distinguishable"]),
+        ({"difference": Interval(-0.2, -0.3, -0.1)}, ["equivalent"]),
+        ({"difference": Interval(0.1, -EQUIVALENCE_DB, 0.2)}, ["not_distinguishable"]),
+        ({"difference": Interval(0.1, -0.2, EQUIVALENCE_DB)}, ["not_distinguishable"]),
+        ({"identified": None}, []),
+        ({"identified": None, "gain": Interval(0.1, 0.0, 0.2)}, ["floor_not_beaten"]),
         ({"gain": None, "identified": None, "oracle": True, "records": 0}, ["oracle_used"]),
+        ({"gain": None, "identified": None, "statuses": {"ok": 0, "unsupported": 3}, "records": 0}, ["unsupported"]),
     ],
 )
 def test_each_flag_falls_at_its_threshold(changes: dict[str, Any], raised: list[str]) -> None:
