@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from simulator.errors import SpecError
 
@@ -38,8 +38,17 @@ def settings_class(cls: type[Any], path: str, methods: Mapping[str, Callable[...
 
 
 def construct(cls: type[Any], settings: Any) -> Any:
-    """Call the constructor of ``cls`` with the values of a :func:`settings_class` instance."""
-    return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+    """Call the constructor of ``cls`` with the values of a :func:`settings_class` instance.
+
+    Lists are kept as tuples among the settings, which must have a hash; who asks for a list gets one.
+    """
+    hints, parameters = _hints(cls), inspect.signature(cls).parameters
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    for name, value in values.items():
+        hint = hints.get(name)
+        if isinstance(value, tuple) and (list in (hint, get_origin(hint)) or isinstance(parameters[name].default, list)):
+            values[name] = list(value)
+    return cls(**values)
 
 
 def _hints(cls: type[Any]) -> dict[str, Any]:
@@ -52,6 +61,8 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
 def _field(default: Any) -> Any:
     if default is inspect.Parameter.empty:
         return dataclasses.field()
-    if isinstance(default, (list, dict, set)):
+    if isinstance(default, list):
+        return dataclasses.field(default=tuple(default))
+    if isinstance(default, (dict, set)):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default))
     return dataclasses.field(default=default)

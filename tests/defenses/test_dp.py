@@ -18,7 +18,7 @@ from defenses.client.dp_sgd import DPSGD, per_record_norms
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.refusal import batch_statistics
 from defenses.server.central_dp import CentralDP, examples_in_a_round, weighted_noise_multiplier
-from simulator import registry, training
+from simulator import lookup, training
 from simulator.defense import Defense, ServerContext
 from simulator.network import tensors
 from simulator.rng import stream
@@ -69,7 +69,7 @@ def test_sigma_must_be_a_standard_deviation(bad: float) -> None:
 def test_is_registered_and_says_what_it_does_and_does_not(defense: type[Defense]) -> None:
     import sys
 
-    assert registry._classes["defenses", defense.name] is defense
+    assert lookup.get("defenses", defense.name) is defense
     assert (defense.__doc__ or "").splitlines()[0].endswith(".")
     page = sys.modules[defense.__module__].__doc__ or ""
     for part in ("Source:", "Deviations:", "Hook", "What it does not protect"):

@@ -197,7 +197,7 @@ def test_run_writes_what_it_promises_and_attack_and_report_go_on_from_there(spec
 
 
 def test_killed_run_goes_on_and_ends_with_the_same_results(spec: Path, tmp_path: Path) -> None:
-    slow = ["--set", "federation.rounds=400", "--workers", "1"]
+    slow = ["--set", "federation.rounds=200", "--workers", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "experiments", "run", spec, "--out", killed, *slow], cwd=ROOT, env=environment)

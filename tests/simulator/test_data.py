@@ -121,7 +121,7 @@ def test_imagenet_of_another_size() -> None:
     data = load({"name": "imagenet-sample", "size": 32})
     assert data.records.inputs.shape == (20, 3, 32, 32)
     assert data.schema.shape == (3, 32, 32)
-    with pytest.raises(SpecError, match="size must be between 1 and 512"):
+    with pytest.raises(SpecError, match="size must be between 8 and 512"):
         source({"name": "imagenet-sample", "size": 0})
 
 

@@ -197,6 +197,15 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "users_networks"
 
 
+def test_a_users_list_makes_a_world_that_is_a_key(networks: str) -> None:
+    from tests.federations import world
+
+    assert hash(world(model={"name": f"{networks}:Net", "pixels": 64, "layers": [7]})) == hash(
+        world(model={"name": f"{networks}:Net", "pixels": 64, "layers": [7]})
+    )
+    assert isinstance(hash(world(model={"name": f"{networks}:Net", "pixels": 64})), int)
+
+
 def test_a_users_module_by_dotted_path(networks: str) -> None:
     spec = {"name": f"{networks}:Net", "pixels": 64, "slope": 0.3, "layers": [7]}
     family = config.build_plugin("models", spec, "model")
