@@ -15,6 +15,7 @@ from torch import Tensor
 from clients.private import private_record_ids, splits
 from experiments import controls, matching, metrics
 from experiments.disclose import architecture, disclose
+from experiments.perceptual import load_lpips
 from experiments.result import RecordResult, Status, Trial
 from experiments.spec import Evaluation, Experiment
 from simulator import progress
@@ -137,7 +138,7 @@ def score(
     status, reason, guess = _judge(answer)
     assignment = None if guess is None else matching.assign(guess, truth)
     labels = answer.labels if isinstance(answer, Reconstruction) else None
-    perceptual, _ = metrics.load_lpips()
+    perceptual, _ = load_lpips()
     scores = metrics.evaluate(guess, truth, assignment, guess_labels=labels, true_labels=victim.truth.labels, perceptual=perceptual)
     candidates, true_index = candidate_set(victim, parts, evaluation.candidates, seed)
     found = metrics.identify(guess, assignment, candidates, true_index)

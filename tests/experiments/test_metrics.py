@@ -16,7 +16,6 @@ from torchvision.models import alexnet
 
 from experiments.matching import UNMATCHED, assign, assign_labels, pairwise_mse
 from experiments.metrics import (
-    ALEXNET_FINGERPRINT,
     METRICS,
     PSNR_CAP_DB,
     RecordScores,
@@ -24,8 +23,8 @@ from experiments.metrics import (
     evaluate,
     identify,
     image_scores,
-    load_lpips,
 )
+from experiments.perceptual import ALEXNET_FINGERPRINT, load_lpips
 
 
 def images(count: int, shape: tuple[int, int, int] = (3, 16, 16), seed: int = 0) -> torch.Tensor:

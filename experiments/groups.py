@@ -1,0 +1,99 @@
+"""The scored records behind one row of the summary, and the numbers that every row takes of them.
+
+Records of one upload share its fate, so that every interval resamples or allows for whole uploads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.controls import best_floor
+from experiments.result import RecordResult, Trial
+from experiments.statistics import Interval, Rate, bootstrap_mean, clustered_rate
+
+Key = tuple[int, int, int, int]
+"""A victim: seed, round, client, record."""
+
+Upload = tuple[int, int, tuple[int, ...]]
+"""An upload: seed, round, senders."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One record's result with the trial that it came from."""
+
+    trial: Trial
+    record: RecordResult
+
+    @property
+    def key(self) -> Key:
+        """The victim, the same under every arm."""
+        return self.trial.seed, self.trial.round, self.record.client, self.record.record
+
+    @property
+    def upload(self) -> Upload:
+        """What is resampled as a whole: seed, round and senders of the upload that the record is in."""
+        return self.trial.seed, self.trial.round, self.trial.senders
+
+    @property
+    def gain_db(self) -> float:
+        """PSNR in dB above the record's best floor."""
+        return self.record.psnr_db - best_floor(self.record.floors)[1].psnr_db
+
+    @property
+    def beats_floor(self) -> bool:
+        """Whether a picture was rebuilt that is nearer than any floor; the mid-gray image of a failure never counts as one."""
+        return self.trial.status == "ok" and self.trial.answered == "inputs" and self.gain_db > 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The trials behind one row."""
+
+    arm: str
+    attack: str
+    view: str
+    round: int | None
+    trials: tuple[Trial, ...]
+
+    @property
+    def scored(self) -> list[Scored]:
+        """Every record of every trial; unsupported trials have none."""
+        return [Scored(trial, record) for trial in self.trials for record in trial.records]
+
+    @property
+    def labels_only(self) -> bool:
+        """Whether no trial that ended well guessed inputs; one that did makes the others' mid-gray pictures its failures."""
+        return {trial.answered for trial in self.trials if trial.status == "ok"} == {"labels"}
+
+
+def interval_of(values: Sequence[float], scored: Sequence[Scored]) -> Interval:
+    """The mean of one value a record, with its interval over whole uploads."""
+    return bootstrap_mean(values, [item.upload for item in scored], rng=fixed_rng())
+
+
+def rate_of(hits: Sequence[bool], scored: Sequence[Scored]) -> Rate:
+    """The share of hits; its interval allows for records of one upload sharing its fate."""
+    return clustered_rate(hits, [item.upload for item in scored], rng=fixed_rng())
+
+
+def fixed_rng() -> np.random.Generator:
+    """The same resamples for each number, so that adding a row changes no other."""
+    return np.random.default_rng(0)
+
+
+def bounds(interval: Interval | Rate) -> Row:
+    """The interval as a table; an end that is not finite says nothing and becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in vars(interval).items()}
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The arithmetic mean; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
