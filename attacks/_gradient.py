@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 
 from simulator.adversary import Knowledge
 from simulator.types import LocalTraining, Observation, Tensors
+
+PER_RECORD = ("dp_sgd",)
+CLIPPING = ("clip", "client_dp", "central_dp", *PER_RECORD)
+"""Defenses that scale an update, or each record's gradient, down to a norm which is a setting of theirs."""
 
 
 def local_steps(recipe: LocalTraining, records: int) -> int:
@@ -42,6 +48,19 @@ def mean_gradient(view: Observation, knowledge: Knowledge) -> Tensors:
     reach = recipe.learning_rate * sum(sum(recipe.momentum**k for k in range(steps - t)) for t in range(steps))
     parameters = view.broadcast.parameters
     return {name: -tensor / reach - recipe.weight_decay * parameters[name] for name, tensor in update.tensors.items()}
+
+
+def maybe_clipped(view: Observation, knowledge: Knowledge) -> bool:
+    """Whether a clipping that the adversary knows of may have scaled the upload by a factor that it does not know.
+
+    One sender's whole update keeps its scale when its norm is below the clip norm. Of records clipped one by one, and of an
+    aggregate of clipped updates, the norm tells nothing.
+    """
+    limits = [(name, float(str(settings["clip_norm"]))) for name, settings in knowledge.defenses if name in CLIPPING]
+    if len(view.upload.senders) > 1 or any(name in PER_RECORD for name, _ in limits):
+        return any(isfinite(limit) for _, limit in limits)
+    norm = torch.stack([tensor.double().square().sum() for tensor in view.upload.update.tensors.values()]).sum().sqrt()
+    return any(norm > (1 - 1e-4) * limit for _, limit in limits)
 
 
 def not_finite(view: Observation) -> str | None:

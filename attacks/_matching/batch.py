@@ -18,7 +18,7 @@ from torch.func import grad_and_value, vmap
 
 from attacks._layers import trace
 from attacks._matching.objective import DISTANCES, Distance
-from attacks._matching.priors import total_variation
+from attacks._matching.priors import roughness
 from attacks._matching.simulate import Victim, casted, simulate
 from simulator.types import Tensors
 
@@ -42,13 +42,13 @@ def first_of(stack: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Objective:
-    """distance(simulated, observed) + tv·total variation of the candidate, and its gradient, for rows of candidates.
+    """distance(simulated, observed) + tv·roughness of the candidate, and its gradient, for rows of candidates.
 
     Attributes:
         victims: of equal kin; row r of a stack of candidates belongs to victim ``r // restarts``.
         restarts: candidates for each victim.
         distance: of updates.
-        tv: weight of the total variation.
+        tv: weight of the roughness.
         dtype: precision of the simulation.
         at_once: rows in one call.
     """
@@ -89,7 +89,7 @@ class Objective:
         kin = self.victims[0]
         trial = simulate(kin.model, parameters, buffers, inputs, labels, recipe=kin.recipe, order=kin.order, names=kin.names)
         match = DISTANCES[self.distance](trial, target)
-        return match + tv * total_variation(inputs) if tv else match
+        return match + tv * roughness(inputs) if tv else match
 
     def __call__(self, candidates: Candidates, rows: Rows, prior: float = 1.0) -> tuple[Float[Tensor, " rows"], Candidates]:
         """Values and gradients of the candidates.

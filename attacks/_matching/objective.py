@@ -35,8 +35,12 @@ def angle(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordina
 
 
 def l2(trial: Float[Tensor, " coordinates"], target: Float[Tensor, " coordinates"]) -> Float[Tensor, ""]:
-    """Squared distance relative to the target's own square: 0 is equal, 1 is as good as a zero update."""
-    return (trial - target).square().sum() / target.square().sum()
+    """Squared distance of the directions: 0 is parallel, 2 orthogonal; blind to the scale of either, so that clipping changes nothing.
+
+    Equal to 2·(1 − cos), but of differences: near a match it keeps the digits that 1 − cos cancels.
+    """
+    chord: Tensor = trial / trial.norm() - target / target.norm()
+    return chord.square().sum()
 
 
 DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {"angle": angle, "cosine": cosine, "l2": l2}

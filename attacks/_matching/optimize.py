@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attacks._matching.batch import Candidates, Objective, Rows
-from attacks._matching.priors import box, total_variation
+from attacks._matching.priors import box, roughness
 from simulator.progress import tick
 
 Evaluate = Callable[[Candidates, Rows], tuple[Float[Tensor, " rows"], Candidates]]
@@ -38,9 +38,7 @@ class Run:
     converged: tuple[bool, ...]
 
 
-def signed_adam(
-    evaluate: Objective, start: Candidates, *, steps: int, learning_rate: float, final_prior: float = 1.0, task: str
-) -> Run:
+def signed_adam(evaluate: Objective, start: Candidates, *, steps: int, learning_rate: float, final_prior: float = 1.0, task: str) -> Run:
     """Adam on the sign of the gradient, projected to [0, 1]; the step falls to a tenth at 3/8, 5/8 and 7/8 of the run.
 
     The weight of the prior falls geometrically to ``final_prior`` times its first value at 7/8 of the run and then stays. While it
@@ -61,7 +59,7 @@ def signed_adam(
         lowest = torch.where(better, value, lowest)
         best[better] = x[better]
         if DECAYS[1] - 0.1 <= step / steps <= DECAYS[1]:
-            matches.append(value - prior * evaluate.tv * row_variation(x))
+            matches.append(value - prior * evaluate.tv * row_roughness(x))
         if step % max(1, steps // TRACE_POINTS) == 0 or step == steps - 1:
             trace.append((step, value))
         if step % 10 == 0:
@@ -76,9 +74,9 @@ def signed_adam(
     return Run(best, lowest, tuple(trace), tuple((flattened(matches) & torch.isfinite(lowest)).tolist()))
 
 
-def row_variation(x: Candidates) -> Float[Tensor, " rows"]:
-    """Total variation of each candidate."""
-    return torch.stack([total_variation(row) for row in x])
+def row_roughness(x: Candidates) -> Float[Tensor, " rows"]:
+    """Roughness of each candidate."""
+    return torch.stack([roughness(row) for row in x])
 
 
 def flattened(matches: list[Float[Tensor, " rows"]]) -> Bool[Tensor, " rows"]:

@@ -3,7 +3,8 @@
 Source: Geiping et al., 2020, arXiv:2003.14053, section 5 (unrolled local updates); Dimitrov et al., 2022, arXiv:2206.12395.
 Deviations: the client's shuffling is unknown, so the dummies keep one assumed order in all epochs, where Dimitrov et al. optimize
     separate variables for each epoch under an order-invariant prior. Several senders are one client with larger batches.
-    The defaults are those of inverting_gradients, not tuned for FedAvg.
+    The defaults and the prior are those of inverting_gradients, not tuned for FedAvg. upload.buffers (BatchNorm statistics after training)
+    are not used, though a server sees them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class FedAvgMatching:
         steps: iterations.
         learning_rate: of signed Adam, in units of the pixel range [0, 1]; the paper's 0.1 is in normalized units, about 0.025 here.
         tv: weight of the total variation at the start: mean absolute difference of neighbours, horizontal plus vertical, for pixels in
-            [0, 1], against the angle between the updates in radians.
+            [0, 1], against the angle between the updates in radians. With three channels, that of their differences is added.
         tv_final: weight at 7/8 of the run, reached geometrically; equal to ``tv`` keeps it constant.
         restarts: random starts for each victim; the lowest objective wins.
         max_unroll: longest local training to differentiate through.

@@ -15,8 +15,10 @@ from attacks.update.fedavg_matching import FedAvgMatching
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.labels import LabelRecovery, to_counts
 from attacks.update.linear_leak import LinearLeak
+from simulator import lookup
+from simulator.adversary import Attack, Knowledge
 from simulator.rng import stream
-from simulator.types import Batch, LocalTraining, Update
+from simulator.types import Batch, LocalTraining, Observation, Schema, Update
 from tests.attacks.victims import attack_surface, build, cifar10, digits, psnr_db, records
 
 ONE_STEP = LocalTraining(algorithm="fedavg", batch_size=0, learning_rate=0.1, weight_decay=0.01)
@@ -68,46 +70,133 @@ def test_linear_leak_refuses_convolutions_and_long_deltas() -> None:
     assert "several local steps" in str(LinearLeak().supports(view, knowledge))
 
 
-@pytest.mark.parametrize("name", ["lenet", "convnet", "mlp", "linear", "resnet20"])
-def test_label_of_one_image_is_always_right(name: str) -> None:
+def test_linear_leak_certifies_no_mixture_of_two_classes() -> None:
+    """With two classes all signals through the last layer are parallel, so that mixtures explain their rows almost as records do.
+
+    Seed 185 of linear with 6 records is one that was certified falsely at a tolerance of 1e-3 without the test of the rank.
+    """
+    data, model_classes = digits(1700), Schema((1, 8, 8), ("even", "odd"))
+    for name, size, seed in [
+        (n, b, s) for n in ("mlp", "linear") for b in (6, 12) for s in (range(150, 238) if n == "linear" else range(12))
+    ]:
+        batch = drawn(data, size, seed)
+        batch = Batch(batch.inputs, batch.labels % 2)
+        model = lookup.get("models", name)().build(model_classes, stream(seed, "model"))
+        view, knowledge = attack_surface(model, [batch])
+        guess = LinearLeak()(view, replace(knowledge, schema=model_classes, labels=batch.labels), rng=stream(0))
+        assert guess.inputs is not None
+        for image, proof in zip(guess.inputs, guess.certificate, strict=True):
+            assert not proof or float((image - batch.inputs).square().flatten(1).mean(1).min()) < 1e-8
+
+
+def drawn(data: Batch, size: int, seed: int, *, two_classes: bool = False) -> Batch:
+    """A random batch, with repetition, of all classes or of two."""
+    rng = stream(seed, "draw")
+    pool = torch.arange(len(data))
+    if two_classes:
+        pool = torch.isin(data.labels, torch.randperm(10, generator=rng)[:2]).nonzero().flatten()
+    chosen = pool[torch.randint(len(pool), (size,), generator=rng)]
+    return Batch(data.inputs[chosen], data.labels[chosen])
+
+
+def clipped(surface: tuple[Observation, Knowledge], factor: float) -> tuple[Observation, Knowledge]:
+    """The same upload clipped to this fraction of its norm, and an adversary that knows of it."""
+    view, knowledge = surface
+    update = view.upload.update
+    norm = float(torch.stack([tensor.square().sum() for tensor in update.tensors.values()]).sum().sqrt())
+    smaller = Update(update.kind, {name: factor * tensor for name, tensor in update.tensors.items()})
+    view = replace(view, uploads=(replace(view.upload, update=smaller),))
+    return view, replace(knowledge, defenses=(("clip", {"clip_norm": factor * norm}),))
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.1])
+@pytest.mark.parametrize(
+    ("attack", "model", "shape", "size"),
+    [
+        (DLG(evaluations=300), "lenet", (1, 8, 8), 1),
+        (LinearLeak(), "mlp", (1, 8, 8), 4),
+        (LabelRecovery(), "convnet", (1, 16, 16), 8),
+        (InvertingGradients(steps=10), "convnet", (3, 16, 16), 1),
+    ],
+    ids=["dlg", "linear_leak", "label_recovery", "inverting_gradients"],
+)
+def test_clipping_changes_nothing(attack: Attack, model: str, shape: tuple[int, int, int], size: int, factor: float) -> None:
+    for seed in range(3):
+        batch = drawn(digits(1000, shape), size, seed)
+        surface = attack_surface(build(model, shape, seed=seed), [batch])
+        free, tied = (attack(*s, rng=stream(seed, "attack")) for s in (surface, clipped(surface, factor)))
+        assert torch.equal(free.labels.sort().values, batch.labels.sort().values)
+        assert torch.equal(tied.labels.sort().values, free.labels.sort().values)
+        assert tied.certificate == free.certificate
+        if free.inputs is None:
+            continue
+        assert tied.inputs is not None
+        error = (tied.inputs - free.inputs).square().mean()
+        assert float(error) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("lenet", {}),
+        ("convnet", {}),
+        ("mlp", {}),
+        ("linear", {}),
+        ("resnet20", {}),
+        ("resnet20", {"norm": "group"}),
+        pytest.param("resnet18", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_label_of_one_image_is_always_right(name: str, settings: dict[str, object]) -> None:
     data = digits(20, (1, 16, 16))
-    model = build(name, (1, 16, 16))
+    model = build(name, (1, 16, 16), **settings)
     for i in range(20):
         one = Batch(data.inputs[i : i + 1], data.labels[i : i + 1])
         guess = LabelRecovery()(*attack_surface(model, [one]), rng=stream(0))
         assert torch.equal(guess.labels, one.labels)
 
 
-@pytest.mark.parametrize("size", [8, 32])
-def test_counts_of_untrained_models_are_exact(size: int) -> None:
-    """IID and two-class batches, labels repeat in both."""
-    data, exact = digits(1000, (1, 16, 16)), 0
+def exact_counts(name: str, size: int, data: Batch, shape: tuple[int, int, int]) -> int:
+    """In how many of 20 batches of untrained models all counts are right; every other batch has two classes only."""
+    exact = 0
     for seed in range(20):
-        rng = stream(seed, "draw")
-        pool = torch.arange(1000) if seed % 2 else torch.isin(data.labels, torch.randperm(10, generator=rng)[:2]).nonzero().flatten()
-        chosen = pool[torch.randint(len(pool), (size,), generator=rng)]
-        batch = Batch(data.inputs[chosen], data.labels[chosen])
-        guess = LabelRecovery()(*attack_surface(build("convnet", (1, 16, 16), seed=seed), [batch]), rng=stream(0))
+        batch = drawn(data, size, seed, two_classes=seed % 2 == 0)
+        guess = LabelRecovery()(*attack_surface(build(name, shape, seed=seed), [batch]), rng=stream(0))
         exact += bool(torch.equal(guess.labels, batch.labels.sort().values))
-    assert exact >= 19
+    return exact
 
 
-def test_counts_survive_clipping_that_the_adversary_knows_of() -> None:
+@pytest.mark.parametrize(("name", "size", "least"), [("convnet", 8, 19), ("convnet", 32, 19), ("lenet", 8, 19), ("lenet", 32, 18)])
+def test_counts_of_untrained_models_are_exact(name: str, size: int, least: int) -> None:
+    """LeNet at 32 is below the bar of 95 %: 19 here, 12 at 3×32×32."""
+    assert exact_counts(name, size, digits(1000, (1, 16, 16)), (1, 16, 16)) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 16)])
+def test_counts_by_model(shape: tuple[int, int, int]) -> None:
+    """The figures in the docstring of attacks.update.labels."""
+    for size, least in (
+        (8, {"linear": 19, "mlp": 19, "lenet": 18, "convnet": 19}),
+        (32, {"linear": 12, "mlp": 18, "lenet": 11, "convnet": 19}),
+    ):
+        for name, floor in least.items():
+            exact = exact_counts(name, size, digits(1000, shape), shape)
+            print(f"counts, {shape}, {name}, B = {size}: {exact} of 20")
+            assert exact >= floor
+
+
+@pytest.mark.parametrize(("name", "least"), [("convnet", 19), ("lenet", 13)])
+def test_counts_survive_clipping_that_the_adversary_knows_of(name: str, least: int) -> None:
     """Five records of ten classes, the update clipped to a tenth of its norm: the scale is recovered with the counts."""
     data, exact, blind = digits(1000, (1, 16, 16)), 0, 0
     for seed in range(20):
-        chosen = torch.randint(1000, (5,), generator=stream(seed, "draw"))
-        batch = Batch(data.inputs[chosen], data.labels[chosen])
-        view, knowledge = attack_surface(build("convnet", (1, 16, 16), seed=seed), [batch])
-        update = view.upload.update
-        norm = float(torch.stack([t.square().sum() for t in update.tensors.values()]).sum().sqrt())
-        clipped = Update("gradient", {name: 0.1 * tensor for name, tensor in update.tensors.items()})
-        scaled = replace(view, uploads=(replace(view.upload, update=clipped),))
-        told = replace(knowledge, defenses=(("clip", {"clip_norm": 0.1 * norm}),))
+        batch = drawn(data, 5, seed)
+        view, told = clipped(attack_surface(build(name, (1, 16, 16), seed=seed), [batch]), 0.1)
         truth = batch.labels.sort().values
-        exact += bool(torch.equal(LabelRecovery()(scaled, told, rng=stream(0)).labels, truth))
-        blind += bool(torch.equal(LabelRecovery()(scaled, knowledge, rng=stream(0)).labels, truth))
-    assert exact >= 19
+        exact += bool(torch.equal(LabelRecovery()(view, told, rng=stream(0)).labels, truth))
+        blind += bool(torch.equal(LabelRecovery()(view, replace(told, defenses=()), rng=stream(0)).labels, truth))
+    assert exact >= least
     assert exact >= blind + 5
 
 
@@ -139,14 +228,18 @@ def test_inverting_gradients_beats_its_floor_fast() -> None:
     assert sum(psnr) > sum(floor)
 
 
-def test_fedavg_matching_inverts_two_steps() -> None:
-    data = digits(2, (1, 8, 8))
-    recipe = LocalTraining(algorithm="fedavg", batch_size=1, epochs=1, learning_rate=0.01)
-    view, knowledge = attack_surface(build("convnet", (1, 8, 8), width=8), [data], recipe)
-    guess = FedAvgMatching(steps=200, tv=0.03, tv_final=0.01)(view, knowledge, rng=stream(0))
-    assert guess.inputs is not None
-    order = [0, 1] if torch.equal(guess.labels, data.labels) else [1, 0]
-    assert psnr_db(guess.inputs[order], data.inputs) > 15
+@pytest.mark.slow
+def test_fedavg_matching_beats_one_gradient() -> None:
+    """Four records in eight local steps: unrolling them is worth at least 3 dB over the same engine that takes them for one step."""
+    data = digits(4, (1, 16, 16))
+    recipe = LocalTraining(algorithm="fedavg", batch_size=2, epochs=4, learning_rate=0.1)
+    view, knowledge = attack_surface(build("convnet", (1, 16, 16), width=8), [data], recipe)
+    knowledge = replace(knowledge, labels=data.labels)
+    naive = replace(knowledge, training=LocalTraining(algorithm="fedavg", batch_size=0, learning_rate=0.1))
+    unrolled, one = (psnr_db(FedAvgMatching(steps=300)(view, k, rng=stream(0)).inputs, data.inputs) for k in (knowledge, naive))
+    print(f"fedavg_matching: {unrolled:.1f} dB, one gradient {one:.1f} dB")
+    assert unrolled >= one + 3
+    assert unrolled > 17
 
 
 @pytest.mark.slow
@@ -158,15 +251,14 @@ def test_dlg_bar() -> None:
 
 
 @pytest.mark.slow
-def test_inverting_gradients_bar() -> None:
-    """Mean over the 20 pictures of cifar10-sample and three initial models at least 24 dB, at most 10 CPU seconds each.
+@pytest.mark.parametrize("seed", range(3))
+def test_inverting_gradients_bar(seed: int) -> None:
+    """Mean over the 20 pictures of cifar10-sample at least 24 dB for each initial model, at most 10 CPU seconds each.
 
-    One model alone is too few: seeds 0, 1 and 2 measured 23.8, 25.5 and 25.2 dB.
+    Not a held-out test: the schedule of the weight was chosen after these 20 pictures had been seen, and the variation of channel
+    differences was suggested by a reviewer who had measured it on them with model seed 0. The weights were chosen on other photos.
     """
-    means = []
-    for seed in range(3):
-        psnr, seconds = run_all(InvertingGradients(), build("convnet", (3, 32, 32), seed=seed), cifar10(), 20)
-        print(f"inverting_gradients, model {seed}: {sum(psnr) / 20:.2f} dB (min {min(psnr):.2f}), {seconds:.2f} CPU s each")
-        means.append(sum(psnr) / 20)
-        assert seconds <= 10
-    assert sum(means) / 3 >= 24
+    psnr, seconds = run_all(InvertingGradients(), build("convnet", (3, 32, 32), seed=seed), cifar10(), 20)
+    print(f"inverting_gradients, model {seed}: {sum(psnr) / 20:.2f} dB (min {min(psnr):.2f}), {seconds:.2f} CPU s each")
+    assert sum(psnr) / 20 >= 24
+    assert seconds <= 10

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from attacks._matching.batch import Objective, chunks
 from attacks._matching.lbfgs import lbfgs
-from attacks._matching.priors import total_variation
+from attacks._matching.priors import roughness, total_variation
 from attacks._matching.simulate import Victim, assumed_order, prepare, simulate
 from simulator.types import LocalTraining
 from tests.attacks.victims import attack_surface, build, records, smooth
@@ -35,7 +35,7 @@ def double_backward(model: nn.Module, x: Tensor, victim: Victim, distance: str, 
     if distance == "angle":
         match = (2 * match).sqrt()
     if distance == "l2":
-        match = F.mse_loss(trial, target) / target.square().mean()
+        match = (F.normalize(trial, dim=0) - F.normalize(target, dim=0)).square().sum()
     value = match + tv * ((x[..., 1:] - x[..., :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean())
     return value.detach(), torch.autograd.grad(value, x)[0]
 
@@ -130,6 +130,16 @@ def test_batch_norm_in_training_mode_is_batched_too() -> None:
 def test_total_variation_of_a_ramp() -> None:
     ramp = torch.linspace(0, 1, 5).expand(1, 3, 5, 5)
     assert float(total_variation(ramp)) == pytest.approx(0.25)
+
+
+def test_roughness_sees_where_channels_disagree_and_leaves_gray_alone() -> None:
+    gray = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(roughness(gray), total_variation(gray))
+    assert torch.equal(roughness(gray.expand(-1, 3, -1, -1)), total_variation(gray.expand(-1, 3, -1, -1)))
+    colour = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    r, g, b = colour[:, :1], colour[:, 1:2], colour[:, 2:]
+    wanted = total_variation(colour) + total_variation(torch.cat([r - g, g - b, r - b], 1))
+    assert torch.allclose(roughness(colour), wanted)
 
 
 def test_lbfgs_solves_rosenbrock_from_many_starts_and_reports_the_objective_at_its_iterate() -> None:
