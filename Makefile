@@ -13,7 +13,7 @@ test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
