@@ -7,7 +7,7 @@ OUT ?= fedpeek-out/demo-$(shell date +%Y%m%d-%H%M%S)
 .PHONY: demo test slow lint types imports check benchmark clean
 
 demo: $(VENV)/ready
-	$(BIN)/fedpeek run --out $(OUT)
+	$(BIN)/fedpeek run $(ARGS) --out $(OUT)
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

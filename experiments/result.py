@@ -49,6 +49,7 @@ class RecordResult:
         floors: what guesses without the gradient score on it, by name.
         lpips: perceptual distance; None where no real weights were found.
         label: its true class, from which the floor of label recovery is computed; None in lines of an older version.
+        certificate: the attack's own proof that its guess of this record is exact, by name; empty without one.
     """
 
     client: int
@@ -63,6 +64,7 @@ class RecordResult:
     floors: Mapping[str, ImageScores]
     lpips: float | None = None
     label: int | None = field(default=None, metadata=SINCE)
+    certificate: str = field(default="", metadata=SINCE)
 
 
 @dataclass(frozen=True, kw_only=True)

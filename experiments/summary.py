@@ -121,6 +121,10 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candida
         "gain": {"psnr_db": bounds(gain)} if gain else None,
         "difference_to_control": comparison.row if comparison else None,
         "identified": bounds(identified) | {"chance": _chance(scored, candidates), "candidates": candidates} if identified else None,
+        "certified": {
+            "records": sum(bool(item.record.certificate) for item in scored),
+            "wrong": sum(bool(item.record.certificate) and not item.record.exact for item in scored),
+        },
         "epsilon": epsilon,
         "delta": max((fact.delta for fact in facts if fact.delta is not None), default=None),
         "epsilon_for": "; ".join(dict.fromkeys(fact.epsilon_for for fact in facts if fact.epsilon_for)),

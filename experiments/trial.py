@@ -153,9 +153,10 @@ def score(
         RecordResult(
             client=client, record=int(record), psnr_db=s.psnr_db, ssim=s.ssim, mse=s.mse, exact=s.exact, identified=f.identified,
             rank=f.rank, label_correct=s.label_correct, floors=floor, lpips=s.lpips, label=int(label),
+            certificate=_certificate(answer, assignment, place),
         )
-        for client, record, label, s, f, floor in zip(
-            victim.clients, victim.record_ids, victim.truth.labels, scores, found, floors, strict=True
+        for place, (client, record, label, s, f, floor) in enumerate(
+            zip(victim.clients, victim.record_ids, victim.truth.labels, scores, found, floors, strict=True)
         )
     )  # fmt: skip
     trial = _trial(victim, arm, attack, seed, status, reason, results, answer)
@@ -227,6 +228,14 @@ def _judge(answer: Answer) -> tuple[Status, str, Tensor | None]:
     if not bool(torch.isfinite(answer.inputs).all()):
         return "diverged", "the guess holds NaN or infinity", None
     return "ok", "", answer.inputs.detach()
+
+
+def _certificate(answer: Answer, assignment: Tensor | None, place: int) -> str:
+    """The proof that the attack gave for the guess which is matched to the record at ``place``."""
+    if not isinstance(answer, Reconstruction) or assignment is None or assignment[place] == matching.UNMATCHED:
+        return ""
+    proofs = answer.certificate
+    return str(proofs[int(assignment[place])]) if int(assignment[place]) < len(proofs) else ""
 
 
 def _in_order(guess: Tensor | None, assignment: Tensor | None, truth: Tensor) -> Tensor:

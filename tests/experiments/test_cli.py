@@ -190,6 +190,9 @@ def test_run_writes_what_it_promises_and_attack_and_report_go_on_from_there(spec
     attacked = fedpeek("attack", out / "transcript" / "none-seed0", "--attack", "linear_leak")
     assert attacked.returncode == 0, attacked.stderr
     assert "yes" in attacked.stdout  # a linear model gives its inputs away: identified
+    (lines,) = [path.read_text().splitlines() for path in out.glob("attacks/*/results.jsonl")]
+    certified = [record for line in lines for record in json.loads(line)["records"]]
+    assert [(record["certificate"], record["exact"]) for record in certified] == [("rank one", True)] * 4
     lone = shutil.copytree(out / "transcript" / "none-seed0", tmp_path / "elsewhere" / "deep" / "t")
     blind = fedpeek("attack", lone, "--attack", "linear_leak", "--out", tmp_path / "blind")
     assert "not scored" in blind.stdout
