@@ -24,8 +24,8 @@ def check(out: Path) -> list[str]:
         "none: at least 16 victims under 2 seeds": none["victims"] >= 32 and none["seeds"] >= 2,
         "none: identification ≥ 95 %": none["identified"]["rate"] >= 0.95,
         "none: PSNR gain > 8 dB with its interval above 0": none["gain"]["psnr_db"]["mean"] > 8 and none["gain"]["psnr_db"]["low"] > 0,
-        "clip is not distinguishable from none: 0 in the interval, at most 6 dB lost, ≥ 80 % identified": _as_undefended(clip),
-        "central DP is not distinguishable from none: 0 in the interval, at most 6 dB lost, ≥ 80 % identified": _as_undefended(central),
+        "clip takes nothing from the attack: no loss beyond the interval, at most 6 dB at its low end, ≥ 80 % identified": _as_undefended(clip),
+        "central DP takes nothing from the attack: no loss beyond the interval, at most 6 dB at its low end, ≥ 80 % identified": _as_undefended(central),
         "clip and central DP: ε = ∞ for this server": clip["epsilon"] == central["epsilon"] == "inf",
         "strong DP-SGD: finite ε": math.isfinite(strong["epsilon"]),
         "strong DP-SGD: identification within its ceiling": strong["identified"]["low"] <= strong["ceiling"],
@@ -39,9 +39,13 @@ def check(out: Path) -> list[str]:
 
 
 def _as_undefended(row: dict[str, Any]) -> bool:
-    """Whether the row leaks what no defense leaks: a wide interval around 0 alone, such as pure noise has, does not pass."""
+    """Whether the row leaks at least what no defense leaks.
+
+    One-sided: in the second round the defended model differs, and the short attack of the demo ends anywhere between 25 and 60 dB, so
+    that a defended row may come out above the undefended one. A wide interval around 0, such as pure noise has, does not pass.
+    """
     difference = row["difference_to_control"]["psnr_db"]
-    return difference["low"] <= 0 <= difference["high"] and difference["low"] > HARMLESS_DB and row["identified"]["rate"] >= 0.8
+    return difference["high"] >= 0 and difference["low"] > HARMLESS_DB and row["identified"]["rate"] >= 0.8
 
 
 def _sums_only(transcript: Path) -> bool:
