@@ -1,4 +1,7 @@
-"""One attack on one upload: the place where the adversary's guess meets the truth."""
+"""One attack on one upload: the place where the adversary's guess meets the truth.
+
+It is longer than our usual, so that every step at which the truth is touched can be read in one sitting.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 ``transcript.jsonl`` holds one event a line. Each line carries the SHA-256 of the line before it, and of the tensor file that
 belongs to it, so that an altered, reordered or missing piece is found, with the round where it breaks. The last line is an
 ``end`` event; without it the transcript was cut short.
+
+Writer and reader share this file, longer than our usual, because they must agree on every field of the format.
 """
 
 from __future__ import annotations

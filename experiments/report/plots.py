@@ -1,4 +1,7 @@
-"""Leakage against accuracy: one point an arm, 95 % intervals, labels beside the points; light and dark."""
+"""Leakage against accuracy: one point an arm, 95 % intervals, labels beside the points; light and dark.
+
+Longer than our usual by the placing of labels, which nothing else needs.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -31,6 +32,27 @@ def test_import_contracts_hold() -> None:
 def test_top_level_code_is_exactly_the_seven_packages() -> None:
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert {path.split("/")[0] for path in tracked} == {*PACKAGES, "tests"}
+
+
+def reaches_around(source: str) -> list[str]:
+    """Imports by which attack code would get past the contracts: the registry's table, importlib, whole packages of ours."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    allowed = "simulator.registry.register"
+    barred = ("simulator.registry", "importlib", "sys", "gc", "inspect")
+    return [name for name in found if name in ("simulator", *PACKAGES) or (name != allowed and name.startswith(tuple(f"{b}." for b in barred)))
+            or name in barred]  # fmt: skip
+
+
+def test_attacks_import_no_more_of_the_registry_than_their_own_decorator() -> None:
+    for path in (ROOT / "attacks").rglob("*.py"):
+        assert reaches_around(path.read_text()) == [], path
+    assert reaches_around("from simulator.registry import registered") == ["simulator.registry.registered"]
+    assert reaches_around("import importlib") == ["importlib"]
 
 
 def test_no_pickle_in_our_code() -> None:

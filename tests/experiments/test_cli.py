@@ -335,8 +335,11 @@ def _marked(mark: str) -> list[str]:
 def test_specs_that_ship_are_sound() -> None:
     from experiments.spec import check, load, specs
 
+    assert {"demo", "dlg-digits", "dlg-faces", "cifar10", "fedavg"} <= set(specs())
     for name in specs():
-        check(load(name))
+        experiment = load(name)
+        check(experiment)
+        assert (experiment.name, experiment.control is not None) == (name, True)
 
 
 def test_newcomers_file_is_listed_tested_and_runs(tmp_path: Path) -> None:
