@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attacks._dropout import layers, with_read_mask
 from attacks._gradient import maybe_clipped, mean_gradient, steps_taken
 from attacks._layers import all_buffers
 from attacks._matching.priors import roughness
@@ -25,7 +26,8 @@ def mismatch(view: Observation, knowledge: Knowledge, guess: Batch) -> tuple[flo
     """How badly a guess explains the update, and how unlikely it is: (angle in radians, angle plus weighted roughness).
 
     The angle is that between the observed update and the one that the client's recipe makes of the guess; it is blind to scale, so
-    that a clipped update is judged like any other.
+    that a clipped update is judged like any other. Dropout whose masks are not read off is simulated without them: the angle is then
+    only a rough judge, and no longer small at the truth.
     """
     victim = prepare(view, replace(knowledge, labels=guess.labels))
     trial = simulate(
@@ -40,9 +42,10 @@ def mismatch(view: Observation, knowledge: Knowledge, guess: Batch) -> tuple[flo
 
 
 def separable(view: Observation, knowledge: Knowledge) -> bool:
-    """Whether the update is the mean of gradients that each depend on one record alone, at a known scale."""
+    """Whether the update is the mean of gradients that each depend on one record alone, at a known scale and without unknown masks."""
     joint = any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in knowledge.model.modules())
-    return steps_taken(view, knowledge) == 1 and not joint and not maybe_clipped(view, knowledge)
+    dropped = bool(layers(with_read_mask(view, knowledge)[0]))
+    return steps_taken(view, knowledge) == 1 and not joint and not dropped and not maybe_clipped(view, knowledge)
 
 
 def without(view: Observation, knowledge: Knowledge, proven: Batch) -> tuple[Observation, Knowledge]:
@@ -66,7 +69,8 @@ def without(view: Observation, knowledge: Knowledge, proven: Batch) -> tuple[Obs
     if counts is not None:
         counts = (counts - torch.bincount(proven.labels, minlength=len(counts))).clamp(min=0)
     labels = None if knowledge.labels is None else labels_left(knowledge.labels, proven.labels.tolist())
-    told = replace(knowledge, training=recipe, num_examples=left, label_counts=counts, labels=labels)
+    # other rounds still hold the proven records
+    told = replace(knowledge, training=recipe, num_examples=left, label_counts=counts, labels=labels, history=())
     return replace(view, uploads=(upload,)), told
 
 

@@ -10,6 +10,7 @@ from clients.private import private_batches, private_record_ids
 from simulator import training
 from simulator.defense import ClientContext, Defense
 from simulator.errors import BroadcastRefused
+from simulator.models.dropout import drawn_masks, masks_from
 from simulator.network import floating
 from simulator.rng import stream
 from simulator.types import Batch, Broadcast, LocalTraining, Tensors, Upload
@@ -31,7 +32,9 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     for defense in world.defenses:
         batches = [defense.on_batch(batch, context) for batch in batches]
     rule = gradient_rule(world.defenses, context, broadcast.training)
-    update, buffers = training.local_update(model, broadcast.parameters, broadcast.buffers, batches, broadcast.training, rule)
+    masks = drawn_masks(stream(world.seed, "dropout", world.secret, client, broadcast.round))
+    with masks_from(masks):
+        update, buffers = training.local_update(model, broadcast.parameters, broadcast.buffers, batches, broadcast.training, rule)
     for defense in world.defenses:
         update = defense.on_update(update, context)
     update = training.rounded(update, broadcast.training)  # last: what defenses add is rounded with the rest

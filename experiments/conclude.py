@@ -129,8 +129,9 @@ def _pictures(
 def threat(experiment: Experiment) -> dict[str, object]:
     """The threat model with what the world adds to it: the words of the report's card."""
     planted = {} if experiment.tampering.method == "none" else {"tampering": experiment.tampering.method}
-    rounds, batch_size = list(experiment.evaluation.rounds), experiment.training.batch_size
-    return {**config.dump(experiment.threat), **planted, "rounds": rounds, "batch_size": batch_size}
+    rounds, batch_size, dumped = list(experiment.evaluation.rounds), experiment.training.batch_size, config.dump(experiment.threat)
+    used = {"rounds_it_may_use": "all that it recorded"} if dumped.pop("rounds") == "all" else {}
+    return {**dumped, **planted, **used, "rounds": rounds, "batch_size": batch_size}
 
 
 def provenance(experiment: Experiment, how: Mapping[str, Any], spec: str, out: Path) -> Mapping[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from simulator import config
 from simulator.adversary import Knowledge, ThreatModel
 from simulator.dataset import Splits
 from simulator.network import network
-from simulator.types import Batch, Upload
+from simulator.types import Batch, Observation, Upload
 from simulator.world import World
 
 ARCHITECTURE_SEED = 0
@@ -21,7 +23,16 @@ def architecture(world: World, splits: Splits) -> nn.Module:
     return network(world.model, splits.schema, world.training, ARCHITECTURE_SEED)
 
 
-def disclose(threat: ThreatModel, world: World, splits: Splits, truth: Batch, upload: Upload, model: nn.Module) -> Knowledge:
+def disclose(
+    threat: ThreatModel,
+    world: World,
+    splits: Splits,
+    truth: Batch,
+    upload: Upload,
+    model: nn.Module,
+    *,
+    others: Sequence[Observation] = (),
+) -> Knowledge:
     """What the adversary knows besides its view.
 
     Args:
@@ -31,6 +42,7 @@ def disclose(threat: ThreatModel, world: World, splits: Splits, truth: Batch, up
         truth: the private records behind the upload, in the senders' order; withheld but for what the rule grants.
         upload: gives the number of examples, which the protocol itself shows.
         model: the architecture.
+        others: what the server recorded of the other rounds; withheld unless the rule grants all rounds.
     """
     classes = splits.schema.num_classes
     return Knowledge(
@@ -43,4 +55,5 @@ def disclose(threat: ThreatModel, world: World, splits: Splits, truth: Batch, up
         public=splits.public if threat.public_data else None,
         defenses=tuple((defense.name, config.dump(defense)) for defense in world.defenses),
         adversary=threat.adversary,
+        history=tuple(sorted(others, key=lambda seen: seen.broadcast.round)) if threat.rounds == "all" else (),
     )

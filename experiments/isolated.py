@@ -238,12 +238,16 @@ class _Conversation:
 
 def _job(attack: Any, model: Mapping[str, Any], questions: Sequence[Question], *, ask: bool, together: bool) -> dict[str, Any]:
     cls = type(attack)
+    rounds = {id(seen): seen for question in questions for seen in question.knowledge.history}
+    places = {key: place for place, key in enumerate(rounds)}
     return {
         "path": _path(),
         "module": cls.__module__, "qualname": cls.__qualname__, "name": attack.name, "settings": _settings(attack),
         "model": dict(model), "model_seed": ARCHITECTURE_SEED,
         "views": [question.view for question in questions],
-        "knowledge": [replace(question.knowledge, model=None) for question in questions],  # type: ignore[arg-type]
+        "knowledge": [replace(question.knowledge, model=None, history=()) for question in questions],  # type: ignore[arg-type]
+        "rounds": list(rounds.values()),  # once, and not once for each victim
+        "history": [[places[id(seen)] for seen in question.knowledge.history] for question in questions],
         "rngs": [question.rng.get_state() for question in questions],
         "ask": ask, "together": together,
     }  # fmt: skip

@@ -131,8 +131,8 @@ class Experiment:
         return next((arm for arm in self.arms if not arm.defenses), None)
 
     def world(self, arm: Arm, seed: int) -> World:
-        """The world of one arm and seed; it keeps the tensors of the attacked rounds."""
-        kept = self.federation.record_rounds or tuple(sorted(self.evaluation.rounds))
+        """The world of one arm and seed; it keeps the tensors of the attacked rounds, or of all where the adversary may use them."""
+        kept = self.federation.record_rounds or (() if self.threat.rounds == "all" else tuple(sorted(self.evaluation.rounds)))
         return World(
             data=self.data, model=self.model, split=self.split, federation=replace(self.federation, record_rounds=kept),
             training=self.training, defenses=arm.defenses, tampering=self.tampering, seed=seed, secret=self.secret,
@@ -233,8 +233,11 @@ def _check_data(world: World) -> None:
 
 def _check_knowledge(experiment: Experiment) -> None:
     """What the adversary is told must exist, and must leave enough records among which the true one can hide."""
-    parts = splits(experiment.world(experiment.arms[0], experiment.seeds[0]))
-    threat, wanted = experiment.threat, experiment.evaluation.candidates
+    world = experiment.world(experiment.arms[0], experiment.seeds[0])
+    parts, threat, wanted = splits(world), experiment.threat, experiment.evaluation.candidates
+    recorded = len(world.federation.record_rounds) or world.federation.rounds
+    if threat.rounds == "all" and recorded < 2:
+        raise SpecError(f"threat.rounds must be 'one' where {recorded} round is recorded, got 'all'. Raise federation.rounds.")
     if threat.public_data and not len(parts.public):
         raise SpecError(f"split.public must give the public at least 1 record, got {experiment.split.public}. Raise it.")
     labels = torch.cat([part.labels for part in ([parts.private, parts.test] if threat.public_data else parts.all)])

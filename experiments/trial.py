@@ -80,6 +80,7 @@ def find_victims(experiment: Experiment, world: World, record: Record) -> list[V
     model = architecture(world, parts)
     for round in sorted(experiment.evaluation.rounds):
         observation = record.observation(round)
+        others = [seen for seen in record.observations if seen.broadcast.round != round]
         count = len(observation.uploads)
         for index in range(min(experiment.evaluation.victims or count, count)):
             view = observation.only(index)
@@ -87,7 +88,7 @@ def find_victims(experiment: Experiment, world: World, record: Record) -> list[V
             ids = [private_record_ids(world, client, round) for client in senders]
             truth = take(parts.private, torch.cat(ids))
             clients = tuple(client for client, own in zip(senders, ids, strict=True) for _ in own)
-            knowledge = disclose(experiment.threat, world, parts, truth, view.upload, model)
+            knowledge = disclose(experiment.threat, world, parts, truth, view.upload, model, others=others)
             found.append(Victim(view, knowledge, truth, torch.cat(ids), clients))
     return found
 
@@ -120,7 +121,7 @@ def attack_victims(attack: Any, victims: Sequence[Victim], evaluation: Evaluatio
     shuffles: Any = iter(())
     if evaluation.shuffled_control:
         able = [victim for victim, answer in zip(victims, answers, strict=True) if not _unsupported(answer)]
-        blind = [replace(victim, view=_blinded(victim, world.seed)) for victim in able]
+        blind = _blinded(able, world.seed)
         shuffles = iter(isolated.ask(attack, model, [_question(attack, victim, world.seed) for victim in blind], supported=True))
     parts, trials, private, guesses = splits(world), [], [], []
     for victim, answer in zip(victims, answers, strict=True):
@@ -202,8 +203,18 @@ def _attack_rng(attack: Any, victim: Victim, seed: int) -> torch.Generator:
     return stream(seed, "attack", attack.name, victim.round, victim.senders)
 
 
-def _blinded(victim: Victim, seed: int) -> Observation:
-    return controls.shuffled(victim.view, stream(seed, "shuffle", victim.round, victim.senders))
+def _blinded(victims: Sequence[Victim], seed: int) -> list[Victim]:
+    """The victims with shuffled updates, those of the other rounds too, each of which is shuffled once for all of them."""
+    rounds = {id(seen): seen for victim in victims for seen in victim.knowledge.history}
+    blind = {key: controls.shuffled(seen, stream(seed, "shuffle", "history", seen.broadcast.round)) for key, seen in rounds.items()}
+    return [
+        replace(
+            victim,
+            view=controls.shuffled(victim.view, stream(seed, "shuffle", victim.round, victim.senders)),
+            knowledge=replace(victim.knowledge, history=tuple(blind[id(seen)] for seen in victim.knowledge.history)),
+        )
+        for victim in victims
+    ]
 
 
 def _judge(answer: Answer) -> tuple[Status, str, Tensor | None]:

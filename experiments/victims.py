@@ -16,6 +16,7 @@ from torch import nn
 from simulator.adversary import Knowledge
 from simulator.aggregate import weighted_mean
 from simulator.dataset import take
+from simulator.models.dropout import drawn_masks, masks_from
 from simulator.network import floating, tensors
 from simulator.rng import stream
 from simulator.training import batch_indices, local_update, rounded
@@ -60,7 +61,8 @@ def victim(
         order = [torch.arange(len(batch))]
         if recipe.algorithm == "fedavg":
             order = batch_indices(len(batch), recipe, stream(seed, "order", number, 1))
-        update, left = local_update(model, parameters, buffers, [take(batch, indices) for indices in order], recipe)
+        with masks_from(drawn_masks(stream(seed, "dropout", "", number, 1))):
+            update, left = local_update(model, parameters, buffers, [take(batch, indices) for indices in order], recipe)
         updates.append(rounded(update, recipe).tensors)
         after.append(floating(left))
     sizes = [len(batch) for batch in clients]

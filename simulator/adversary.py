@@ -22,11 +22,13 @@ class ThreatModel:
             and tampers with the model that it broadcasts (:class:`simulator.world.Tampering`).
         labels: what it is told of the private labels: nothing, how many of each class, or each one.
         public_data: whether it holds public records of the same kind (the data set's public split).
+        rounds: what it may use of its own recording: the attacked round alone, or all rounds.
     """
 
     adversary: Literal["honest-but-curious", "active"] = "honest-but-curious"
     labels: Literal["none", "counts", "exact"] = "none"
     public_data: bool = False
+    rounds: Literal["one", "all"] = "one"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Knowledge:
         public: public records of the same kind.
         defenses: name and settings of each defense (Kerckhoffs), never its randomness.
         adversary: ``active`` if the server wrote the broadcast parameters in order to be told more.
+        history: the other recorded rounds as the server saw them, ascending, with the uploads of all clients; empty unless the
+            threat model grants all rounds.
     """
 
     model: nn.Module
@@ -54,6 +58,7 @@ class Knowledge:
     public: Batch | None = None
     defenses: tuple[tuple[str, Mapping[str, object]], ...] = ()
     adversary: Literal["honest-but-curious", "active"] = "honest-but-curious"
+    history: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,11 @@ def _do(job: Mapping[str, Any], replies: BinaryIO) -> Iterator[dict[str, Any]]:
         sys.path[:] = job["path"]
         importlib.invalidate_caches()
         attack, model = _attack(job), _model(job)
-        knowledge = [replace(known, model=model) for known in job["knowledge"]]
+        rounds, histories = job["rounds"], job["history"]
+        knowledge = [
+            replace(known, model=model, history=tuple(rounds[place] for place in history))
+            for known, history in zip(job["knowledge"], histories, strict=True)
+        ]
     except Exception as error:
         yield from ({"kind": "refused", "index": i, "status": "failed", "reason": _reason(error)} for i in range(len(job["views"])))
         return

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from simulator.models.dropout import with_own_masks
 from simulator.rng import stream
 from simulator.types import LocalTraining, Schema, Tensors
 
 
 def network(family: Any, schema: Schema, training: LocalTraining, seed: int) -> nn.Module:
     """Build the network with the initial weights of ``seed``; BatchNorm's mode is the recipe's."""
-    model: nn.Module = family.build(schema, stream(seed, "model"))
+    model: nn.Module = with_own_masks(family.build(schema, stream(seed, "model")))
     return model.train(training.batch_norm == "train")
 
 

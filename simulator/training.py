@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from simulator.models.dropout import dropping
 from simulator.models.elementary import ElementaryNorms
 from simulator.types import Batch, LocalTraining, Tensors, Update
 
@@ -50,6 +51,9 @@ def per_example_gradients(
     def one(parameters: Tensors, record: Tensor, label: Tensor) -> Tensor:
         return loss(model, parameters, buffers, Batch(record[None], label[None]), label_smoothing=label_smoothing)[0]
 
+    if dropping():  # masks are drawn, one after the other
+        each = [grad(one)(dict(parameters), record, label) for record, label in zip(batch.inputs, batch.labels, strict=True)]
+        return {name: torch.stack([gradient[name] for gradient in each]) for name in parameters}
     gradients: Tensors = vmap(grad(one), in_dims=(None, 0, 0))(dict(parameters), batch.inputs, batch.labels)
     return gradients
 

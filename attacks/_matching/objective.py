@@ -18,6 +18,7 @@ from torch.func import grad_and_value, vmap
 
 from attacks._matching.client import Client, Recipe, Trial
 from attacks._matching.distances import Distance, Span
+from attacks._matching.normalization import Assumption
 from attacks._matching.priors import Weighted
 from attacks._matching.simulate import Victim, casted
 from attacks._matching.variables import Pixels, Variable
@@ -57,6 +58,7 @@ class Setting:
         seconds: CPU time for each victim, all restarts together.
         memory_mb: budget for victims and restarts that are attacked at once.
         consensus: what the restarts' images of one victim have in common, for priors that are ``grouped``.
+        normalization: what normalizes the candidates where the client's BatchNorm is in train mode.
     """
 
     distance: Distance
@@ -68,6 +70,7 @@ class Setting:
     seconds: float = float("inf")
     memory_mb: int = 1024
     consensus: Callable[[Tensor], Tensor] = mean_image
+    normalization: Assumption = "train"
 
 
 def equal(one: Tensors, other: Tensors) -> bool:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attacks._dropout import with_read_mask
 from attacks._gradient import local_steps, records_per_sender
-from attacks._layers import all_buffers
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge
 from simulator.training import local_update, loss
@@ -31,7 +31,7 @@ class Victim:
     """One upload made ready for matching.
 
     Attributes:
-        model: the architecture; victims that share the object can be matched in one go.
+        model: the architecture; victims that share the object can be matched in one go. Dropout whose mask is known has it in place.
         parameters: at the broadcast.
         buffers: all buffers of the model, at their broadcast values.
         names: the tensors of the update, in the order in which ``target`` holds them.
@@ -93,10 +93,11 @@ def prepare(view: Observation, knowledge: Knowledge) -> Victim:
     update, recipe = view.upload.update, knowledge.training
     recipe = replace(recipe, algorithm="fedsgd" if update.kind == "gradient" else "fedavg")
     names = tuple(name for name in view.broadcast.parameters if name in update.tensors)
+    model, buffers = with_read_mask(view, knowledge)
     return Victim(
-        model=knowledge.model,
+        model=model,
         parameters={name: tensor.detach() for name, tensor in view.broadcast.parameters.items()},
-        buffers=all_buffers(knowledge.model, view.broadcast),
+        buffers=buffers,
         names=names,
         target=flat(update.tensors, names).detach().float(),
         labels=known_or_recovered(view, knowledge),

@@ -10,10 +10,11 @@ import torch
 
 from attacks._gradient import unusable
 from attacks._matching.batch import chunks, rows_at_once
+from attacks._matching.normalization import assumed
 from attacks._matching.objective import Candidates, Objective, Setting
 from attacks._matching.optimize import Run
 from attacks._matching.priors import box
-from attacks._matching.simulate import prepare, unroll_length
+from attacks._matching.simulate import Victim, prepare, unroll_length
 from attacks.update.labels import unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.types import Observation
@@ -70,9 +71,10 @@ def solve(
     setting: Setting,
     optimize: Optimize,
     task: str,
+    ready: Callable[[Observation, Knowledge], Victim] = prepare,
 ) -> list[Reconstruction]:
-    """Match every view's update; of a victim's restarts the one of lowest objective is returned."""
-    victims = [prepare(view, known) for view, known in zip(views, knowledge, strict=True)]
+    """Match every view's update, made ready by ``ready``; of a victim's restarts the one of lowest objective is returned."""
+    victims = assumed([ready(view, known) for view, known in zip(views, knowledge, strict=True)], setting.normalization)
     found: dict[int, Reconstruction] = {}
     for members in chunks(victims, setting.restarts, memory_mb=setting.memory_mb, dtype=setting.dtype):
         began = time.perf_counter()

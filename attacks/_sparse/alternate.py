@@ -34,18 +34,21 @@ def alternate(
     turns: int,
     rng: torch.Generator,
     power: float = 1.0,
+    first: Float[Tensor, "starts neurons"] | None = None,
+    begin: float = 0.0,
 ) -> Float[Tensor, "starts rank"]:
-    """Directions q from random records; ``sides`` is an orthonormal basis of the possible preactivations.
+    """Directions q from random records, or from the preactivations ``first``; ``sides`` is an orthonormal basis of the possible ones.
 
     The column is found by one reweighted step towards ‖L·q‖_power on the side that is off; the side by least squares on soft labels.
+    ``begin`` is the share of the schedule that is skipped.
     """
     neurons, rank = left.shape
     rows = left * neurons**0.5
-    z = torch.randn(starts, sides.shape[1], generator=rng, dtype=left.dtype) @ sides.T
-    q = torch.randn(starts, rank, generator=rng, dtype=left.dtype)
+    z = torch.randn(starts, sides.shape[1], generator=rng, dtype=left.dtype) @ sides.T if first is None else first
+    q = torch.randn(len(z), rank, generator=rng, dtype=left.dtype)
     size: Tensor | None = None
     for turn in range(turns):
-        done = turn / turns
+        done = begin + (1 - begin) * turn / turns
         if size is not None:
             on = torch.tanh(torch.log(size.clamp_min(1e-6) / (0.5 * 0.1**done)))
             z = (on @ sides) @ sides.T

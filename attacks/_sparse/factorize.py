@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +15,20 @@ from attacks._sparse.alternate import alternate, distinct, left_over
 from attacks._sparse.certify import Atom, Pool, polish, separate, unmixed
 from attacks._sparse.space import Layer, Space, decompose
 
-__all__ = ["Factorization", "Layer", "factorize"]
+__all__ = ["Factorization", "Guess", "Layer", "factorize"]
+
+Guess = Callable[[Float[Tensor, "rank inputs"], torch.Generator], Float[Tensor, "rank rank"]]
+"""Rows that mix records → coordinates that may unmix them, up to scale and sign."""
 
 SLACK = 0.004
 """Share of neurons that may disagree with a record's mask while the search goes on; a certificate allows one."""
 
 EXACT = 3e-4
 """Largest error of a certified record, relative to its size, that the noise of the update may cause."""
+
+
+GUESSED = (0.3, 0.0)
+"""Share of the schedule of :func:`alternate` that a guess skips, in turn: a good one needs no coarse sides, a poor one does."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +55,19 @@ class Factorization:
     outlines: Float[Tensor, "found inputs"] | None = None
 
 
-def factorize(layer: Layer, *, rng: torch.Generator, seconds: float, records: int | None = None, slack: float = SLACK) -> Factorization:
+def factorize(
+    layer: Layer, *, rng: torch.Generator, seconds: float, records: int | None = None, slack: float = SLACK, guess: Guess | None = None
+) -> Factorization:
     """Recover the records and their backward signals from one layer's update.
 
     ``records`` bounds the rank where it is known. ``slack`` is the share of neurons that may disagree with a record's mask: after
-    several local steps some have moved.
+    several local steps some have moved. ``guess`` gives better starts than chance, from what records look like.
     """
     start = time.process_time()
     space = decompose(layer, records)
     if space is None:
         return Factorization(None, None, (), 0, (), time.process_time() - start)
-    found = search(space, start + seconds, rng, slack)
+    found = search(space, start + seconds, rng, slack, guess)
     spent = time.process_time() - start
     if len(found) < space.rank:
         rough, columns = outlines(space, found)
@@ -84,7 +95,7 @@ def hidden(on: Bool[Tensor, " neurons"], off: Bool[Tensor, " neurons"]) -> int:
     return 2 * int((~on & ~off).sum())
 
 
-def search(space: Space, deadline: float, rng: torch.Generator, slack: float) -> list[Atom]:
+def search(space: Space, deadline: float, rng: torch.Generator, slack: float, guess: Guess | None = None) -> list[Atom]:
     """Independent columns of D, until there are as many as records and each agrees with its record, or time is up."""
     rank = space.rank
     live = space.live()
@@ -93,12 +104,19 @@ def search(space: Space, deadline: float, rng: torch.Generator, slack: float) ->
     fast = live.left.float()
     pool, tested = Pool(rank, 0.9999), Pool(rank, 1 - 1e-9)
     turns, stuck, known, trusted, planes = 20, False, list[Atom](), list[Atom](), set[bytes]()
+    begins = itertools.cycle(GUESSED)
     while time.process_time() < deadline:
         # The coordinates of the records that are still missing are orthogonal to the columns found.
         found = directions(trusted, rank)
         rest = torch.linalg.svd(found)[2][len(found) :].T if len(found) else torch.eye(rank, dtype=torch.float64)
         sides = torch.linalg.qr(live.slopes @ rest)[0].float()
-        drawn = distinct(alternate(fast, sides, starts=2 * sides.shape[1] + 16, turns=turns, rng=rng)).double()
+        drawn = torch.zeros(0, rank, dtype=torch.float64)
+        if guess is not None and rest.shape[1] > 1:
+            coordinates = guess(rest.T @ space.right, rng)
+            side = coordinates * (coordinates @ (rest.T @ space.unit)).sign()[:, None] @ (live.slopes @ rest).T
+            drawn = distinct(alternate(fast, sides, starts=0, turns=20, rng=rng, first=side.float(), begin=next(begins))).double()
+        if guess is None or stuck:
+            drawn = torch.cat([drawn, distinct(alternate(fast, sides, starts=2 * sides.shape[1] + 16, turns=turns, rng=rng)).double()])
         if rank - len(found) == 1 or (rank - len(found) == 2 and stuck):
             drawn = torch.cat([drawn, left_over(live, found)])
         for q in drawn:
@@ -119,7 +137,10 @@ def search(space: Space, deadline: float, rng: torch.Generator, slack: float) ->
         stuck = len(known) <= before
         if len(known) < rank:
             turns = min(2 * turns, 160) if stuck else turns
-            keep = torch.rand(len(known), generator=rng) > (0.5 if stuck and len(trusted) == before else 0.0)
+            keep = torch.rand(len(known), generator=rng) > (0.5 if stuck and len(trusted) == before and guess is None else 0.0)
+            if stuck and guess is not None and known:  # what is no column is zero on rows that leave another vector, nearly
+                spreads = torch.tensor([atom.spread for atom in known])
+                keep = spreads > torch.rand(1, generator=rng) * spreads.median()
         else:
             keep = agreement(live, known) > 1 - slack - 1e-9
             if keep.all():

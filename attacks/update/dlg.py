@@ -9,6 +9,8 @@ Deviations: strong-Wolfe line search, float64, gradients compared as unit vector
     pixels from gray 18.8 / 23.3 / 45.2, coefficients with power 0.5 42.6 / 37.5 / 49.0 and with power 1 60.0 / 46.2 / 41.3; powers
     0.75 and 1 tie on three crops. Rejected, pixels, 12 s: squared distances relative to each tensor's (11.8 / 10.5 / 15.2) or to its
     root (14.1 / 14.0 / 30.3).
+    Dropout masks that are not read off are optimized along (Scheliga et al., 2022, arXiv:2208.06163), unbounded: LeNet with dropout 0.25
+    before the head, three crops of 16×16, 8 CPU s: 73.3, 73.7, 65.4 dB against 10.1, 9.9, 9.3 without; read off, 109.7, 111.8, 111.4.
     The search stops at the rounding of the update; a solved victim of up to 1500 unknowns is certified like Levenberg–Marquardt's.
     With power 1 on 20 pictures of CIFAR-10 that were not used for this: mean 52.9 dB, lowest 41.1, in 10 CPU s each, still improving.
 """
@@ -17,12 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from attacks._gradient import maybe_clipped
+from attacks._matching.client import Recipe
 from attacks._matching.distances import l2
 from attacks._matching.lbfgs import lbfgs
+from attacks._matching.masks import Masked
 from attacks._matching.objective import Candidates, Objective, Setting
 from attacks._matching.optimize import SOLVED, Run
 from attacks._matching.simulate import prepare
@@ -50,6 +55,7 @@ class DLG(Matching):
         restarts: random starts for each victim; the lowest objective wins.
         history: remembered pairs of L-BFGS.
         memory_mb: budget for victims and restarts that are attacked at once.
+        masks: of dropout that the upload does not give away: ``joint`` optimizes them along; ``expected`` drops nothing.
     """
 
     evaluations: int = 6000
@@ -57,12 +63,14 @@ class DLG(Matching):
     restarts: int = 1
     history: int = 100
     memory_mb: int = 1024
+    masks: Literal["joint", "expected"] = "joint"
 
     def setting(self) -> Setting:
         """Directions of gradients, in float64."""
         return Setting(
             distance=l2,
             variable=Spectrum(),
+            client=Masked() if self.masks == "joint" else Recipe(),
             restarts=self.restarts,
             dtype=torch.float64,
             seconds=self.seconds,

@@ -4,8 +4,8 @@ Source: Geiping et al., 2020, arXiv:2003.14053, equation 4 and section 4; github
 Deviations: total variation of the channel differences is added for three channels, as in breaching's "double opponents"
     (github.com/JonasGeiping/breaching). The batch's own BatchNorm statistics, which the uploaded buffers of a client in train mode give
     away, are matched, too; dropout masks are optimized along (Scheliga et al., 2022, arXiv:2208.06163).
-    Statistics, a ConvNet of five convolutions with BatchNorm in train mode, one photo crop each on two initial models, 1000 steps at
-    0.1: weight 0 gives 20.1 and 11.8 dB, 0.1 22.2 and 21.9, 1 25.2 and 26.3, 10 26.3 and 28.6. Candidates normalized with the
+    Statistics, a ConvNet of five convolutions with BatchNorm in train mode, one photo crop each on two initial models, 1000 steps:
+    weight 0 gives 20.1 and 11.8 dB, 0.1 22.2 and 21.9, 1 25.2 and 26.3, 10 26.3 and 28.6. Candidates normalized with the
     estimated statistics held fixed, 19.4 and 12.2: the client's gradient flows through its statistics (cosine 0.82 at the truth).
     Masks, sigmoid LeNet with dropout 0.25 before the head, three crops of 16×16, masks not read off: expected 16.5, 15.4, 14.2 dB,
     joint 27.9, 28.2, 26.5, with the mask penalty at 0.1 28.7, 32.3, 27.1.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from attacks._gradient import maybe_clipped, mean_gradient, steps_taken, unusable
 from attacks._layers import backward_signals, first_linear, linear_before_relu
 from attacks._rest import in_order, labels_left
-from attacks._sparse.factorize import SLACK, Layer, factorize
+from attacks._sparse.factorize import SLACK, Factorization, Guess, Layer, factorize
 from attacks.update.labels import known_or_recovered, unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -83,6 +83,12 @@ class SparseFactorization:
 
     def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
         """Factorize, undo the normalization, and ask each record for its label."""
+        return self.recovered(view, knowledge, rng=rng)[0]
+
+    def recovered(
+        self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator, guess: Guess | None = None
+    ) -> tuple[Reconstruction, Factorization]:
+        """The answer with the factors behind it; ``guess`` gives the search better starts than chance."""
         start = time.perf_counter()
         found = first_linear(knowledge, view.broadcast)
         if isinstance(found, str):
@@ -96,13 +102,14 @@ class SparseFactorization:
         }
         coarse = view.upload.update.tensors[call.weight].dtype != torch.float32 or knowledge.training.upload_dtype != "float32"
         layer = Layer(gradient[call.weight], gradient[call.bias], between[call.weight], between[call.bias], coarse)
-        factors = factorize(layer, rng=rng, seconds=self.seconds, records=records, slack=SLACK if one_step else MOVED)
+        factors = factorize(layer, rng=rng, seconds=self.seconds, records=records, slack=SLACK if one_step else MOVED, guess=guess)
         inputs = factors.outlines if factors.inputs is None else factors.inputs
         images = torch.full((records, *knowledge.schema.shape), 0.5)
         if inputs is None or factors.backward is None or len(inputs) == 0:
             labels = known_or_recovered(view, knowledge)
             spent = time.perf_counter() - start
-            return Reconstruction(images, labels, certificate=("",) * records, seconds=spent, converged=factors.rank == 0)
+            nothing = Reconstruction(images, labels, certificate=("",) * records, seconds=spent, converged=factors.rank == 0)
+            return nothing, factors
         pixels = torch.nan_to_num(affine.undo(inputs), nan=0.5)
         inside = ((pixels > -1e-3) & (pixels < 1 + 1e-3)).all(1)
         found_images = pixels.clamp(0, 1).float().view(-1, *knowledge.schema.shape)
@@ -110,7 +117,7 @@ class SparseFactorization:
         smoothing = knowledge.training.label_smoothing
         signals = (1 - smoothing) * signals + smoothing * signals.mean(0)
         labels, scale, difference = explained(factors.backward, signals)
-        clipped, alone = maybe_clipped(view, knowledge), one_step and not _mixes_records(knowledge.model)
+        clipped, alone = maybe_clipped(view, knowledge), one_step and not mixes_records(knowledge.model)
         multiplicity = scale / scale.median() if clipped else scale * records
         places = list(range(len(labels)))
         if factors.inputs is None:
@@ -132,7 +139,7 @@ class SparseFactorization:
             known = known_or_recovered(view, knowledge)
             everywhere, wanted = torch.cat([everywhere, labels_left(known, everywhere.tolist())]), known if told else None
         order = list(range(records)) if wanted is None else in_order(everywhere.tolist(), wanted.tolist())
-        return Reconstruction(
+        answer = Reconstruction(
             images[order],
             everywhere if wanted is None else wanted,
             1 - min(factors.agreement),
@@ -140,8 +147,9 @@ class SparseFactorization:
             seconds=time.perf_counter() - start,
             converged=factors.inputs is not None,
         )
+        return answer, factors
 
 
-def _mixes_records(model: nn.Module) -> bool:
+def mixes_records(model: nn.Module) -> bool:
     """Whether a record's loss depends on the other records of its batch."""
     return model.training and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

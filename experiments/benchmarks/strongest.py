@@ -203,13 +203,19 @@ def main() -> None:
     parser.add_argument("--victims", type=int, default=3, help="uploads of each setting")
     parser.add_argument("--only", default="", help="settings whose name starts with this")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--json", type=Path, help="write every figure here as it comes, and go on from what is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row(setting, options.victims, options.seconds) for setting in SETTINGS if setting.name.startswith(options.only)]
+    rows: list[dict[str, Any]] = []
+    if options.json and options.json.is_file():
+        rows = json.loads(options.json.read_text(encoding="utf-8"))
+    done = {entry["setting"] for entry in rows}
+    for setting in SETTINGS:
+        if setting.name.startswith(options.only) and setting.name not in done:
+            rows.append(row(setting, options.victims, options.seconds))
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if options.write:
         PAGE.write_text(page(rows, options.seconds), encoding="utf-8")
 

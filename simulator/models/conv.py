@@ -10,6 +10,7 @@ from torch import nn
 
 from simulator.errors import SpecError
 from simulator.models.activation import ACTIVATIONS, Activation
+from simulator.models.dropout import Dropout
 from simulator.models.initial import drawn_from
 from simulator.models.normalize import Normalize
 from simulator.registry import register
@@ -27,12 +28,15 @@ class LeNet:
     Attributes:
         init: weights and biases are uniform in [−init, init]; 0 keeps PyTorch's own initial weights.
         activation: after each convolution; DLG's is the sigmoid.
+        dropout: probability to drop each feature that enters the head, in the clients' training alone.
     """
 
     init: float = 0.5
     activation: Activation = "sigmoid"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        Dropout(self.dropout)
         if not self.init >= 0:
             raise ValueError(f"init must be ≥ 0, got {self.init}. Use 0 for PyTorch's own initial weights.")
 
@@ -45,7 +49,7 @@ class LeNet:
             for i, (narrow, stride) in enumerate(((channels, 2), (12, 2), (12, 1))):
                 body.add_module(f"conv{i}", nn.Conv2d(narrow, 12, kernel_size=5, stride=stride, padding=2))
                 body.add_module(f"activation{i}", ACTIVATIONS[self.activation]())
-            model = _classifier(body, schema)
+            model = _classifier(body, schema, dropout=self.dropout)
             if self.init:
                 for parameter in model.parameters():
                     nn.init.uniform_(parameter, -self.init, self.init)
@@ -89,12 +93,15 @@ class CNN:
     Attributes:
         width: channels of both convolutions.
         hidden: width of the fully connected layer.
+        dropout: probability to drop each of its units, in the clients' training alone.
     """
 
     width: int = 32
     hidden: int = 256
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        Dropout(self.dropout)
         if self.width < 1 or self.hidden < 1:
             raise ValueError(f"width and hidden must be ≥ 1, got {self.width} and {self.hidden}. Typical: 32 and 256.")
 
@@ -107,16 +114,18 @@ class CNN:
             body.add_module("activation0", nn.ReLU())
             body.add_module("conv1", nn.Conv2d(self.width, self.width, kernel_size=3, padding=1))
             body.add_module("activation1", nn.ReLU())
-            return _classifier(body, schema, self.hidden)
+            return _classifier(body, schema, self.hidden, dropout=self.dropout)
 
 
-def _classifier(body: nn.Module, schema: Schema, hidden: int = 0) -> nn.Module:
-    """Normalization, the body, a hidden fully connected layer if one is wanted, and a linear layer on all features."""
+def _classifier(body: nn.Module, schema: Schema, hidden: int = 0, *, dropout: float = 0.0) -> nn.Module:
+    """Normalization, the body, a hidden fully connected layer and dropout if they are wanted, and a linear layer on all features."""
     with torch.no_grad():
         features = body(torch.zeros(1, *schema.shape)).numel()
     layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=Normalize(), body=body, flatten=nn.Flatten())
     if hidden:
         layers.update(hidden=nn.Linear(features, hidden), activation=nn.ReLU())
+    if dropout:
+        layers.update(dropout=Dropout(dropout))
     return nn.Sequential(layers | {"head": nn.Linear(hidden or features, schema.num_classes)})
 
 

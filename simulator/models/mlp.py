@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from simulator.models.activation import ACTIVATIONS, Activation
+from simulator.models.dropout import Dropout
 from simulator.models.initial import drawn_from
 from simulator.models.normalize import Normalize
 from simulator.registry import register
@@ -34,21 +35,24 @@ class MLP:
     Attributes:
         hidden: widths of the hidden layers, from input to output.
         activation: after each hidden layer.
+        dropout: probability to drop each hidden unit, in the clients' training alone.
     """
 
     hidden: tuple[int, ...] = (256,)
     activation: Activation = "relu"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden must be widths ≥ 1, got {list(self.hidden)}. Use the model 'linear' for none.")
+        Dropout(self.dropout)
 
     def build(self, schema: Schema, rng: torch.Generator) -> nn.Module:
         """Build the network with weights drawn from ``rng``."""
-        return _fully_connected((prod(schema.shape), *self.hidden, schema.num_classes), ACTIVATIONS[self.activation], rng)
+        return _fully_connected((prod(schema.shape), *self.hidden, schema.num_classes), ACTIVATIONS[self.activation], rng, self.dropout)
 
 
-def _fully_connected(widths: tuple[int, ...], activation: type[nn.Module], rng: torch.Generator) -> nn.Module:
+def _fully_connected(widths: tuple[int, ...], activation: type[nn.Module], rng: torch.Generator, dropout: float = 0.0) -> nn.Module:
     model = nn.Sequential()
     model.add_module("normalize", Normalize())
     model.add_module("flatten", nn.Flatten())
@@ -56,5 +60,7 @@ def _fully_connected(widths: tuple[int, ...], activation: type[nn.Module], rng: 
         for i, (wide, narrow) in enumerate(itertools.pairwise(widths[:-1])):
             model.add_module(f"layer{i}", nn.Linear(wide, narrow))
             model.add_module(f"activation{i}", activation())
+            if dropout:
+                model.add_module(f"dropout{i}", Dropout(dropout))
         model.add_module("head", nn.Linear(widths[-2], widths[-1]))
     return model

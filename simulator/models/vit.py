@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simulator.models.dropout import Dropout
 from simulator.models.initial import drawn_from
 from simulator.models.normalize import Normalize
 from simulator.registry import register
@@ -40,8 +41,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each behind a layer normalization and around a shortcut."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = Dropout(dropout)
         self.norm0, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm1, self.up, self.activation, self.down = (
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
@@ -49,8 +51,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform tokens of shape (batch, tokens, width)."""
-        tokens = tokens + self.attention(self.norm0(tokens))
-        change: Tensor = self.down(self.activation(self.up(self.norm1(tokens))))
+        tokens = tokens + self.dropout(self.attention(self.norm0(tokens)))
+        change: Tensor = self.dropout(self.down(self.dropout(self.activation(self.up(self.norm1(tokens))))))
         return tokens + change
 
 
@@ -90,14 +92,18 @@ class ViT:
         width: of a token.
         depth: number of blocks.
         heads: of the attention; must divide ``width``.
+        dropout: probability to drop each value after the embedding and after each linear layer of a block but those of query, key and
+            value, as in the paper; in the clients' training alone.
     """
 
     patch: int = 4
     width: int = 64
     depth: int = 2
     heads: int = 4
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        Dropout(self.dropout)
         for name in ("patch", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}. The default is {getattr(ViT, name)}.")
@@ -110,8 +116,10 @@ class ViT:
             model = nn.Sequential()
             model.add_module("normalize", Normalize())
             model.add_module("patches", Patches(schema.shape, self.patch, self.width))
+            if self.dropout:
+                model.add_module("dropout", Dropout(self.dropout))
             for i in range(self.depth):
-                model.add_module(f"block{i}", Block(self.width, self.heads))
+                model.add_module(f"block{i}", Block(self.width, self.heads, self.dropout))
             model.add_module("norm", nn.LayerNorm(self.width))
             model.add_module("pool", Mean())
             model.add_module("head", nn.Linear(self.width, schema.num_classes))

@@ -215,3 +215,16 @@ def test_under_noise_nothing_is_explained_exactly() -> None:
         assert noise_level(view, told) == pytest.approx(std * count**0.5 / norm, rel=1e-5)
         reason = strongest.refusal(LinearLeak(), view, told)
         assert ("the noise must be at most" in str(reason)) == (std > 0)
+
+
+def test_under_noise_public_records_beat_a_prior() -> None:
+    """Matching and the learned inverter exclude each other: by noise and by public records."""
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8)), [records(1, (1, 8, 8))])
+    public = digits(40, offset=100)
+    noisy = (("gaussian_noise", {"sigma": 0.1}),)
+    for defenses, held, chosen in (
+        ((), public, False), (noisy, None, False), (noisy, public, True),
+    ):  # fmt: skip
+        names = {solver.name for solver in strongest.applicable(view, replace(knowledge, defenses=defenses, public=held))}
+        assert ("learning_to_invert" in names) == chosen
+        assert ("inverting_gradients" in names) != chosen

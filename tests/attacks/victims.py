@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simulator import lookup
 from simulator.adversary import Knowledge
 from simulator.aggregate import weighted_mean
+from simulator.models.dropout import drawn_masks, masks_from
 from simulator.rng import stream
 from simulator.training import batch_indices, local_update
 from simulator.types import Batch, Broadcast, LocalTraining, Observation, Schema, Update, Upload
@@ -90,7 +91,8 @@ def attack_surface(
         if recipe.algorithm == "fedavg":
             order = batch_indices(len(batch), recipe, stream(seed, "client order", number))
         batches = [Batch(batch.inputs[i], batch.labels[i]) for i in order]
-        update, left = local_update(model, parameters, everything, batches, recipe)
+        with masks_from(drawn_masks(stream(seed, "dropout", number))):
+            update, left = local_update(model, parameters, everything, batches, recipe)
         updates.append(update.tensors)
         after.append({name: left[name] for name in buffers})
     upload = Upload(

@@ -263,7 +263,9 @@ def test_parcels_keep_every_bit_and_refuse_what_is_none(done: tuple[Experiment, 
     assert set(parcel.NOUNS) > {"Reconstruction", "Knowledge", "Observation"}
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_the_process_ends_with_the_evaluator(stop: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "spec.toml").write_text(SPEC.replace('"random_guess"', '"tests.experiments.hostile:Endless"'))
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

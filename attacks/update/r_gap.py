@@ -1,0 +1,118 @@
+"""R-GAP: one record from a chain of convolutional and linear layers, layer by layer, by linear systems alone.
+
+Source: Zhu and Blaschko, 2021, arXiv:2010.07733 (R-GAP), algorithm 1: forward and gradient constraints of a layer, solved together; its
+    rank analysis decides what is refused.
+Deviations: cross-entropy over any number of classes in place of a logistic loss, from the bias of the head, whose gradient is that of the
+    logits. Each equation is weighed by its error, which rounding starts and every layer passes on; what no equation tells is filled in
+    by smoothness. A ReLU's dead outputs are no equations (the paper takes activations that can be undone everywhere). Certificates.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from attacks._chain import Chain, chain
+from attacks._dropout import layers as dropouts
+from attacks._gradient import maybe_clipped, mean_gradient, reach, several_steps, unusable
+from attacks._matching.priors import box
+from attacks._matching.simulate import prepare
+from attacks._peel import Known, peel
+from attacks._second_order.proof import RADIUS
+from attacks._second_order.residual import Residual
+from attacks.update.labels import known_or_recovered, unrecoverable
+from simulator.adversary import Knowledge, Reconstruction
+from simulator.registry import register
+from simulator.types import Observation
+
+PROOF = "layer by layer"
+
+MARGIN = 3.0
+"""Root mean square error that is allowed over the one that is expected."""
+
+MISFIT = 4.0
+"""Residuals' mean square over the expected, beyond which a layer's equations do not hold."""
+
+EXPLAINED = 1e-4
+"""Relative residual of the whole update, simulated from the answer, up to which the answer's expected errors are the explanation."""
+
+LARGEST = 8192
+"""Inputs of a convolution up to which its system takes seconds."""
+
+
+def with_errors(view: Observation, knowledge: Knowledge) -> dict[str, Known]:
+    """The gradient and the rounding of each of its numbers; a delta is a difference of rounded parameters."""
+    known: dict[str, Known] = {}
+    recipe, sent = knowledge.training, view.upload.update.tensors
+    for name, tensor in mean_gradient(view, knowledge).items():
+        value = tensor.double()
+        number = torch.finfo(sent[name].dtype)
+        error = number.eps * value.abs().clamp(min=number.smallest_normal)
+        if view.upload.update.kind == "delta":
+            parameter = view.broadcast.parameters[name].double().abs()
+            error = error + torch.finfo(torch.float32).eps * parameter / reach(recipe, 1)
+        known[name] = Known(value, error)
+    return known
+
+
+@register("attacks", "r_gap")
+@dataclass(frozen=True)
+class RGap:
+    """One image, exactly, from the linear equations that its gradient makes of every layer's input, from the last layer to the first."""
+
+    def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
+        """Refuse batches, deltas of several steps, dropout, and models that are no chain or have too few equations at a layer."""
+        reason = unusable(view, knowledge) or several_steps(view, knowledge) or unrecoverable(view, knowledge)
+        if reason is not None:
+            return reason
+        if knowledge.num_examples != 1:
+            return f"the batch must be 1 record, got {knowledge.num_examples}: a layer's gradient is then a sum over records"
+        if dropouts(knowledge.model):
+            return "no unit must be dropped, got dropout, which hides what its layer gave. Use dlg, which optimizes the masks along"
+        found = chain(knowledge, view.broadcast)
+        if isinstance(found, str):
+            return found
+        large = next((layer for layer in found.layers if not layer.linear and layer.unknowns > LARGEST), None)
+        if large is not None:
+            return f"a convolution must take ≤ {LARGEST} values, got {large.unknowns} in {large.call.name}: its system is too large"
+        head = found.layers[-1].call.bias
+        if not bool(view.upload.update.tensors[head].any()):
+            return f"the gradient of {head} must not be zero everywhere, got nothing to peel"
+        return None
+
+    def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        """Peel all layers; simulate the update from the answer; certify what its expected error and that residual allow."""
+        start = time.perf_counter()
+        model = chain(knowledge, view.broadcast)
+        if isinstance(model, str):
+            raise ValueError(model)
+        found = peel(model, view.broadcast.parameters, with_errors(view, knowledge))
+        for layer, peeled in found:
+            if peeled.short:
+                logging.getLogger("fedpeek").info(
+                    "r_gap: the input of %s has %d values more than equations, the rest is a guess", layer.call.name, peeled.short
+                )
+        x = found[-1][1].x
+        image = torch.nan_to_num(model.image(x.value), nan=0.5)
+        residual = float(Residual(prepare(view, knowledge), maybe_clipped(view, knowledge))(image).norm())
+        whole, holds = not any(peeled.short for _, peeled in found), all(peeled.misfit <= MISFIT for _, peeled in found)
+        certain = whole and holds and residual <= EXPLAINED and within(model, image, x)
+        return Reconstruction(
+            inputs=box(image).float(),
+            labels=known_or_recovered(view, knowledge),
+            objective=residual,
+            certificate=(PROOF if certain else "",),
+            seconds=time.perf_counter() - start,
+            converged=whole,
+        )
+
+
+def within(model: Chain, image: torch.Tensor, x: Known) -> bool:
+    """Whether the image is a picture, and its expected error far below the one that counts as exact."""
+    error = float((x.error / model.scale.flatten()).square().mean().sqrt())
+    inside = bool(((image > -RADIUS) & (image < 1 + RADIUS)).all())
+    return inside and math.isfinite(error) and MARGIN * error <= RADIUS
