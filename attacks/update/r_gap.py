@@ -5,6 +5,10 @@ Source: Zhu and Blaschko, 2021, arXiv:2010.07733 (R-GAP), algorithm 1: forward a
 Deviations: cross-entropy over any number of classes in place of a logistic loss, from the bias of the head, whose gradient is that of the
     logits. Each equation is weighed by its error, which rounding starts and every layer passes on; what no equation tells is filled in
     by smoothness. A ReLU's dead outputs are no equations (the paper takes activations that can be undone everywhere). Certificates.
+    Measured, CIFAR-10 pictures: claims r-gap-lenet, r-gap-cnn (exact) and r-gap-relu (too few equations: a guess, never certified). On
+    two pictures of the first, 108 and 102 dB in 1.4 CPU s, proven; levenberg_marquardt 127 and 124 in 24 and 20, proven; dlg 86 and 85 in
+    24. Six with tanh, whose errors grow most: 77.5 to 103 dB, one proven. A delta of one step at learning rate 0.1: 100 to 102 dB, proven.
+    Norms, pooling, branches and dropout are refused by the name of their layer.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from attacks import _peel
 from attacks._chain import ACTIVATIONS, Activation, Chain, Layer, activation_between, chain
 from attacks._layers import probe
-from attacks._peel import Known, Peeled, peel
+from attacks._peel import Known, Peeled, peel, undone
 from attacks._second_order.proof import RADIUS
 from attacks.strongest import Strongest
 from attacks.update.r_gap import PROOF, RGap, with_errors
@@ -59,6 +59,19 @@ def test_activations_are_undone_and_their_slopes_are_functions_of_their_values(f
     values = a.detach().requires_grad_(True)
     bend = torch.autograd.grad(f.slope(values).sum(), values, allow_unused=True)[0] if f.slope(values).requires_grad else None
     assert torch.allclose(f.bend(a), torch.zeros_like(a) if bend is None else bend)
+
+
+def test_values_at_the_end_of_a_range_say_nothing_of_what_went_in() -> None:
+    sigmoid, softplus = (next(f for f in ACTIVATIONS if f.name == name) for name in ("sigmoid", "softplus"))
+    value = torch.tensor([0.0, 1e-5, 0.5, 1.0], dtype=torch.float64)
+    z, slope = undone(sigmoid, Known(value, torch.full_like(value, 1e-6)))
+    assert torch.isfinite(z.error).tolist() == [False, True, True, False]
+    assert bool(torch.isfinite(slope.value).all() & torch.isfinite(slope.error).all())
+    assert float(z.error[2]) == pytest.approx(4e-6, rel=0.01)
+    subnormal = torch.tensor([5.6e-45, 1e-30], dtype=torch.float64)  # float32 has few digits there, if any
+    z, _ = undone(softplus, Known(subnormal, 1e-7 * subnormal))
+    assert torch.isfinite(z.error).tolist() == [False, True]
+    assert float(z.value[1]) == pytest.approx(-69.0776, abs=1e-3)
 
 
 def test_activations_are_told_by_their_values() -> None:
@@ -185,14 +198,15 @@ def tampered(kind: str, view: Observation, knowledge: Knowledge) -> Observation:
         return with_update(view, {n: t.flatten()[torch.randperm(t.numel(), generator=rng)].view(t.shape) for n, t in tensors.items()})
     if kind == "half":
         return with_update(view, {n: t.half() for n, t in tensors.items()})
-    if kind == "another layer":
+    if kind in ("another layer", "another bias"):
+        part = "body.conv0.bias" if kind == "another bias" else "body.conv0"
         other = attack_surface(knowledge.model, [photos(1, 16, 9)])[0].upload.update.tensors
-        return with_update(view, {n: other[n] if n.startswith("body.conv0") else t for n, t in tensors.items()})
+        return with_update(view, {n: other[n] if n.startswith(part) else t for n, t in tensors.items()})
     sizes = {"faint noise": 1e-4, "noise": 1e-2}
     return with_update(view, {n: t + sizes[kind] * t.std() * torch.randn(t.shape, generator=rng) for n, t in tensors.items()})
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "half", "another layer", "faint noise", "noise"])
+@pytest.mark.parametrize("kind", ["shuffled", "half", "another layer", "another bias", "faint noise", "noise"])
 @pytest.mark.parametrize("settings", [{}, {"activation": "relu"}], ids=str)
 def test_nothing_wrong_is_certified(kind: str, settings: dict[str, Any]) -> None:
     for seed in range(3):
@@ -202,7 +216,7 @@ def test_nothing_wrong_is_certified(kind: str, settings: dict[str, Any]) -> None
         if guess.certificate[0]:
             assert float((guess.inputs - truth).square().mean().sqrt()) < RADIUS
         assert bool(torch.isfinite(guess.inputs).all())
-        assert kind not in ("shuffled", "another layer", "noise") or guess.certificate == ("",)
+        assert kind not in ("shuffled", "another layer", "another bias", "noise") or guess.certificate == ("",)
 
 
 def test_a_zeroed_update_is_refused() -> None:
