@@ -79,7 +79,8 @@ SHARE = 0.5
 """Of the budget that is left, what one solver may take while others wait; the last takes all."""
 
 THOROUGH = 0.8
-"""The same for Levenberg–Marquardt, which ends what L-BFGS began, or not at all, and for hybrid, whose last steps are its best."""
+"""The same for Levenberg–Marquardt, which ends what L-BFGS began, or not at all; for hybrid, whose last steps are its
+best; and for sme, which makes more of its time than matching through all local steps."""
 
 QUICK = 0.2
 """The same for L-BFGS, which solves what is well conditioned in a fraction of Levenberg–Marquardt's time, and else gives it its start."""
@@ -215,4 +216,4 @@ class Strongest:
             return left
         if solver is DLG:
             return max(QUICK * left, min(SCOUT * left, 1.0))
-        return (THOROUGH if solver in (LevenbergMarquardt, Hybrid) else SHARE) * left
+        return (THOROUGH if solver in (LevenbergMarquardt, Hybrid, SME) else SHARE) * left
