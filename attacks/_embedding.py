@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from attacks._layers import Call, all_buffers, probe
+from attacks._layers import Call, all_buffers, drops_before, probe
 from simulator.adversary import Knowledge
 from simulator.types import Broadcast
 
@@ -91,6 +91,8 @@ def embedding(knowledge: Knowledge, broadcast: Broadcast) -> Embedding | str:
         return "what precedes the embedding of patches must be an elementwise affine map, such as normalization, and filling up with zeros"
     if covered[0] < height or covered[1] < width:
         return f"the patches must cover the image of {height}×{width}, got {covered[0]}×{covered[1]}"
+    if drops_before(knowledge, broadcast, first):
+        return "no pixel must be dropped, got dropout before the embedding of patches, which then sees another picture"
     found = place_of(knowledge, broadcast, first)
     if found is None:
         return "a learned position embedding must be added to the patches, got none: only its gradient is that of the tokens"

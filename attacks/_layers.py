@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from simulator.adversary import Knowledge
+from simulator.models.dropout import masks_from
 from simulator.types import Broadcast, Tensors
 
 
@@ -117,7 +118,18 @@ def first_linear(knowledge: Knowledge, broadcast: Broadcast) -> tuple[Call, Affi
     affine = Affine(one - zero, zero)
     if not torch.allclose(seen, affine.scale * ramp.flatten() + zero, rtol=1e-4, atol=1e-5) or bool((affine.scale == 0).any()):
         return "what precedes the first linear layer must be an elementwise affine map, such as normalization"
+    if drops_before(knowledge, broadcast, first):
+        return "no pixel must be dropped, got dropout before the first linear layer, which then sees another picture"
     return first, affine
+
+
+def drops_before(knowledge: Knowledge, broadcast: Broadcast, first: Call) -> bool:
+    """Whether dropout stands before the model's first layer: what that layer shows is then no picture, but one with holes."""
+    image = torch.full((1, *knowledge.schema.shape), 0.7)
+    with masks_from(lambda inputs, _: torch.zeros_like(inputs)):
+        dropped = probe(knowledge, broadcast, image)[0]
+    kept = probe(knowledge, broadcast, image)[0]
+    return kept.name != first.name or not torch.equal(dropped.inputs, kept.inputs)
 
 
 class _ReLUInputs(TorchFunctionMode):

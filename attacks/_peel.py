@@ -9,6 +9,7 @@ the update the same inputs come out.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def through_linear(gradient: Known, delta: Known, layer: Layer) -> Peeled:
 
 
 def through_convolution(
-    layer: Layer, weight: Tensor, bias: Tensor, gradient: Known, *, z: Known, delta: Known, prior: sp.csr_matrix
+    layer: Layer, weight: Tensor, bias: Tensor, gradient: Known, *, z: Known, delta: Known, prior: sp.csr_matrix, deadline: float
 ) -> Peeled:
     """The input of a convolution from both sets of equations; ``prior`` holds rows that are expected to be 0 ± 1."""
     channels, places = weight.shape[0], layer.columns.shape[1]
@@ -102,23 +103,26 @@ def through_convolution(
     told = sp.diags((1 / z_error[known]).numpy()) @ layer.forward(weight)[known.numpy()]
     matrix = sp.vstack([told, sp.diags((1 / off).numpy()) @ layer.backward(slopes)]).tocsr()
     right = right - matrix @ np.full(layer.unknowns, layer.mean)
-    x, errors = least_squares(matrix, right, prior, layer.call.inputs.shape[1])
+    x, errors = least_squares(matrix, right, prior, layer.call.inputs.shape[1], deadline)
     equations = int(known.sum()) + len(off)
     misfit = float(np.square(right - matrix @ x).sum()) / max(1, equations - layer.unknowns)
     found = Known(torch.from_numpy(x) + layer.mean, torch.from_numpy(errors) * max(1.0, misfit) ** 0.5)
     return Peeled(found, misfit, max(0, layer.unknowns - layer.equations(int(known.sum()))))
 
 
-def least_squares(matrix: sp.csr_matrix, right: np.ndarray, prior: sp.csr_matrix, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def least_squares(
+    matrix: sp.csr_matrix, right: np.ndarray, prior: sp.csr_matrix, channels: int, deadline: float
+) -> tuple[np.ndarray, np.ndarray]:
     """The solution of the weighted equations under the prior, and its standard errors from samples of its distribution."""
     rows, unknowns = sp.vstack([matrix, prior]).tocsr(), matrix.shape[1]
     right = np.concatenate([right, np.zeros(prior.shape[0])])
     rng = np.random.default_rng(0)
     if unknowns > DENSE:
         sides = np.concatenate([right[:, None], rng.standard_normal((len(right), FEW_DRAWS))], 1)
-        x = _by_conjugate_gradients(rows, sides, channels)
+        x = _by_conjugate_gradients(rows, sides, channels, deadline)
         squares = np.square(x[:, 1:]).mean(1)
         return x[:, 0], np.sqrt(np.maximum(squares, squares.mean()))  # so few samples say little of a single value
+    in_time(deadline)
     normal = torch.from_numpy((rows.T @ rows).toarray())
     factor, failed = torch.linalg.cholesky_ex(normal)
     shift = float(normal.diagonal().mean()) * torch.finfo(normal.dtype).eps
@@ -135,7 +139,7 @@ def least_squares(matrix: sp.csr_matrix, right: np.ndarray, prior: sp.csr_matrix
     return x, spread.square().mean(1).sqrt().numpy()
 
 
-def _by_conjugate_gradients(rows: sp.csr_matrix, sides: np.ndarray, channels: int) -> np.ndarray:
+def _by_conjugate_gradients(rows: sp.csr_matrix, sides: np.ndarray, channels: int, deadline: float) -> np.ndarray:
     """The least-squares solutions for several right-hand sides, preconditioned by the blocks of single channels.
 
     A channel's gradient is the same matrix for all channels and sees no other: those blocks hold half of the equations exactly.
@@ -155,6 +159,7 @@ def _by_conjugate_gradients(rows: sp.csr_matrix, sides: np.ndarray, channels: in
     p, rho = z, (r * z).sum(0)
     first = rho.clip(min=np.finfo(rho.dtype).tiny)
     for _ in range(STEPS):
+        in_time(deadline)
         image = transposed @ (rows @ p)
         alpha = rho / (p * image).sum(0).clip(min=np.finfo(rho.dtype).tiny)
         x, r = x + alpha * p, r - alpha * image
@@ -180,8 +185,22 @@ def prior_of(layer: Layer, scale: Tensor | None = None) -> sp.csr_matrix:
     return sp.vstack([around, near]).tocsr()
 
 
-def peel(model: Chain, parameters: Tensors, gradient: Mapping[str, Known]) -> list[tuple[Layer, Peeled]]:
-    """The input of every layer, from the last to the first."""
+def in_time(deadline: float) -> None:
+    """Raise where CPU time is over: half a solution has no error that could be stated.
+
+    Raises:
+        TimeoutError: it is.
+    """
+    if time.process_time() > deadline:
+        raise TimeoutError("a layer's system must be solved within the attack's seconds, got no end of it. Raise seconds")
+
+
+def peel(model: Chain, parameters: Tensors, gradient: Mapping[str, Known], *, deadline: float = math.inf) -> list[tuple[Layer, Peeled]]:
+    """The input of every layer, from the last to the first.
+
+    Raises:
+        TimeoutError: ``deadline``, a reading of the clock of CPU time, came first.
+    """
     found: list[tuple[Layer, Peeled]] = []
     z = delta = gradient[model.layers[-1].call.bias]
     for place in range(len(model.layers) - 1, -1, -1):
@@ -194,7 +213,7 @@ def peel(model: Chain, parameters: Tensors, gradient: Mapping[str, Known]) -> li
         else:
             bias = parameters.get(layer.call.bias, torch.zeros(len(weight))).double()
             prior = prior_of(layer, None if place else model.scale)
-            peeled = through_convolution(layer, weight, bias, of_weight, z=z, delta=delta, prior=prior)
+            peeled = through_convolution(layer, weight, bias, of_weight, z=z, delta=delta, prior=prior, deadline=deadline)
         found.append((layer, peeled))
         if place:
             matrix = layer.forward(weight)

@@ -204,17 +204,32 @@ def _attack_rng(attack: Any, victim: Victim, seed: int) -> torch.Generator:
 
 
 def _blinded(victims: Sequence[Victim], seed: int) -> list[Victim]:
-    """The victims with shuffled updates, those of the other rounds too, each of which is shuffled once for all of them."""
+    """The victims with shuffled updates, those of the other rounds too, each of which is shuffled once for all of them.
+
+    Other rounds show the attacked round's model: the difference of two broadcasts is the true mean update.
+    """
     rounds = {id(seen): seen for victim in victims for seen in victim.knowledge.history}
     blind = {key: controls.shuffled(seen, stream(seed, "shuffle", "history", seen.broadcast.round)) for key, seen in rounds.items()}
+    shown: dict[tuple[int, int], Observation] = {}  # one object for all victims of a round, so that it is handed over once
+
+    def history(victim: Victim) -> tuple[Observation, ...]:
+        keys = [(id(seen), victim.round) for seen in victim.knowledge.history]
+        for key in keys:
+            shown.setdefault(key, _as_in(blind[key[0]], victim.view))
+        return tuple(shown[key] for key in keys)
+
     return [
         replace(
             victim,
             view=controls.shuffled(victim.view, stream(seed, "shuffle", victim.round, victim.senders)),
-            knowledge=replace(victim.knowledge, history=tuple(blind[id(seen)] for seen in victim.knowledge.history)),
+            knowledge=replace(victim.knowledge, history=history(victim)),
         )
         for victim in victims
     ]
+
+
+def _as_in(seen: Observation, view: Observation) -> Observation:
+    return replace(seen, broadcast=replace(view.broadcast, round=seen.broadcast.round, training=seen.broadcast.training))
 
 
 def _judge(answer: Answer) -> tuple[Status, str, Tensor | None]:

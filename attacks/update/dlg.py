@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 
+from attacks._dropout import layers as dropping_layers
 from attacks._gradient import maybe_clipped
 from attacks._matching.client import Recipe
 from attacks._matching.distances import l2
@@ -99,4 +100,6 @@ def proven(view: Observation, knowledge: Knowledge, answer: Reconstruction, rng:
     if not 2 * answer.objective < ROUNDING**2 or answer.inputs.numel() > PROVABLE:
         return False
     residual = Residual(prepare(view, replace(knowledge, labels=answer.labels)), maybe_clipped(view, knowledge))
+    if dropping_layers(residual.victim.model):
+        return False  # other masks explain it with another picture
     return error_bound(residual, answer.inputs, rng=rng) <= RADIUS

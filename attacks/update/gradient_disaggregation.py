@@ -192,8 +192,8 @@ class GradientDisaggregation:
             return "the upload must be an aggregate of ≥ 2 senders, got one sender. Use strongest"
         if not knowledge.history:
             return "the history must hold other rounds, got none. Set threat.rounds = 'all' and record more rounds"
-        smallest = knowledge.num_examples // len(view.upload.senders)
-        if (reason := redraws(knowledge.training, smallest)) is not None:
+        largest = knowledge.num_examples - len(view.upload.senders) + 1  # others hold one record at least
+        if (reason := redraws(knowledge.training, largest)) is not None:
             return reason
         found, rounds = separate(view, knowledge)
         if not found:

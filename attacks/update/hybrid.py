@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from attacks._dropout import layers
 from attacks._features import Entrance, Features, relu_entrance
 from attacks._gradient import mean_gradient, several_steps, unusable
 from attacks._layers import last_linear, probe
@@ -153,7 +154,8 @@ class Hybrid:
         order = torch.arange(len(features)) if told is None else assigned(scores, told)
 
         inverted = self.invert(entrance, features, knowledge.schema.shape, rng, deadline)
-        exact = self.proven(entrance, features, inverted, found.certified, rng, deadline)
+        certain = found.certified if not layers(knowledge.model) else (False,) * len(features)  # dropped features are another picture's
+        exact = self.proven(entrance, features, inverted, certain, rng, deadline)
         clear = one_negative(scores)
         agree = [bool(clear[i]) and int(scores[i].argmin()) == int(labels[k]) for k, i in enumerate(order.tolist())]
         return Reconstruction(

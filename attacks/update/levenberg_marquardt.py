@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attacks._dropout import layers as dropping_layers
 from attacks._gradient import maybe_clipped, unusable
 from attacks._matching.priors import box
 from attacks._matching.simulate import Victim, prepare
@@ -129,7 +130,9 @@ class LevenbergMarquardt:
         )
 
     def proves(self, residual: Residual, images: Tensor, rng: torch.Generator) -> bool:
-        """Whether the records are pictures, explain the update to rounding, and nothing else nearby does."""
+        """Whether the records are pictures, explain the update to rounding, and nothing else nearby does; no mask may be unknown."""
+        if dropping_layers(residual.victim.model):
+            return False
         if explicit_bytes(images.numel(), len(residual.victim.target)) > self.memory_mb * 2**20:
             return False
         if not bool(((images > -RADIUS) & (images < 1 + RADIUS)).all()):

@@ -66,7 +66,17 @@ def with_errors(view: Observation, knowledge: Knowledge) -> dict[str, Known]:
 @register("attacks", "r_gap")
 @dataclass(frozen=True)
 class RGap:
-    """One image, exactly, from the linear equations that its gradient makes of every layer's input, from the last layer to the first."""
+    """One image, exactly, from the linear equations that its gradient makes of every layer's input, from the last layer to the first.
+
+    Attributes:
+        seconds: CPU time for the layers' systems; an image that they do not end in stays gray.
+    """
+
+    seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be > 0, got {self.seconds}. The default is 20; most networks take two.")
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse batches, deltas of several steps, dropout, and models that are no chain or have too few equations at a layer."""
@@ -94,7 +104,12 @@ class RGap:
         model = chain(knowledge, view.broadcast)
         if isinstance(model, str):
             raise ValueError(model)
-        found = peel(model, view.broadcast.parameters, with_errors(view, knowledge))
+        deadline = time.process_time() + self.seconds
+        try:
+            found = peel(model, view.broadcast.parameters, with_errors(view, knowledge), deadline=deadline)
+        except TimeoutError:
+            gray, labels = torch.full((1, *knowledge.schema.shape), 0.5), known_or_recovered(view, knowledge)
+            return Reconstruction(gray, labels, math.inf, certificate=("",), seconds=time.perf_counter() - start, converged=False)
         for layer, peeled in found:
             if peeled.short:
                 logging.getLogger("fedpeek").info(

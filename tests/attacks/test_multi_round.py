@@ -217,6 +217,10 @@ def test_the_shuffled_control_shuffles_history_too(run_of_three_rounds: tuple[Ex
             weight, other = (of.uploads[0].update.tensors["head.weight"] for of in (seen, shuffled))
             assert not torch.equal(weight, other)
             assert torch.equal(weight.flatten().sort().values, other.flatten().sort().values)
+            assert shuffled.broadcast.round == seen.broadcast.round
+            sent, told, own = (of.broadcast.parameters["head.weight"] for of in (seen, shuffled, victim.view))
+            assert not torch.equal(sent, own)
+            assert torch.equal(told, own), "the difference of two models is the true mean update"
     assert blind[0].knowledge.history[0] is blind[1].knowledge.history[0]
 
 

@@ -278,3 +278,12 @@ def test_photographs_of_full_size_on_all_initial_weights() -> None:
             guess = RGap()(view, knowledge, rng=RNG)
             assert guess.certificate == (PROOF,)
             assert psnr_db(guess.inputs, batch.inputs) > 80
+
+
+def test_time_that_is_over_leaves_gray_and_no_proof() -> None:
+    view, knowledge = attack_surface(build("lenet", (3, 16, 16)), [photos(1, 16)])
+    answer = RGap(seconds=1e-9)(view, knowledge, rng=stream(0))
+    assert answer.inputs is not None
+    assert bool((answer.inputs == 0.5).all())
+    assert answer.certificate == ("",)
+    assert not answer.converged

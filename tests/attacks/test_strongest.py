@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from attacks import strongest
 from attacks._gradient import mean_gradient, noise_level, unusable
@@ -14,6 +15,7 @@ from attacks._rest import farthest, in_order, labels_left, mismatch, separable, 
 from attacks.strongest import Strongest
 from attacks.update.linear_leak import LinearLeak
 from simulator.adversary import Knowledge, Reconstruction
+from simulator.models.dropout import Dropout
 from simulator.rng import stream
 from simulator.training import mean_gradient as gradient_of
 from simulator.types import Batch, LocalTraining, Observation, Update
@@ -217,14 +219,46 @@ def test_under_noise_nothing_is_explained_exactly() -> None:
         assert ("the noise must be at most" in str(reason)) == (std > 0)
 
 
-def test_under_noise_public_records_beat_a_prior() -> None:
-    """Matching and the learned inverter exclude each other: by noise and by public records."""
-    view, knowledge = attack_surface(build("cnn", (1, 8, 8)), [records(1, (1, 8, 8))])
-    public = digits(40, offset=100)
-    noisy = (("gaussian_noise", {"sigma": 0.1}),)
-    for defenses, held, chosen in (
-        ((), public, False), (noisy, None, False), (noisy, public, True),
-    ):  # fmt: skip
-        names = {solver.name for solver in strongest.applicable(view, replace(knowledge, defenses=defenses, public=held))}
-        assert ("learning_to_invert" in names) == chosen
-        assert ("inverting_gradients" in names) != chosen
+@pytest.mark.parametrize(
+    ("upload", "sigma", "held", "learned"),
+    [
+        ("plain", 0.0, True, False),
+        ("plain", 1.0, True, True),
+        ("plain", 1.0, False, False),
+        ("plain", 1e-4, True, False),
+        ("signs", 0.0, True, True),
+        ("pruned", 0.0, True, True),
+        ("pruned", 0.0, False, False),
+    ],
+)
+def test_an_inverter_is_learned_where_the_update_is_hidden_and_only_there(upload: str, sigma: float, held: bool, learned: bool) -> None:
+    """Matching and the learned inverter exclude each other; faint noise is left to matching, which is far better there."""
+    batch = digits(1)
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8)), [batch])
+    rng = stream(0)
+
+    def defended(tensor: torch.Tensor) -> torch.Tensor:
+        if upload == "signs":
+            return tensor.sign() + (tensor == 0)
+        if upload == "pruned":
+            return torch.where(tensor.abs() >= tensor.abs().flatten().topk(max(1, tensor.numel() // 100)).values[-1], tensor, 0.0)
+        return tensor + sigma * torch.randn(tensor.shape, generator=rng)
+
+    tensors = {name: defended(tensor) for name, tensor in view.upload.update.tensors.items()}
+    view = replace(view, uploads=(replace(view.upload, update=Update("gradient", tensors)),))
+    defenses = (("gaussian_noise", {"sigma": sigma}),) if sigma else ()
+    knowledge = replace(knowledge, defenses=defenses, public=digits(40, offset=100) if held else None)
+    names = {solver.name for solver in strongest.applicable(view, knowledge)}
+    assert ("learning_to_invert" in names) == learned
+    assert ("inverting_gradients" in names) != learned
+
+
+def test_no_proof_under_masks_that_are_not_known() -> None:
+    """Dropout on the pixels: what explains the update to its last digit is the picture with its holes."""
+    for activation in (nn.Sigmoid, nn.ReLU):
+        for count in (1, 3):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Flatten(), Dropout(0.05), nn.Linear(64, 128), activation(), nn.Linear(128, 10)).train()
+            view, knowledge = attack_surface(model, [digits(count)])
+            answer = Strongest(seconds=1)(view, knowledge, rng=stream(0))
+            assert answer.certificate == ("",) * count
