@@ -14,71 +14,21 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import prod
 from typing import Any
 
 import torch
 
-from attacks._gradient import noise_level, unusable
-from attacks._learned.train import compression
-from attacks._second_order.smoothness import is_smooth
+from attacks._choice import LADDER, Choice
+from attacks._gradient import unusable
 from attacks._solving import State, after, merged
-from attacks.update.april import April
-from attacks.update.cocktail_party import CocktailParty
 from attacks.update.dlg import DLG
-from attacks.update.fedavg_matching import FedAvgMatching
 from attacks.update.hybrid import Hybrid
-from attacks.update.inverting_gradients import InvertingGradients
-from attacks.update.learning_to_invert import LearningToInvert
 from attacks.update.levenberg_marquardt import LevenbergMarquardt
-from attacks.update.linear_leak import LinearLeak
-from attacks.update.multi_round_matching import MultiRoundMatching
-from attacks.update.r_gap import RGap
 from attacks.update.sme import SME
-from attacks.update.sparse_factorization import SparseFactorization
-from simulator.adversary import Attack, BatchedAttack, Knowledge, Reconstruction
+from simulator.adversary import BatchedAttack, Knowledge, Reconstruction
 from simulator.progress import tick
 from simulator.registry import register
 from simulator.types import Observation
-
-LADDER: tuple[type[Any], ...] = (
-    CocktailParty,
-    LinearLeak,
-    SparseFactorization,
-    April,
-    RGap,
-    DLG,
-    LevenbergMarquardt,
-    Hybrid,
-    MultiRoundMatching,
-    LearningToInvert,
-    InvertingGradients,
-    SME,
-    FedAvgMatching,
-)
-"""Strongest per second first: what can be exact, then gradient matching."""
-
-EXACT = (LinearLeak, SparseFactorization, CocktailParty, April, RGap, DLG, LevenbergMarquardt, Hybrid)
-"""Solvers that explain an update to its last digits: under noise they explain the noise."""
-
-NOISE = 0.01
-"""Norm of the noise relative to the update's, beyond which solvers of that kind lose to matching under a prior."""
-
-HIDDEN = 0.7
-"""The same, beyond which matching under a prior loses to an inverter learned from public records. ConvNet, photographs: at 0.24 25.2 dB
-learned and 26.5 matched, at 0.93 22.8 and 21.8; LeNet, faces: at 0.1 18.7 and 30.7, at 0.7 18.1 and 12.7; one victim each."""
-
-PRUNED = 0.1
-"""Share of coordinates that are left, below which an update counts as hidden, too."""
-
-BLIND = 32
-"""Records up to which linear_leak and sparse_factorization, which start by chance, need no help; beyond, cocktail_party takes the place
-of the latter: of 64 photographs at 512 neurons none against all in 3 CPU seconds. It comes first, since it needs the update as it came:
-what is left of it once others took records out has their rounding in it."""
-
-FORMED = 5000
-"""Unknowns up to which levenberg_marquardt forms its normal equations in its default memory; without, it is far behind dlg: 14 dB
-against 19 and 21 on batches of eight photographs in 15 CPU seconds."""
 
 SHARE = 0.5
 """Of the budget that is left, what one solver may take while others wait; the last takes all."""
@@ -94,58 +44,10 @@ SCOUT = 0.6
 """The same for L-BFGS where that is less than a second."""
 
 
-def refusal(solver: Attack, view: Observation, knowledge: Knowledge) -> str | None:
-    """Why a solver is not asked: its own reason, or that another is stronger wherever both apply."""
-    level = noise_level(view, knowledge)
-    if isinstance(solver, EXACT) and level > NOISE:
-        return f"the noise must be at most {NOISE:.0%} of the update to be explained exactly, got {level:.0%} by the known defenses"
-    reason = solver.supports(view, knowledge)
-    return stronger(solver, view, knowledge, level) if reason is None else reason
-
-
-def hidden(view: Observation, knowledge: Knowledge, level: float) -> bool:
-    """Whether public records say more than the update: under strong noise, or where signs or few coordinates are all that is left."""
-    if LearningToInvert().supports(view, knowledge) is not None or MultiRoundMatching().supports(view, knowledge) is None:
-        return False
-    if level > HIDDEN:
-        return True
-    tensors, seen = view.upload.update.tensors, compression(view, knowledge)
-    if len(seen) < len(tensors):
-        return False
-    kept = sum(tensor.numel() if seen[name].kept is None else int(seen[name].kept or 0) for name, tensor in tensors.items())
-    return kept <= PRUNED * sum(tensor.numel() for tensor in tensors.values()) or all(how.levels == 1 for how in seen.values())
-
-
-def stronger(solver: Attack, view: Observation, knowledge: Knowledge, level: float) -> str | None:
-    """Which other solver makes this one, which applies too, superfluous."""
-    if isinstance(solver, LearningToInvert) != hidden(view, knowledge, level):
-        if isinstance(solver, LearningToInvert):
-            return f"the update must be hidden by noise over {HIDDEN:.0%} of it, signs or pruning, got one that matching sees more in"
-        return "the update must not be hidden by noise, signs or pruning where public records are held. learning_to_invert uses them"
-    many, starts_by_chance = knowledge.num_examples > BLIND, isinstance(solver, SparseFactorization)
-    if many and starts_by_chance and CocktailParty().supports(view, knowledge) is None:
-        return f"the records must be ≤ {BLIND} for starts by chance, got {knowledge.num_examples}. cocktail_party has better ones"
-    if isinstance(solver, CocktailParty) and knowledge.num_examples == 1:
-        return "the records must be > 1 to be mixed, got 1. linear_leak divides it out"
-    if isinstance(solver, CocktailParty) and not many and SparseFactorization().supports(view, knowledge) is None:
-        return f"the records must be > {BLIND} for chance to need help, got {knowledge.num_examples}. sparse_factorization finds them"
-    alone = isinstance(solver, InvertingGradients) and not isinstance(solver, MultiRoundMatching)
-    if alone and MultiRoundMatching().supports(view, knowledge) is None:
-        return "one round must be all that shows the records, got several. multi_round_matching uses them all"
-    smooth = is_smooth(knowledge, view.broadcast)
-    if isinstance(solver, DLG) and not smooth:
-        return "the network must be smooth, got kinks such as ReLU's, at which L-BFGS on the gradient of a gradient stalls"
-    if isinstance(solver, LevenbergMarquardt) and (unknowns := knowledge.num_examples * prod(knowledge.schema.shape)) > FORMED:
-        return f"the unknowns must be ≤ {FORMED} for normal equations, got {unknowns}. dlg makes more of its time"
-    solvable = knowledge.num_examples * prod(knowledge.schema.shape) <= FORMED
-    if alone and smooth and solvable and level <= NOISE and DLG().supports(view, knowledge) is None:
-        return "the network must have kinks, got a smooth one, at which L-BFGS sees more than the signs of first-order steps"
-    return None
-
-
 def applicable(view: Observation, knowledge: Knowledge) -> tuple[type[Any], ...]:
     """The solvers that apply to a view, in order."""
-    return tuple(solver for solver in LADDER if refusal(solver(), view, knowledge) is None)
+    choice = Choice(view, knowledge)
+    return tuple(solver for solver in LADDER if choice.refusal(solver) is None)
 
 
 def with_budget(solver: type[Any], seconds: float) -> Any:
@@ -198,7 +100,8 @@ class Strongest:
         """Refuse what every solver refuses, for all their reasons."""
         if (reason := unusable(view, knowledge)) is not None:
             return reason
-        reasons = {solver.name: refusal(solver(), view, knowledge) for solver in LADDER}
+        choice = Choice(view, knowledge)
+        reasons = {solver.name: choice.refusal(solver) for solver in LADDER}
         if None in reasons.values():
             return None
         return "at least one solver must apply, got none: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -17,8 +17,8 @@ from simulator.types import Broadcast
 
 FLAT = 1e-5
 """Share of a slope below which a change of it is rounding."""
-REACH = 0.02
-"""Length of the probe, in units of the pixel range."""
+REACHES = (0.02, 0.2, 1.0)
+"""Lengths of the probe, in units of the pixel range: each is tried where the one before met no change of slope."""
 NODES = 6
 JUMPS = 0.01
 """Share of a change of slope that the second derivative may miss; smooth networks miss below 1e-4, ReLU networks all of it."""
@@ -29,18 +29,22 @@ def is_smooth(knowledge: Knowledge, broadcast: Broadcast) -> bool:
     """Whether the slope of the logits along a line changes as its derivative says: a kink adds what no derivative sees.
 
     This asks the function, not the modules: it holds for ReLU, max-pooling and clamps however they are written. Each model is asked
-    once, unless its slope did not change at all: so do parameters of zero, which say nothing about the next.
+    once, unless its logits do not depend on the input: parameters of zero say nothing about the next.
     """
     if knowledge.model in _KNOWN:
         return _KNOWN[knowledge.model]
-    change, missed, slope = probe_line(knowledge, broadcast)
-    if missed <= FLAT * slope and change <= FLAT * slope:
-        return True
-    _KNOWN[knowledge.model] = missed <= JUMPS * change or missed <= FLAT * slope
-    return _KNOWN[knowledge.model]
+    slope = 0.0
+    for reach in REACHES:
+        change, missed, slope = probe_line(knowledge, broadcast, reach)
+        if max(change, missed) > FLAT * slope:
+            _KNOWN[knowledge.model] = missed <= JUMPS * change or missed <= FLAT * slope
+            return _KNOWN[knowledge.model]
+    if slope > 0:
+        _KNOWN[knowledge.model] = True
+    return True
 
 
-def probe_line(knowledge: Knowledge, broadcast: Broadcast) -> tuple[float, float, float]:
+def probe_line(knowledge: Knowledge, broadcast: Broadcast, reach: float) -> tuple[float, float, float]:
     """How much the slope of the logits changes along a random line, what of it their second derivative misses, and the slope."""
     model = knowledge.model
     parameters = casted(broadcast.parameters, torch.float32)
@@ -61,9 +65,9 @@ def probe_line(knowledge: Knowledge, broadcast: Broadcast) -> tuple[float, float
 
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     explained = sum(
-        (weight * REACH / 2 * jvp(slope, (torch.tensor(REACH * (node + 1) / 2, dtype=torch.float32),), (one,))[1]
+        (weight * reach / 2 * jvp(slope, (torch.tensor(reach * (node + 1) / 2, dtype=torch.float32),), (one,))[1]
          for node, weight in zip(nodes, weights, strict=True)),
         torch.zeros(()),
     )  # fmt: skip
-    change = slope(REACH * one) - slope(0 * one)
+    change = slope(reach * one) - slope(0 * one)
     return float(change.norm()), float((change - explained).norm()), float(slope(0 * one).norm())

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from attacks.strongest import LADDER, Strongest, refusal
+from attacks._choice import LADDER, Choice
+from attacks.strongest import Strongest
 from experiments.controls import best_floor, floors
 from experiments.groups import fixed_rng
 from experiments.matching import assign
@@ -112,7 +113,7 @@ def solve(attack: Any, target: Victim, number: int) -> tuple[float, int, float]:
     """Mean PSNR in dB over the records of one victim (mid-gray where the attack fails), certified records, and CPU seconds."""
     began = time.process_time()
     try:
-        guess = attack(target.view, target.knowledge, rng=stream(number, "attack", attack.name))
+        guess = attack(target.view, target.knowledge, rng=stream(number, "attack"))
     except Exception as error:  # counts as a failure of the attack, like in a run
         print(f"  {attack.name} failed: {type(error).__name__}: {error}", file=sys.stderr)
         guess = None
@@ -132,9 +133,9 @@ def row(setting: Setting, count: int, seconds: float) -> dict[str, Any]:
     singles: dict[str, list[float]] = {}
     for number, target in enumerate(victims(setting, count)):
         psnr, certified, took = solve(Strongest(seconds=seconds / len(target.truth)), target, number)
-        alone = {}
+        alone, choice = {}, Choice(target.view, target.knowledge)
         for solver in solvers:
-            if refusal(solver, target.view, target.knowledge) is None:
+            if choice.applies(type(solver)):  # also those that strongest thinks another makes superfluous
                 alone[solver.name] = solve(solver, target, number)[0]
                 singles.setdefault(solver.name, []).append(alone[solver.name])
         truth = target.truth.inputs

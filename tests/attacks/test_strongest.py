@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from attacks import strongest
+from attacks._choice import Choice
 from attacks._gradient import mean_gradient, noise_level, unusable
 from attacks._rest import farthest, in_order, labels_left, mismatch, separable, without
 from attacks.strongest import Strongest
@@ -215,7 +216,7 @@ def test_under_noise_nothing_is_explained_exactly() -> None:
     ):
         told = replace(knowledge, defenses=(defense,))
         assert noise_level(view, told) == pytest.approx(std * count**0.5 / norm, rel=1e-5)
-        reason = strongest.refusal(LinearLeak(), view, told)
+        reason = Choice(view, told).refusal(LinearLeak)
         assert ("the noise must be at most" in str(reason)) == (std > 0)
 
 
