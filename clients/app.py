@@ -27,7 +27,7 @@ Handler = Callable[[Message, Context], Message]
 @lru_cache(maxsize=4)
 def _setting(world_json: str) -> tuple[World, nn.Module]:
     world = read_world({"world": world_json})
-    return world, network(world.model, world.data.load().schema, world.training, world.seed)
+    return world, network(world.architecture, world.data.load().schema, world.training, world.seed)
 
 
 def client_of(context: Context) -> tuple[int, World, nn.Module]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 
 from torch import nn
 
 from clients.private import private_batches, private_record_ids
 from simulator import training
-from simulator.defense import ClientContext, Defense
+from simulator.defense import ClientContext, Defense, overrides
 from simulator.errors import BroadcastRefused
 from simulator.models.dropout import drawn_masks, masks_from
 from simulator.network import floating
@@ -25,12 +27,13 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     """
     batches = private_batches(world, client, broadcast.round)
     rng = stream(world.seed, "defense", world.secret, client, broadcast.round)
-    context = ClientContext(client, broadcast.round, len(batches[0]), rng)
+    context = ClientContext(client, broadcast.round, len(batches[0]), rng, model, broadcast, tuple(batches))
     for defense in world.defenses:
         if (reason := defense.on_broadcast(broadcast, model, batches[0], context)) is not None:
             raise BroadcastRefused(f"{defense.name} refuses this model: {reason}.")
     for defense in world.defenses:
         batches = [defense.on_batch(batch, context) for batch in batches]
+        context = replace(context, batches=tuple(batches))
     rule = gradient_rule(world.defenses, context, broadcast.training)
     masks = drawn_masks(stream(world.seed, "dropout", world.secret, client, broadcast.round))
     with masks_from(masks):
@@ -43,14 +46,22 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
 
 
 def gradient_rule(defenses: Sequence[Defense], context: ClientContext, recipe: LocalTraining) -> training.GradientRule | None:
-    """The gradient of one local step: the recipe's own (None), or what the per-example defense makes of per-example gradients."""
-    acting = [defense for defense in defenses if defense.per_example]
-    if not acting:
+    """The gradient of one local step as the defenses make it: per example first, then as a whole; None where none of them acts on it."""
+    each = [defense for defense in defenses if defense.per_example]
+    if not each and not any(overrides(defense, "on_step") for defense in defenses):
         return None
-    (defense,) = acting  # experiments.spec refuses two: after the first there are no per-example gradients left
+    steps = count(1)
 
     def rule(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
-        each = training.per_example_gradients(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
-        return defense.on_gradient(each, context), buffers
+        now = replace(context, step=next(steps))
+        if each:
+            (defense,) = each  # experiments.spec refuses two: after the first there are no per-example gradients left
+            apart = training.per_example_gradients(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
+            gradient: Tensors = defense.on_gradient(apart, now)
+        else:
+            gradient, buffers = training.mean_gradient(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
+        for defense in defenses:
+            gradient = defense.on_step(gradient, now)
+        return gradient, buffers
 
     return rule

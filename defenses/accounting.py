@@ -20,8 +20,8 @@ from defenses.client.client_dp import gaussian_upload_claim
 from defenses.client.clip import Clip
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.privacy_loss import epsilon, gaussian_dp_epsilon, gaussian_mu, leaves, unknown
-from defenses.refusal import batch_norm_in_train_mode, overrides
-from simulator.defense import Claim
+from defenses.refusal import batch_norm_in_train_mode
+from simulator.defense import Claim, overrides
 from simulator.errors import SpecError
 from simulator.world import World
 

@@ -5,14 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from simulator.defense import Defense
 from simulator.network import network
 from simulator.world import World
-
-
-def overrides(defense: Defense, hook: str) -> bool:
-    """Whether ``defense`` acts at ``hook``, or leaves it as the base class has it: doing nothing."""
-    return getattr(type(defense), hook) is not getattr(Defense, hook)
 
 
 def batch_statistics(model: nn.Module) -> list[str]:
@@ -30,7 +24,7 @@ def batch_statistics(model: nn.Module) -> list[str]:
 
 def batch_norm(world: World, mechanism: str) -> str | None:
     """Why ``mechanism`` cannot act on this world's model, or None if the model has no batch statistics."""
-    found = batch_statistics(network(world.model, world.data.load().schema, world.training, world.seed))
+    found = batch_statistics(network(world.architecture, world.data.load().schema, world.training, world.seed))
     if not found:
         return None
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""

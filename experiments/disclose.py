@@ -20,7 +20,7 @@ ARCHITECTURE_SEED = 0
 
 def architecture(world: World, splits: Splits) -> nn.Module:
     """The network that everybody trains; one object for all victims, so that attacks can take them together."""
-    return network(world.model, splits.schema, world.training, ARCHITECTURE_SEED)
+    return network(world.architecture, splits.schema, world.training, ARCHITECTURE_SEED)
 
 
 def disclose(

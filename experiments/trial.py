@@ -116,7 +116,7 @@ def outlook(view: Observation, knowledge: Knowledge, seed: int) -> Identifiabili
 
 def attack_victims(attack: Any, victims: Sequence[Victim], evaluation: Evaluation, world: World, arm: str) -> Outcome:
     """Run one attack on every victim, and on their shuffled updates as a floor, and score what it answers."""
-    model = config.dump(world.model)
+    model = config.dump(world.architecture)
     answers = isolated.ask(attack, model, [_question(attack, victim, world.seed) for victim in victims])
     shuffles: Any = iter(())
     if evaluation.shuffled_control:

@@ -18,7 +18,7 @@ def accuracy(world: World, splits: Splits, released: tuple[Tensors, Tensors]) ->
     """The share of test records that the released model classifies rightly, in [0, 1]; NaN without test records."""
     if not len(splits.test):
         return math.nan
-    model = network(world.model, splits.schema, world.training, world.seed).eval()
+    model = network(world.architecture, splits.schema, world.training, world.seed).eval()
     parameters, buffers = released
     logits = functional_call(model, {**parameters, **buffers}, (splits.test.inputs,))
     return float((logits.argmax(1) == splits.test.labels).float().mean())

@@ -61,7 +61,7 @@ def refusal(world: World) -> str | None:
     if world.tampering.method == "none":
         return None
     schema = world.data.load().schema
-    found = front(network(world.model, schema, world.training, world.seed), schema.shape)
+    found = front(network(world.architecture, schema, world.training, world.seed), schema.shape)
     return f"{found}. Use the model 'mlp' with ReLU" if isinstance(found, str) else None
 
 
@@ -75,7 +75,7 @@ def tampered(world: World, parameters: Tensors, round: int) -> Tensors:
     if method == "none":
         return parameters
     data = world.data.load()
-    found = front(network(world.model, data.schema, world.training, world.seed), data.schema.shape)
+    found = front(network(world.architecture, data.schema, world.training, world.seed), data.schema.shape)
     if isinstance(found, str):
         raise FederationError(f"{found}. Use the model 'mlp' with ReLU, or no tampering.")
     public = None

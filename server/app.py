@@ -43,7 +43,7 @@ def header(world: World) -> dict[str, Any]:
     schema = world.data.load().schema
     honest = world.tampering.method == "none"
     return {
-        "model": config.dump(world.model),
+        "model": config.dump(world.architecture),
         "schema_of_a_record": {"shape": list(schema.shape), "class_names": list(schema.class_names)},
         "federation": config.dump(world.federation),
         "training": config.dump(world.training),

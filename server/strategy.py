@@ -45,7 +45,7 @@ def run_rounds(grid: CuriousGrid, world: World) -> tuple[str, dict[str, Any]]:
     """
     federation = world.federation
     schema = world.data.load().schema
-    parameters, buffers = tensors(network(world.model, schema, world.training, world.seed))
+    parameters, buffers = tensors(network(world.architecture, schema, world.training, world.seed))
     nodes = introduce(grid, federation.clients, federation.timeout_seconds)
     losses = Losses(grid)
     collect = collect_uploads if world.channel is None else collect_aggregate

@@ -1,6 +1,7 @@
 """The hooks through which a defense acts, in the order in which data meets them; each one defaults to doing nothing.
 
-    on_broadcast → on_batch → on_gradient (per example) → on_update → channel → **the observation is taken here** → on_aggregate
+    on_model → on_broadcast → on_batch → on_gradient (per example) → on_step → on_update → channel
+      → **the observation is taken here** → on_aggregate
 
 A defense is a frozen dataclass registered under ``defenses``; it overrides the hook it needs. What it claims is data
 (:meth:`Defense.claim`); turning the claim into ε is the accountant's business (``defenses.accounting``).
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -25,12 +26,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientContext:
-    """What a client-side hook may know: who acts, in which round and local step, and its own randomness."""
+    """What a client-side hook may know: all that the client itself knows, and the defense's own randomness.
+
+    Attributes:
+        batch_size: records in the round's first batch.
+        model: the architecture; its own parameters mean nothing.
+        broadcast: what the server sent.
+        batches: the private batches of the round, one for each local step, after every ``on_batch`` so far.
+        step: the local step that ``on_gradient`` and ``on_step`` act in, from 1; 0 outside.
+    """
 
     client: int
     round: int
     batch_size: int
     rng: torch.Generator
+    model: nn.Module | None = None
+    broadcast: Broadcast | None = None
+    batches: tuple[Batch, ...] = ()
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,10 @@ class Defense:
         """Return None if the defense can act in this world, else the reason why not (must be / got / do)."""
         return None
 
+    def on_model(self, family: Any) -> Any:
+        """The model family that everybody trains instead of ``family``: it is public, as the architecture always is."""
+        return family
+
     def on_broadcast(self, broadcast: Broadcast, model: nn.Module, batch: Batch, context: ClientContext) -> str | None:
         """Return None to train on what the server sent, else the reason why not: the server and the transcript get to read it.
 
@@ -91,6 +108,10 @@ class Defense:
     def on_gradient(self, per_example: Tensors, context: ClientContext) -> Tensors:
         """Combine per-example gradients, each of shape (batch, …), into the gradient of one local step."""
         return {name: tensor.mean(0) for name, tensor in per_example.items()}
+
+    def on_step(self, gradient: Tensors, context: ClientContext) -> Tensors:
+        """Transform the gradient of one local step; under FedSGD it is what ``on_update`` gets."""
+        return gradient
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Transform the whole update before it leaves the client."""
@@ -112,3 +133,8 @@ class Defense:
             records_held: how many records each client holds; the claim is for the client for which it is weakest.
         """
         return None
+
+
+def overrides(defense: Defense, hook: str) -> bool:
+    """Whether ``defense`` acts at ``hook``, or leaves it as the base class has it: doing nothing."""
+    return getattr(type(defense), hook) is not getattr(Defense, hook)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 from simulator.config import Plugin
@@ -106,6 +107,11 @@ class World:
     tampering: Tampering = field(default_factory=Tampering)
     seed: int = 0
     secret: str = ""
+
+    @property
+    def architecture(self) -> Any:
+        """The model family that is trained: the world's, as the defenses change it."""
+        return reduce(lambda family, defense: defense.on_model(family), self.defenses, self.model)
 
     @property
     def channel(self) -> Defense | None:

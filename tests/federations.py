@@ -38,7 +38,7 @@ def federate(of: World, directory: Path, client_app: ClientApp = client_module.a
 
 def without_flower(of: World) -> tuple[Tensors, Tensors]:
     """The model after all rounds, computed by plain function calls: no messages, no tap, no transcript."""
-    model = network(of.model, of.data.load().schema, of.training, of.seed)
+    model = network(of.architecture, of.data.load().schema, of.training, of.seed)
     parameters, buffers = tensors(model)
     for round in range(1, of.federation.rounds + 1):
         broadcast = Broadcast(round, parameters, buffers, of.training)

@@ -73,7 +73,7 @@ class ModelInspection(Defense):
     def refuses(self, world: World) -> str | None:
         """Refuse models that it cannot look at: it would let everything pass."""
         schema = world.data.load().schema
-        found = front(network(world.model, schema, world.training, world.seed), schema.shape)
+        found = front(network(world.architecture, schema, world.training, world.seed), schema.shape)
         return f"{found}. Use the model 'mlp' with ReLU, or drop model_inspection" if isinstance(found, str) else None
 
     def on_broadcast(self, broadcast: Broadcast, model: nn.Module, batch: Batch, context: ClientContext) -> str | None:

@@ -25,8 +25,8 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip, clip_to_norm, require_clip_norm
 from defenses.client.gaussian_noise import GaussianNoise, add_gaussian, require_noise_multiplier
-from defenses.refusal import batch_norm_in_train_mode, overrides
-from simulator.defense import Claim, ClientContext, Defense, ServerContext
+from defenses.refusal import batch_norm_in_train_mode
+from simulator.defense import Claim, ClientContext, Defense, ServerContext, overrides
 from simulator.registry import register
 from simulator.types import LocalTraining, Update
 from simulator.world import World
