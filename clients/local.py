@@ -10,7 +10,7 @@ from torch import nn
 
 from clients.private import private_batches, private_record_ids
 from simulator import training
-from simulator.defense import ClientContext, Defense, overrides
+from simulator.defense import ClientContext, Defense, Private, overrides
 from simulator.errors import BroadcastRefused
 from simulator.models.dropout import drawn_masks, masks_from
 from simulator.network import floating
@@ -27,25 +27,32 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     """
     batches = private_batches(world, client, broadcast.round)
     rng = stream(world.seed, "defense", world.secret, client, broadcast.round)
-    context = ClientContext(client, broadcast.round, len(batches[0]), rng, model, broadcast, tuple(batches))
+    context = ClientContext(client, broadcast.round, len(batches[0]), rng)
     for defense in world.defenses:
         if (reason := defense.on_broadcast(broadcast, model, batches[0], context)) is not None:
             raise BroadcastRefused(f"{defense.name} refuses this model: {reason}.")
     for defense in world.defenses:
         batches = [defense.on_batch(batch, context) for batch in batches]
-        context = replace(context, batches=tuple(batches))
-    rule = gradient_rule(world.defenses, context, broadcast.training)
+    private = Private(model, broadcast, tuple(batches))
+    rule = gradient_rule(world.defenses, context, private, broadcast.training)
     masks = drawn_masks(stream(world.seed, "dropout", world.secret, client, broadcast.round))
     with masks_from(masks):
         update, buffers = training.local_update(model, broadcast.parameters, broadcast.buffers, batches, broadcast.training, rule)
     for defense in world.defenses:
-        update = defense.on_update(update, context)
+        update = defense.on_update(update, told(defense, context, private))
     update = training.rounded(update, broadcast.training)  # last: what defenses add is rounded with the rest
     examples = len(private_record_ids(world, client, broadcast.round))
     return Upload(frozenset({client}), update, floating(buffers), examples)
 
 
-def gradient_rule(defenses: Sequence[Defense], context: ClientContext, recipe: LocalTraining) -> training.GradientRule | None:
+def told(defense: Defense, context: ClientContext, private: Private) -> ClientContext:
+    """The context as this defense gets it: with what is private only if it says that it needs it."""
+    return replace(context, private=private) if defense.looks_again else context
+
+
+def gradient_rule(
+    defenses: Sequence[Defense], context: ClientContext, private: Private, recipe: LocalTraining
+) -> training.GradientRule | None:
     """The gradient of one local step as the defenses make it: per example first, then as a whole; None where none of them acts on it."""
     each = [defense for defense in defenses if defense.per_example]
     if not each and not any(overrides(defense, "on_step") for defense in defenses):
@@ -61,7 +68,7 @@ def gradient_rule(defenses: Sequence[Defense], context: ClientContext, recipe: L
         else:
             gradient, buffers = training.mean_gradient(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
         for defense in defenses:
-            gradient = defense.on_step(gradient, now)
+            gradient = defense.on_step(gradient, told(defense, now, private))
         return gradient, buffers
 
     return rule

@@ -135,6 +135,10 @@ def objection(claim: Claim, world: World, place: int, adversary: Adversary) -> s
         return f"{name} claims what the accountant does not know: {reason}"
     if claim.unit == "client" and any(isinstance(leaf, PoissonSampledDpEvent) for leaf, _ in leaves(claim.event)):
         return f"{name} claims amplification by sampling of clients, but the server draws the cohort"
+    acts_from = 0 if claim.unit == "record" else place  # on_step follows whatever acts on gradients
+    for other in world.defenses[acts_from:]:
+        if other.looks_again and other is not world.defenses[place]:
+            return f"{other.name} looks at the private batch again after {name} has added its noise"
     if claim.unit == "record":
         for other in world.defenses:
             if other is not world.defenses[place] and overrides(other, "on_batch"):

@@ -25,25 +25,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Private:
+    """What a client knows of its own round.
+
+    Attributes:
+        model: the architecture; its own parameters mean nothing.
+        broadcast: what the server sent.
+        batches: the private batches, one for each local step, after every ``on_batch``.
+    """
+
+    model: nn.Module
+    broadcast: Broadcast
+    batches: tuple[Batch, ...]
+
+
+@dataclass(frozen=True)
 class ClientContext:
-    """What a client-side hook may know: all that the client itself knows, and the defense's own randomness.
+    """What a client-side hook may know: who acts, in which round and local step, and its own randomness.
 
     Attributes:
         batch_size: records in the round's first batch.
-        model: the architecture; its own parameters mean nothing.
-        broadcast: what the server sent.
-        batches: the private batches of the round, one for each local step, after every ``on_batch`` so far.
         step: the local step that ``on_gradient`` and ``on_step`` act in, from 1; 0 outside.
+        private: what the client itself knows; None unless the defense says that it :attr:`Defense.looks_again`.
     """
 
     client: int
     round: int
     batch_size: int
     rng: torch.Generator
-    model: nn.Module | None = None
-    broadcast: Broadcast | None = None
-    batches: tuple[Batch, ...] = ()
     step: int = 0
+    private: Private | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,8 @@ class Defense:
     """Whether it changes who sees what (secure aggregation) instead of values."""
     per_example: ClassVar[bool] = False
     """Whether :meth:`on_gradient` must be called, which costs per-example gradients."""
+    looks_again: ClassVar[bool] = False
+    """Whether :meth:`on_step` or :meth:`on_update` needs the private batch again: after a mechanism it is then no post-processing."""
 
     def refuses(self, world: World) -> str | None:
         """Return None if the defense can act in this world, else the reason why not (must be / got / do)."""

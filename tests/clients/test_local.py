@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,6 +31,8 @@ class Doubled(Defense):
 @dataclass(frozen=True)
 class Watching(Defense):
     """Changes nothing, and keeps what it is told."""
+
+    looks_again: ClassVar[bool] = True
 
     told: list[ClientContext] = field(default_factory=list, compare=False)
 
@@ -75,10 +77,17 @@ def test_a_defense_knows_its_client_s_batches_and_the_broadcast() -> None:
     watching = Watching()
     upload(replace(of, defenses=(watching,)))
     (told,) = watching.told
-    assert [len(batch) for batch in told.batches] == [8, 8]
-    assert told.broadcast is not None
-    assert told.broadcast.round == 1
+    assert told.private is not None
+    assert [len(batch) for batch in told.private.batches] == [8, 8]
+    assert told.private.broadcast.round == 1
     assert told.step == 0
+
+
+def test_a_defense_that_does_not_say_so_is_told_nothing_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watching, "looks_again", False)
+    watching = Watching()
+    upload(replace(world(), defenses=(watching,)))
+    assert watching.told[0].private is None
 
 
 def test_everybody_trains_the_model_that_the_defense_makes() -> None:

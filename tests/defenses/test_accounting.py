@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import dp_accounting
 import pytest
@@ -216,6 +217,14 @@ class Round(Defense):
 
 
 @dataclass(frozen=True)
+class Peek(Round):
+    """Acts on the update with private data."""
+
+    name = "peek"
+    looks_again: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Mix(Defense):
     name = "mix"
 
@@ -323,9 +332,18 @@ def test_records_held_must_count_every_client(held: tuple[int, ...]) -> None:
 
 
 def test_hooks_are_handed_nothing_private() -> None:
-    """The reason why what follows a mechanism is post-processing. Whoever adds private data to the context must make
-    ``accounting.objection`` reject on_update defenses that follow a mechanism."""
-    assert {field.name for field in fields(ClientContext)} == {"client", "round", "batch_size", "rng"}
+    """The reason why what follows a mechanism is post-processing: ``private`` is there for those who say that they look again."""
+    assert {field.name for field in fields(ClientContext)} == {"client", "round", "batch_size", "rng", "step", "private"}
+
+
+@pytest.mark.parametrize("mechanism", [ClientDP(), DPSGD()])
+def test_a_defense_that_looks_again_after_a_mechanism_ends_its_guarantee(mechanism: Defense) -> None:
+    assert guarantee(world(mechanism), records_held=HELD).epsilon < math.inf
+    peeking = guarantee(world(mechanism, Peek()), records_held=HELD)
+    assert peeking.epsilon == math.inf
+    assert "looks at the private batch again" in peeking.sentence
+    before = guarantee(world(Peek(), mechanism), records_held=HELD)
+    assert (before.epsilon < math.inf) == (type(mechanism) is ClientDP)  # a record's noise comes before every on_step
 
 
 def test_what_follows_a_mechanism_is_post_processing() -> None:
