@@ -19,7 +19,7 @@ from defenses.client.gaussian_noise import GaussianNoise
 from defenses.refusal import batch_statistics
 from defenses.server.central_dp import CentralDP, examples_in_a_round, weighted_noise_multiplier
 from simulator import lookup, training
-from simulator.defense import Defense, ServerContext
+from simulator.defense import Defense, Private, ServerContext
 from simulator.network import tensors
 from simulator.rng import stream
 from simulator.types import Batch, Broadcast, LocalTraining, Update
@@ -441,7 +441,8 @@ def test_dp_sgd_takes_the_gradients_of_smoothed_labels() -> None:
     model = here.model.build(TinyData().load().schema, stream(0, "model"))
     parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
     batch = Batch(TinyData().load().records.inputs[:4], TinyData().load().records.labels[:4])
-    rule = gradient_rule(here.defenses, context(4), here.training)
+    private = Private(model, Broadcast(1, parameters, {}, here.training), (batch,))
+    rule = gradient_rule(here.defenses, context(4), private, here.training)
     assert rule is not None
     mean, _ = training.mean_gradient(model, parameters, {}, batch, label_smoothing=0.3)
     for name, tensor in rule(model, parameters, {}, batch)[0].items():
