@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from attacks.strongest import Strongest
 from clients.private import partition, records_held, splits
 from defenses.accounting import guarantee
+from experiments.stack import misplaced
 from server.active import refusal
 from simulator import config
 from simulator.adversary import ThreatModel
@@ -39,10 +40,17 @@ def slug(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One stack of defenses under a name; the arm without any is the control."""
+    """One stack of defenses under a name; the arm without any is the control.
+
+    Attributes:
+        defenses: in the order in which they act.
+        training: settings of the recipe that this arm changes: a larger batch and more local steps are defenses, too. A record is
+            compared with the control where both attack it.
+    """
 
     name: str
     defenses: Annotated[tuple[Defense, ...], Plugin("defenses")] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -128,14 +136,22 @@ class Experiment:
     @property
     def control(self) -> Arm | None:
         """The undefended arm, against which every other is judged."""
-        return next((arm for arm in self.arms if not arm.defenses), None)
+        return next((arm for arm in self.arms if not arm.defenses and not arm.training), None)
+
+    def recipe(self, arm: Arm) -> LocalTraining:
+        """The recipe with what the arm changes.
+
+        Raises:
+            SpecError: the arm names a setting that the recipe does not have, or a value that it refuses.
+        """
+        return config.build(LocalTraining, {**config.dump(self.training), **arm.training}, f"arm {arm.name!r}, training.")
 
     def world(self, arm: Arm, seed: int) -> World:
         """The world of one arm and seed; it keeps the tensors of the attacked rounds, or of all where the adversary may use them."""
         kept = self.federation.record_rounds or (() if self.threat.rounds == "all" else tuple(sorted(self.evaluation.rounds)))
         return World(
             data=self.data, model=self.model, split=self.split, federation=replace(self.federation, record_rounds=kept),
-            training=self.training, defenses=arm.defenses, tampering=self.tampering, seed=seed, secret=self.secret,
+            training=self.recipe(arm), defenses=arm.defenses, tampering=self.tampering, seed=seed, secret=self.secret,
         )  # fmt: skip
 
 
@@ -171,8 +187,9 @@ def check(experiment: Experiment) -> None:
         SpecError: the first reason, as must be / got / do.
     """
     federation, evaluation = experiment.federation, experiment.evaluation
-    if (reason := experiment.training.without_effect()) is not None:
-        raise SpecError(f"training: {reason}")
+    for arm in experiment.arms:
+        if (reason := experiment.recipe(arm).without_effect()) is not None:
+            raise SpecError(f"arm {arm.name!r}, training: {reason}" if arm.training else f"training: {reason}")
     if max(evaluation.rounds) > federation.rounds:
         raise SpecError(
             f"evaluation.rounds must be ≤ federation.rounds = {federation.rounds}, got {list(evaluation.rounds)}. "
@@ -191,10 +208,12 @@ def check(experiment: Experiment) -> None:
         check_budget(attack)
     _check_knowledge(experiment)
     _check_tampering(experiment)
-    for seed in experiment.seeds:
-        _check_data(experiment.world(experiment.arms[0], seed))
     for arm in experiment.arms:
-        _check_stack(arm)
+        for seed in experiment.seeds:
+            _check_data(experiment.world(arm, seed))
+    for arm in experiment.arms:
+        if (reason := misplaced(arm.defenses)) is not None:
+            raise SpecError(f"arm {arm.name!r}: {reason}")
         world = experiment.world(arm, experiment.seeds[0])
         for defense in arm.defenses:
             reason = defense.refuses(world)
@@ -236,6 +255,10 @@ def _check_knowledge(experiment: Experiment) -> None:
     world = experiment.world(experiment.arms[0], experiment.seeds[0])
     parts, threat, wanted = splits(world), experiment.threat, experiment.evaluation.candidates
     recorded = len(world.federation.record_rounds) or world.federation.rounds
+    if threat.colluding >= world.federation.cohort_size:
+        raise SpecError(
+            f"threat.colluding must be < the cohort of {world.federation.cohort_size}, got {threat.colluding}. Leave one client to attack."
+        )
     if threat.rounds == "all" and recorded < 2:
         raise SpecError(f"threat.rounds must be 'one' where {recorded} round is recorded, got 'all'. Raise federation.rounds.")
     if threat.public_data and not len(parts.public):
@@ -269,12 +292,3 @@ def _check_tampering(experiment: Experiment) -> None:
         )
     if (reason := refusal(experiment.world(experiment.arms[0], experiment.seeds[0]))) is not None:
         raise SpecError(f"tampering: {reason}.")
-
-
-def _check_stack(arm: Arm) -> None:
-    for what, acting in (
-        ("per-example defense", [defense.name for defense in arm.defenses if defense.per_example]),
-        ("channel", [defense.name for defense in arm.defenses if defense.channel]),
-    ):
-        if len(acting) > 1:
-            raise SpecError(f"arm {arm.name!r} must have at most one {what}, got {acting}. Keep one.")

@@ -18,6 +18,7 @@ from attacks._gradient import noise_level, unusable
 from attacks.identifiability import Identifiability, identify
 from clients.private import private_record_ids, splits
 from experiments import controls, isolated, matching, metrics
+from experiments.collude import colluders, reduced
 from experiments.disclose import architecture, disclose
 from experiments.isolated import Answer, Question, Refused
 from experiments.perceptual import load_lpips
@@ -78,9 +79,11 @@ def find_victims(experiment: Experiment, world: World, record: Record) -> list[V
     """The uploads to attack: the first ``evaluation.victims`` of each attacked round, with the knowledge that is disclosed."""
     parts, found = splits(world), []
     model = architecture(world, parts)
+    known = colluders(world, experiment.threat.colluding)
+    rounds = {seen.broadcast.round: reduced(seen, world, model, known) if known else seen for seen in record.observations}
     for round in sorted(experiment.evaluation.rounds):
-        observation = record.observation(round)
-        others = [seen for seen in record.observations if seen.broadcast.round != round]
+        observation = rounds[round]
+        others = [seen for number, seen in rounds.items() if number != round]
         count = len(observation.uploads)
         for index in range(min(experiment.evaluation.victims or count, count)):
             view = observation.only(index)

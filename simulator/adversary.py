@@ -23,12 +23,18 @@ class ThreatModel:
         labels: what it is told of the private labels: nothing, how many of each class, or each one.
         public_data: whether it holds public records of the same kind (the data set's public split).
         rounds: what it may use of its own recording: the attacked round alone, or all rounds.
+        colluding: clients that tell the server what they sent; they are no victims, and it takes them out of every aggregate.
     """
 
     adversary: Literal["honest-but-curious", "active"] = "honest-but-curious"
     labels: Literal["none", "counts", "exact"] = "none"
     public_data: bool = False
     rounds: Literal["one", "all"] = "one"
+    colluding: int = 0
+
+    def __post_init__(self) -> None:
+        if self.colluding < 0:
+            raise ValueError(f"colluding must be ≥ 0, got {self.colluding}. 0 is a server without accomplices.")
 
 
 @dataclass(frozen=True)

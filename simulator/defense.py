@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from simulator.world import World
 
 
+Role = Literal["", "clip", "noise", "compression"]
+"""What a defense does to the whole update: bound it, add noise that such a bound calibrates, or leave coordinates or digits out."""
+
+
 @dataclass(frozen=True)
 class Private:
     """What a client knows of its own round.
@@ -96,6 +100,9 @@ class Defense:
     """Whether :meth:`on_gradient` must be called, which costs per-example gradients."""
     looks_again: ClassVar[bool] = False
     """Whether :meth:`on_step` or :meth:`on_update` needs the private batch again: after a mechanism it is then no post-processing."""
+
+    role: ClassVar[Role] = ""
+    """What it does to the whole update, by which the order of a stack is judged."""
 
     def refuses(self, world: World) -> str | None:
         """Return None if the defense can act in this world, else the reason why not (must be / got / do)."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from simulator.defense import ClientContext, Defense
+from simulator.defense import ClientContext, Defense, Role
 from simulator.registry import register
 from simulator.types import Tensors, Update
 
@@ -50,6 +51,8 @@ class Clip(Defense):
     Attributes:
         clip_norm: largest L2 norm that an update keeps, in the update's own unit; inf disables.
     """
+
+    role: ClassVar[Role] = "clip"
 
     clip_norm: float = 1.0
 

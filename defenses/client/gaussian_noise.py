@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
-from simulator.defense import ClientContext, Defense
+from simulator.defense import ClientContext, Defense, Role
 from simulator.registry import register
 from simulator.types import Tensors, Update
 from simulator.world import World
@@ -44,6 +45,8 @@ class GaussianNoise(Defense):
     Attributes:
         sigma: standard deviation of the noise on each coordinate, absolute, in the update's own unit.
     """
+
+    role: ClassVar[Role] = "noise"
 
     sigma: float = 0.01
 

@@ -1,0 +1,69 @@
+"""Clients that collude with the server: it knows what they sent, and takes it out of every aggregate that they are in.
+
+They follow the protocol and tell the server afterwards, so that neither drop-out nor a lower threshold betrays them. What is left
+of a sum over n clients with c of them is the sum over the n − c others: c = n − 1 undoes secure aggregation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from clients.local import local_upload
+from clients.secure import private_vector
+from defenses.channel.secure_aggregation import SecureAggregation
+from simulator.rng import stream
+from simulator.types import Broadcast, Observation, Tensors, Update, Upload
+from simulator.world import World
+
+
+def colluders(world: World, count: int) -> frozenset[int]:
+    """The clients that collude, the same in every round and arm: the first ``count`` of a shuffled list."""
+    order = torch.randperm(world.federation.clients, generator=stream(world.seed, "colluders"))
+    return frozenset(order[:count].tolist())
+
+
+def reduced(observation: Observation, world: World, model: nn.Module, known: frozenset[int]) -> Observation:
+    """The observation as the server has it with their help: their own uploads, which are no victims, are gone from it."""
+    uploads = []
+    for upload in observation.uploads:
+        own = sorted(upload.senders & known)
+        if len(own) == len(upload.senders):
+            continue
+        told = [told_by(client, world, model, observation.broadcast) for client in own]
+        uploads.append(without(upload, told) if told else upload)
+    return replace(observation, uploads=tuple(uploads))
+
+
+def told_by(client: int, world: World, model: nn.Module, broadcast: Broadcast) -> Upload:
+    """What a colluding client sent, as it entered the sum: with its own noise and its own rounding, which it knows."""
+    channel, cohort = world.channel, world.federation.cohort_size
+    upload = local_upload(world, model, broadcast, client)
+    if not isinstance(channel, SecureAggregation) or str(channel.mode) == "plain":
+        return upload
+    return channel.decode(
+        private_vector(world, model, client, broadcast, channel, cohort),
+        kind=upload.update.kind, template=broadcast.parameters, buffer_template=broadcast.buffers, senders=frozenset({client}),
+        cohort=cohort, max_examples=channel.largest_upload(world),
+    )  # fmt: skip
+
+
+def without(aggregate: Upload, parts: Sequence[Upload]) -> Upload:
+    """The mean over the senders that are left, weighted by their numbers of examples."""
+    left = aggregate.num_examples - sum(part.num_examples for part in parts)
+
+    def rest(mean: Tensors, others: Sequence[Tensors]) -> Tensors:
+        whole = {name: aggregate.num_examples * tensor.double() for name, tensor in mean.items()}
+        for part, tensors in zip(parts, others, strict=True):
+            whole = {name: whole[name] - part.num_examples * tensors[name].double() for name in whole}
+        return {name: (tensor / left).to(mean[name].dtype) for name, tensor in whole.items()}
+
+    return Upload(
+        senders=aggregate.senders - frozenset[int]().union(*(part.senders for part in parts)),
+        update=Update(aggregate.update.kind, rest(aggregate.update.tensors, [part.update.tensors for part in parts])),
+        buffers=rest(aggregate.buffers, [part.buffers for part in parts]),
+        num_examples=left,
+    )
