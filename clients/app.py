@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import nn
 
+from clients.cost import noted
 from clients.local import local_upload
 from clients.secure import secagg_reply
 from simulator import wire
@@ -38,12 +39,16 @@ def client_of(context: Context) -> tuple[int, World, nn.Module]:
 
 
 def discreet(handler: Handler) -> Handler:
-    """Let a failure say its type and message to the server, and no more: a traceback would show it the client's code and paths."""
+    """Let a failure say its type and message to the server, and no more: a traceback would show it the client's code and paths.
+
+    What the work cost is noted here, on the client's side.
+    """
 
     @wraps(handler)
     def handle(message: Message, context: Context) -> Message:
         try:
-            return handler(message, context)
+            with noted(context.run_config, context.node_config["partition-id"], message.metadata.group_id):
+                return handler(message, context)
         except Exception as error:
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 from torch import nn
 
-from clients.private import private_batches, private_record_ids
+from clients.private import held_by, private_batches, records_held, splits, stated_examples
 from simulator import training
-from simulator.defense import ClientContext, Defense, Private, overrides
+from simulator.defense import ClientContext, Defense, Pool, Private, overrides
 from simulator.errors import BroadcastRefused
 from simulator.models.dropout import drawn_masks, masks_from
+from simulator.models.latent import drawn_noise, noise_from
 from simulator.network import floating
 from simulator.rng import stream
 from simulator.types import Batch, Broadcast, LocalTraining, Tensors, Upload
@@ -27,22 +29,35 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     """
     batches = private_batches(world, client, broadcast.round)
     rng = stream(world.seed, "defense", world.secret, client, broadcast.round)
-    context = ClientContext(client, broadcast.round, len(batches[0]), rng)
+    recipe = broadcast.training
+    expected = recipe.size_of_batch(records_held(world)[client]) if recipe.sampling == "poisson" else len(batches[0])
+    lasting = stream(world.seed, "lasting defense", world.secret, client)
+    context = ClientContext(client, broadcast.round, expected, rng, lasting=lasting)
     for defense in world.defenses:
         if (reason := defense.on_broadcast(broadcast, model, batches[0], context)) is not None:
             raise BroadcastRefused(f"{defense.name} refuses this model: {reason}.")
-    for defense in world.defenses:
-        batches = [defense.on_batch(batch, context) for batch in batches]
+    batches = encoded(world, batches, context)
     private = Private(model, broadcast, tuple(batches))
-    rule = gradient_rule(world.defenses, context, private, broadcast.training)
+    rule = gradient_rule(world.defenses, context, private, recipe)
     masks = drawn_masks(stream(world.seed, "dropout", world.secret, client, broadcast.round))
-    with masks_from(masks):
-        update, buffers = training.local_update(model, broadcast.parameters, broadcast.buffers, batches, broadcast.training, rule)
+    noise = drawn_noise(stream(world.seed, "latent", world.secret, client, broadcast.round))
+    with masks_from(masks), noise_from(noise):
+        update, buffers = training.local_update(model, broadcast.parameters, broadcast.buffers, batches, recipe, rule)
     for defense in world.defenses:
         update = defense.on_update(update, told(defense, context, private))
-    update = training.rounded(update, broadcast.training)  # last: what defenses add is rounded with the rest
-    examples = len(private_record_ids(world, client, broadcast.round))
-    return Upload(frozenset({client}), update, floating(buffers), examples)
+    update = training.rounded(update, recipe)  # last: what defenses add is rounded with the rest
+    return Upload(frozenset({client}), update, floating(buffers), stated_examples(world, client, broadcast.round))
+
+
+def encoded(world: World, batches: Sequence[Batch], context: ClientContext) -> list[Batch]:
+    """The batches as the defenses want them trained on; an empty one, which Poisson sampling may draw, stays empty."""
+    acting = [defense for defense in world.defenses if overrides(defense, "on_batch")]
+    if acting:
+        parts = splits(world)
+        context = replace(context, pool=Pool(held_by(world, context.client), parts.public, parts.schema.num_classes))
+    for defense in acting:
+        batches = [defense.on_batch(batch, context) if len(batch) else batch for batch in batches]
+    return list(batches)
 
 
 def told(defense: Defense, context: ClientContext, private: Private) -> ClientContext:
@@ -53,9 +68,13 @@ def told(defense: Defense, context: ClientContext, private: Private) -> ClientCo
 def gradient_rule(
     defenses: Sequence[Defense], context: ClientContext, private: Private, recipe: LocalTraining
 ) -> training.GradientRule | None:
-    """The gradient of one local step as the defenses make it: per example first, then as a whole; None where none of them acts on it."""
+    """The gradient of one local step as the defenses make it: per example first, then as a whole; None where none acts on it.
+
+    Under Poisson sampling there always is one: it divides by the expected size of a batch, and knows what an empty one gives.
+    """
     each = [defense for defense in defenses if defense.per_example]
-    if not each and not any(overrides(defense, "on_step") for defense in defenses):
+    poisson = recipe.sampling == "poisson"
+    if not each and not poisson and not any(overrides(defense, "on_step") for defense in defenses):
         return None
     steps = count(1)
 
@@ -66,7 +85,8 @@ def gradient_rule(
             apart = training.per_example_gradients(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
             gradient: Tensors = defense.on_gradient(apart, now)
         else:
-            gradient, buffers = training.mean_gradient(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
+            mean = partial(training.sampled_gradient, expected=context.batch_size) if poisson else training.mean_gradient
+            gradient, buffers = mean(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
         for defense in defenses:
             gradient = defense.on_step(gradient, told(defense, now, private))
         return gradient, buffers

@@ -66,12 +66,22 @@ def records_held(world: World) -> tuple[int, ...]:
     return tuple(len(indices) for indices in partition(world))
 
 
+def stated_examples(world: World, client: int, round: int) -> int:
+    """The number of records that ``client`` states with its upload: how many it trained on, or was expected to under Poisson sampling."""
+    if world.training.sampling == "poisson":
+        return world.training.examples_in_round(len(partition(world)[client]))
+    return len(private_record_ids(world, client, round))
+
+
 def round_indices(world: World, client: int, round: int) -> list[Tensor]:
     """The indices, within what ``client`` holds, of each local step's batch in ``round`` (counted from 1).
 
-    FedSGD walks through a fresh permutation each epoch and leaves out the partial last batch; FedAvg trains on everything.
+    FedSGD walks through a fresh permutation each epoch and leaves out the partial last batch; FedAvg trains on everything. Who is in a
+    Poisson sample is a secret of the client, keyed as the noise of its defenses is.
     """
     held, recipe = len(partition(world)[client]), world.training
+    if recipe.sampling == "poisson":
+        return batch_indices(held, recipe, stream(world.seed, "sample", world.secret, client, round))
     if recipe.algorithm == "fedavg":
         return batch_indices(held, recipe, stream(world.seed, "order", client, round))
     size = min(recipe.batch_size or held, held)
@@ -87,11 +97,11 @@ def private_batches(world: World, client: int, round: int) -> list[Batch]:
 
 
 def private_records(world: World, client: int, round: int) -> Batch:
-    """The distinct records behind the upload of ``client`` in ``round``: the truth that an attack is scored against."""
+    """The distinct records behind the upload of ``client`` in ``round``: the truth that an attack is scored against; maybe none."""
     return take(splits(world).private, private_record_ids(world, client, round))
 
 
 def private_record_ids(world: World, client: int, round: int) -> Tensor:
     """The indices of :func:`private_records` within all private records, each once, in order of first use."""
     used = torch.cat(round_indices(world, client, round)).tolist()
-    return partition(world)[client][torch.tensor(list(dict.fromkeys(used)))]
+    return partition(world)[client][torch.tensor(list(dict.fromkeys(used)), dtype=torch.int64)]

@@ -147,7 +147,10 @@ class ArmFacts:
         epsilon_for: adversary, unit, adjacency and sampling of the claim, as a sentence.
         ceiling: the most that identification can reach under (ε, δ), in [0, 1]; 1 without a claim.
         client_failures: one sentence for each client that did not answer as it should.
-        upload_bytes: mean over clients and rounds.
+        upload_bytes: mean over clients and rounds; ``download_bytes`` likewise.
+        client_seconds: CPU seconds that a client works in a round, the median over clients and rounds; None where none were noted.
+        server_seconds: CPU seconds that the server works in a round, the mean over rounds; None in lines of an older version.
+        peak_bytes: the most memory of the process in which server and clients ran, that of Python and its libraries included.
         quantization_error: largest absolute difference to the exact aggregate; None without quantization.
         train_seconds: wall-clock time of the federation.
     """
@@ -164,6 +167,10 @@ class ArmFacts:
     upload_bytes: float = 0.0
     quantization_error: float | None = None
     train_seconds: float = 0.0
+    download_bytes: float | None = field(default=None, metadata=SINCE)
+    client_seconds: float | None = field(default=None, metadata=SINCE)
+    server_seconds: float | None = field(default=None, metadata=SINCE)
+    peak_bytes: int | None = field(default=None, metadata=SINCE)
 
     def to_json(self) -> str:
         """Return the facts as one line."""

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import resource
 import secrets
 import shlex
 import shutil
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 
 from clients.app import app as client_app
+from clients.cost import seconds_of_a_round
 from clients.private import splits
 from defenses.channel.secure_aggregation import SecureAggregation
 from experiments import cluster, isolated
@@ -132,7 +134,7 @@ def run_task(experiment: Experiment, task: Task, out: Path) -> Finished:
             outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
             trials += outcome.trials
             _save_pictures(outcome, out / PICTURES / f"{slug}-{attack.name}.safetensors")
-        return Finished(task, tuple(trials), _facts(experiment, task, world, record, victims, seconds))
+        return Finished(task, tuple(trials), _facts(experiment, task, world, record, victims, seconds, out / TRANSCRIPTS / slug))
     except FedpeekError as error:
         return Finished(task, failure=str(error))
     except Exception as error:  # one task must not take the others with it, however many workers there are
@@ -161,7 +163,7 @@ def read_facts(out: Path) -> list[ArmFacts]:
 
 def _federate(experiment: Experiment, world: World, directory: Path) -> tuple[Record, float]:
     """The transcript of the world's federation: the one on disk if it is whole, else a new one."""
-    timing = directory.with_suffix(".seconds.json")
+    timing = directory.with_name(f"{directory.name}.seconds.json")  # with_suffix would cut a name at its last dot
     if directory.exists():
         try:
             return read(directory), float(json.loads(timing.read_text()))
@@ -174,7 +176,9 @@ def _federate(experiment: Experiment, world: World, directory: Path) -> tuple[Re
     return read(directory), seconds
 
 
-def _facts(experiment: Experiment, task: Task, world: World, record: Record, victims: Sequence[Victim], seconds: float) -> ArmFacts:
+def _facts(
+    experiment: Experiment, task: Task, world: World, record: Record, victims: Sequence[Victim], seconds: float, directory: Path
+) -> ArmFacts:
     evaluation = experiment.evaluation
     records = len(world.data.load().records)
     guesses = max(len(victim.truth) for victim in victims)  # the truth assigns k guesses, so that chance is up to k/N
@@ -186,8 +190,15 @@ def _facts(experiment: Experiment, task: Task, world: World, record: Record, vic
         epsilon=guarantee.epsilon, delta=guarantee.delta, epsilon_for=guarantee.sentence, ceiling=ceiling,
         client_failures=tuple(f"round {round}: {reason}" for round, _, reason in record.lost),
         upload_bytes=float(record.end["upload_bytes"]), train_seconds=seconds,
-        quantization_error=rounding_error(world, record),
+        quantization_error=rounding_error(world, record), download_bytes=float(record.end["download_bytes"]),
+        client_seconds=seconds_of_a_round(directory), server_seconds=float(record.end["server_seconds"]), peak_bytes=peak_bytes(),
     )  # fmt: skip
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def rounding_error(world: World, record: Record) -> float | None:

@@ -148,6 +148,10 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candida
         "seconds": mean([trial.seconds for trial in group.trials if trial.status != "unsupported"]),
         "train_seconds": mean([fact.train_seconds for fact in facts]),
         "upload_bytes": mean([fact.upload_bytes for fact in facts] or [float(trial.upload_bytes) for trial in group.trials]),
+        "cost": {
+            name: mean([value for fact in facts if (value := getattr(fact, name)) is not None])
+            for name in ("upload_bytes", "download_bytes", "client_seconds", "server_seconds", "peak_bytes")
+        },
         "quantization_error": max((fact.quantization_error for fact in facts if fact.quantization_error is not None), default=None),
         "client_failures": [failure for fact in facts for failure in fact.client_failures],
         "flags": flags + sorted({flag for trial in group.trials for flag in trial.flags} - set(flags)),

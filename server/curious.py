@@ -31,6 +31,7 @@ class CuriousGrid(Grid):
         self._sent_model = RecordDict()
         self._round = 0
         self.upload_bytes = 0
+        self.download_bytes = 0
 
     @property
     def run(self) -> Any:
@@ -85,6 +86,7 @@ class CuriousGrid(Grid):
     def _sent(self, messages: Iterable[Message]) -> list[Message]:
         batch = list(messages)
         for message in batch:
+            self.download_bytes += wire.content_bytes(message)
             if wire.RECIPE in message.content and (self._broadcast is None or wire.round_of(message) != self._broadcast.round):
                 self.record_broadcast(wire.unpack_broadcast(message.content))
                 self._sent_model = message.content

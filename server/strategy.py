@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ def run_rounds(grid: CuriousGrid, world: World) -> tuple[str, dict[str, Any]]:
     schema = world.data.load().schema
     parameters, buffers = tensors(network(world.architecture, schema, world.training, world.seed))
     nodes = introduce(grid, federation.clients, federation.timeout_seconds)
-    losses = Losses(grid)
+    losses, started = Losses(grid), time.thread_time()
     collect = collect_uploads if world.channel is None else collect_aggregate
     for round in range(1, federation.rounds + 1):
         broadcast = Broadcast(round, tampered(world, parameters, round), buffers, world.training)
@@ -63,7 +64,12 @@ def run_rounds(grid: CuriousGrid, world: World) -> tuple[str, dict[str, Any]]:
         progress.tick("rounds", round, federation.rounds, f"{answered} clients")
     grid.record_released(federation.rounds, parameters, buffers)
     messages = sum(len(cohort(world, round)) for round in range(1, federation.rounds + 1))
-    facts = {"upload_bytes": grid.upload_bytes / messages, "lost": len(losses.entries)}
+    facts = {
+        "upload_bytes": grid.upload_bytes / messages,
+        "download_bytes": grid.download_bytes / messages,
+        "server_seconds": (time.thread_time() - started) / federation.rounds,  # clients run in other threads or processes
+        "lost": len(losses.entries),
+    }
     return ("degraded" if losses.entries else "ok"), facts
 
 
