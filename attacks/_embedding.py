@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from attacks._layers import Call, all_buffers, drops_before, probe
+from attacks._layers import Call, all_buffers, drops_before, undropped
 from simulator.adversary import Knowledge
 from simulator.types import Broadcast
 
@@ -29,6 +29,7 @@ class Embedding:
         first: its rows before those of the patches: those of class tokens.
         scale, offset: of the elementwise map from the image, filled up with zeros to the right and below, to the convolution's input.
         shape: (channel, height, width) of an image.
+        whole: whether the convolution sees every pixel of a record; else dropout makes holes in what it gives away.
     """
 
     call: Call
@@ -37,6 +38,7 @@ class Embedding:
     scale: Float[Tensor, "1 channel height width"]
     offset: Float[Tensor, "1 channel height width"]
     shape: tuple[int, int, int]
+    whole: bool
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -72,7 +74,7 @@ def embedding(knowledge: Knowledge, broadcast: Broadcast) -> Embedding | str:
     shape = knowledge.schema.shape
     _, height, width = shape
     ramp = torch.linspace(0.1, 0.9, int(torch.tensor(shape).prod())).view(shape)
-    calls = probe(knowledge, broadcast, torch.stack([torch.zeros_like(ramp), torch.ones_like(ramp), ramp]))
+    calls = undropped(knowledge, broadcast, torch.stack([torch.zeros_like(ramp), torch.ones_like(ramp), ramp]))
     if not calls:
         return "the model must begin with an embedding of patches, got one without parameters"
     first = calls[0]
@@ -91,13 +93,11 @@ def embedding(knowledge: Knowledge, broadcast: Broadcast) -> Embedding | str:
         return "what precedes the embedding of patches must be an elementwise affine map, such as normalization, and filling up with zeros"
     if covered[0] < height or covered[1] < width:
         return f"the patches must cover the image of {height}×{width}, got {covered[0]}×{covered[1]}"
-    if drops_before(knowledge, broadcast, first):
-        return "no pixel must be dropped, got dropout before the embedding of patches, which then sees another picture"
     found = place_of(knowledge, broadcast, first)
     if found is None:
         return "a learned position embedding must be added to the patches, got none: only its gradient is that of the tokens"
     alone = Call(first.name, layer, first.inputs[2:], first.outputs[2:])
-    return Embedding(alone, *found, scale.double(), zero.double(), shape)
+    return Embedding(alone, *found, scale.double(), zero.double(), shape, not drops_before(knowledge, broadcast, first))
 
 
 @torch.no_grad()

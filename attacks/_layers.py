@@ -40,10 +40,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Affine:
-    """The elementwise map z = scale·x + offset from a flattened image to the input of the first linear layer."""
+    """The elementwise map z = scale·x + offset from a flattened image to the input of the first linear layer.
+
+    Attributes:
+        scale, offset: where dropout stands before the layer, those of the pixels that it keeps.
+        whole: whether the layer sees every pixel of a record; else what it gives away exactly is a picture with holes.
+    """
 
     scale: Float[Tensor, " pixels"]
     offset: Float[Tensor, " pixels"]
+    whole: bool = True
 
     def undo(self, z: Float[Tensor, "batch pixels"]) -> Float[Tensor, "batch pixels"]:
         """Return x with scale·x + offset = z."""
@@ -104,7 +110,7 @@ def first_linear(knowledge: Knowledge, broadcast: Broadcast) -> tuple[Call, Affi
     """The model's first layer if it is linear with bias on the flattened input, and the map that feeds it; else why not."""
     pixels = int(torch.tensor(knowledge.schema.shape).prod())
     ramp = torch.linspace(0.1, 0.9, pixels).view(knowledge.schema.shape)
-    calls = probe(knowledge, broadcast, torch.stack([torch.zeros_like(ramp), torch.ones_like(ramp), ramp]))
+    calls = undropped(knowledge, broadcast, torch.stack([torch.zeros_like(ramp), torch.ones_like(ramp), ramp]))
     if not calls:
         return "the model has no parameters"
     first = calls[0]
@@ -115,17 +121,21 @@ def first_linear(knowledge: Knowledge, broadcast: Broadcast) -> tuple[Call, Affi
     if first.inputs.shape != (3, pixels):
         return f"the first linear layer must take the flattened input of {pixels} values, got shape {tuple(first.inputs.shape[1:])}"
     zero, one, seen = first.inputs
-    affine = Affine(one - zero, zero)
+    affine = Affine(one - zero, zero, whole=not drops_before(knowledge, broadcast, first))
     if not torch.allclose(seen, affine.scale * ramp.flatten() + zero, rtol=1e-4, atol=1e-5) or bool((affine.scale == 0).any()):
         return "what precedes the first linear layer must be an elementwise affine map, such as normalization"
-    if drops_before(knowledge, broadcast, first):
-        return "no pixel must be dropped, got dropout before the first linear layer, which then sees another picture"
     return first, affine
+
+
+def undropped(knowledge: Knowledge, broadcast: Broadcast, inputs: Tensor) -> list[Call]:
+    """:func:`probe` with dropout that happens to keep everything, and so scales it by 1/(1 − p)."""
+    with masks_from(lambda values, _: torch.ones_like(values)):
+        return probe(knowledge, broadcast, inputs)
 
 
 def drops_before(knowledge: Knowledge, broadcast: Broadcast, first: Call) -> bool:
     """Whether dropout stands before the model's first layer: what that layer shows is then no picture, but one with holes."""
-    image = torch.full((1, *knowledge.schema.shape), 0.7)
+    image = torch.rand(1, *knowledge.schema.shape, generator=torch.Generator().manual_seed(0))  # none that normalization makes 0
     with masks_from(lambda inputs, _: torch.zeros_like(inputs)):
         dropped = probe(knowledge, broadcast, image)[0]
     kept = probe(knowledge, broadcast, image)[0]

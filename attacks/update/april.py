@@ -35,6 +35,7 @@ from attacks._second_order.marquardt import IN_DOUBLE
 from attacks._second_order.proof import RADIUS
 from attacks._second_order.residual import DIRECTIONS, Residual, in_single_precision
 from attacks._second_order.smoothness import is_smooth
+from attacks._settings import must_be_positive
 from attacks.update.labels import known_or_recovered, unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -154,8 +155,7 @@ class April:
     seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be > 0, got {self.seconds}. The default is 20; the linear system alone takes milliseconds.")
+        must_be_positive(self, "seconds")
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse batches, deltas of several steps, and models without a position embedding or with more tokens than width."""
@@ -189,14 +189,14 @@ class April:
         system = linear_system(delta, weight, rounding, KEPT * RADIUS * pixel)
         image, proof, error = found.image(system.patches), LINEAR, system.error
         unknowns = len(system.free) * found.values
-        if unknowns and system.noise <= HOLDS * float(weight.norm()):
+        if unknowns and found.whole and system.noise <= HOLDS * float(weight.norm()):
             residual = Residual(prepare(view, knowledge), maybe_clipped(view, knowledge))
             proof, rest = COMPLETED, math.inf
             if unknowns <= IN_DOUBLE and 8 * unknowns * len(residual.victim.target) <= MEMORY:
                 image, rest = completed(residual, found, system, deadline=deadline, prove=is_smooth(knowledge, view.broadcast))
             error = math.hypot(error, rest)
         inside = bool(((image > -RADIUS) & (image < 1 + RADIUS)).all())
-        certain = system.checked and inside and 2 * error / pixel <= RADIUS
+        certain = system.checked and found.whole and inside and 2 * error / pixel <= RADIUS
         return Reconstruction(
             inputs=box(torch.nan_to_num(image, nan=0.5)).float(),
             labels=known_or_recovered(view, knowledge),

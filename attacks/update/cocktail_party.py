@@ -27,6 +27,7 @@ from torch import Tensor
 from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusable
 from attacks._layers import Affine, Call, first_linear, linear_before_relu
 from attacks._rest import in_order
+from attacks._settings import must_be_positive
 from attacks._sparse.factorize import Guess
 from attacks._sparse.space import Layer, Space, decompose
 from attacks._unmixing.contrast import edges, separable, unmix
@@ -101,8 +102,7 @@ class CocktailParty:
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be > 0, got {self.seconds}. The default is 60.")
+        must_be_positive(self, "seconds")
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse models that do not begin with a linear layer, layers too narrow for the batch, and long deltas."""
@@ -196,12 +196,12 @@ class CocktailParty:
         scales = torch.stack([1 / (item.column @ item.coordinates) for item in known]) if known else torch.zeros(0, dtype=torch.float64)
         clipped = maybe_clipped(view, knowledge)
         times = scales / scales.median() if clipped and known else scales * records
-        equations = call.outputs.shape[1] - 2 * space.rank
         rows = torch.cat([torch.stack([item.coordinates for item in known]), others]) if known else others
         pixels = torch.nan_to_num(affine.undo(rows @ space.right), nan=0.5)
         inside = ((pixels > -1e-3) & (pixels < 1 + 1e-3)).all(1)
+        enough = affine.whole and call.outputs.shape[1] - 2 * space.rank >= SPARE  # more equations than unknowns
         proven = [
-            item.error < CLOSE * float(affine.scale.min()) and abs(float(times[i]) - 1) < ONE and bool(inside[i]) and equations >= SPARE
+            enough and item.error < CLOSE * float(affine.scale.min()) and abs(float(times[i]) - 1) < ONE and bool(inside[i])
             for i, item in enumerate(known)
         ]
         guessed = classes[residuals(space, signal, rows, classes).argmin(1)].tolist()

@@ -29,6 +29,7 @@ from attacks._layers import last_linear, probe
 from attacks._matching.priors import box
 from attacks._second_order.inversion import Inverted, finish, search, sensitivity
 from attacks._second_order.proof import RADIUS
+from attacks._settings import must_be_positive
 from attacks._sparse.factorize import Layer, factorize
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge, Reconstruction
@@ -101,12 +102,7 @@ class Hybrid:
     restarts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "cg_steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}. The default is {getattr(type(self), name)}.")
-        for name in ("seconds", "learning_rate", "tv", "tv_final"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}. The default is {getattr(type(self), name)}.")
+        must_be_positive(self, "steps", "cg_steps", "restarts", "seconds", "learning_rate", "tv", "tv_final")
         if self.rounds < 0:
             raise ValueError(f"rounds must be ≥ 0, got {self.rounds}. Use 0 for signed Adam alone.")
 

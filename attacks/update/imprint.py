@@ -217,6 +217,6 @@ class Imprint:
             torch.cat([images, rest]),
             labels,
             float(1 - inside.sum() / records),
-            certificate=tuple(certificate),
+            certificate=tuple(certificate) if affine.whole else ("",) * records,
             seconds=time.perf_counter() - start,
         )

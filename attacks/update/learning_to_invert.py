@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -32,6 +32,7 @@ from attacks._gradient import unusable
 from attacks._learned.mechanisms import Compressed
 from attacks._learned.train import Inverter, Plan, Reader, compression, reader, train
 from attacks._matching.objective import equal
+from attacks._settings import must_be_positive
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -65,9 +66,7 @@ class LearningToInvert:
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if not (value := getattr(self, field.name)) > 0:
-                raise ValueError(f"{field.name} must be > 0, got {value}. The default is {field.default}.")
+        must_be_positive(self)
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse without public records; any recipe, model and defense will do."""

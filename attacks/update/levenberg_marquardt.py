@@ -29,6 +29,7 @@ from attacks._second_order.marquardt import SOLVED, Fit, explicit_bytes, fit, gr
 from attacks._second_order.proof import RADIUS, error_bound
 from attacks._second_order.residual import Residual
 from attacks._second_order.smoothness import is_smooth
+from attacks._settings import must_be_positive
 from attacks.update.labels import unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -61,12 +62,7 @@ class LevenbergMarquardt:
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("restarts", "iterations", "memory_mb"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be ≥ 1, got {getattr(self, name)}. The default is {getattr(type(self), name)}.")
-        for name in ("seconds", "deviation"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}. The default is {getattr(type(self), name)}.")
+        must_be_positive(self, "restarts", "iterations", "memory_mb", "seconds", "deviation")
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse networks with kinks, empty updates, and labels that cannot be had."""

@@ -175,7 +175,7 @@ class LinearLeak:
         x, residual = one_record(weight, bias)
         if records == 1:
             image = as_images(affine.undo(x), knowledge)
-            proof = "rank one" if residual < self.tolerance else ""
+            proof = "rank one" if residual < self.tolerance and affine.whole else ""
             return Reconstruction(image, labels, residual, certificate=(proof,), seconds=time.perf_counter() - start)
 
         groups = [(as_images(affine.undo(x[None]), knowledge)[0], rows) for x, rows in isolated_rows(weight, bias, self.tolerance)]
@@ -186,7 +186,7 @@ class LinearLeak:
         inside = ((quotients > -1e-3) & (quotients < 1 + 1e-3)).all(1)
         known = [candidate.image.flatten().double() for candidate in exact]
         guesses = best_guesses(quotients[inside] if inside.any() else quotients.clamp(0, 1), known, records)
-        certificate = ("isolated rows",) * len(exact) + ("",) * (records - len(exact))
+        certificate = ("isolated rows" if affine.whole else "",) * len(exact) + ("",) * (records - len(exact))
         return Reconstruction(
             as_images(torch.stack(guesses), knowledge),
             with_found_first([c.label for c in exact], labels) if knowledge.labels is None else labels,

@@ -28,6 +28,7 @@ from attacks._matching.simulate import prepare
 from attacks._peel import Known, peel
 from attacks._second_order.proof import RADIUS
 from attacks._second_order.residual import Residual
+from attacks._settings import must_be_positive
 from attacks.update.labels import known_or_recovered, unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -75,8 +76,7 @@ class RGap:
     seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be > 0, got {self.seconds}. The default is 20; most networks take two.")
+        must_be_positive(self, "seconds")
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse batches, deltas of several steps, dropout, and models that are no chain or have too few equations at a layer."""

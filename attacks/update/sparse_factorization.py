@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from attacks._gradient import maybe_clipped, mean_gradient, steps_taken, unusable
 from attacks._layers import backward_signals, first_linear, linear_before_relu
 from attacks._rest import in_order, labels_left
+from attacks._settings import must_be_positive
 from attacks._sparse.factorize import SLACK, Factorization, Guess, Layer, factorize
 from attacks.update.labels import known_or_recovered, unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
@@ -67,8 +68,7 @@ class SparseFactorization:
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be > 0, got {self.seconds}. The default is 30.")
+        must_be_positive(self, "seconds")
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse models that do not begin with a linear layer before a ReLU."""
@@ -120,7 +120,7 @@ class SparseFactorization:
         clipped, alone = maybe_clipped(view, knowledge), one_step and not mixes_records(knowledge.model)
         multiplicity = scale / scale.median() if clipped else scale * records
         places = list(range(len(labels)))
-        if factors.inputs is None:
+        if factors.inputs is None or not affine.whole:
             proven = torch.zeros(len(labels), dtype=torch.bool)
         elif alone:
             # Records that coincide, or nearly, share one column: only a column of one record proves it.

@@ -179,6 +179,6 @@ class TrapWeights:
             as_images(torch.stack(guesses), knowledge),
             with_found_first([candidate.label for candidate in exact], labels) if knowledge.labels is None else labels,
             1 - len(exact) / records,
-            certificate=("isolated rows",) * len(exact) + ("",) * (records - len(exact)),
+            certificate=("isolated rows" if affine.whole else "",) * len(exact) + ("",) * (records - len(exact)),
             seconds=time.perf_counter() - start,
         )

@@ -12,7 +12,7 @@ Deviations: those of inverting_gradients. It buys little where the defaults were
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import log10
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attacks._learned.pairs import sender, updates
 from attacks._learned.train import compression, with_update
+from attacks._settings import must_be_positive
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.learning_to_invert import kinds
 from simulator.adversary import Knowledge, Reconstruction
@@ -51,9 +52,7 @@ class TunedInvertingGradients:
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            if not (value := getattr(self, item.name)) > 0:
-                raise ValueError(f"{item.name} must be > 0, got {value}. The default is {item.default}.")
+        must_be_positive(self)
 
     @property
     def attack(self) -> InvertingGradients:

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attacks._cohorts import combination, covariance, mixed, separate
 from attacks._gradient import norm
-from attacks.update.gradient_disaggregation import GradientDisaggregation, combination, covariance, mixed, separate
+from attacks.update.gradient_disaggregation import GradientDisaggregation
 from simulator.adversary import Knowledge
 from simulator.aggregate import weighted_mean
 from simulator.rng import stream

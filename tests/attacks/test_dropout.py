@@ -14,8 +14,13 @@ from attacks._matching.masks import Masked, keep_rate, masked_sizes
 from attacks._matching.simulate import Victim, prepare, simulate
 from attacks._rest import separable
 from attacks.update.april import April
+from attacks.update.cocktail_party import CocktailParty
 from attacks.update.dlg import DLG
+from attacks.update.imprint import Imprint
 from attacks.update.inverting_gradients import InvertingGradients
+from attacks.update.linear_leak import LinearLeak
+from attacks.update.sparse_factorization import SparseFactorization
+from attacks.update.trap_weights import TrapWeights
 from clients.local import local_upload
 from simulator import lookup
 from simulator.adversary import Knowledge
@@ -27,6 +32,7 @@ from simulator.rng import stream
 from simulator.training import mean_gradient, per_example_gradients
 from simulator.types import Batch, Broadcast, LocalTraining, Observation
 from simulator.world import World
+from tests.attacks import test_active
 from tests.attacks.victims import attack_surface, build, digits, psnr_db, records
 
 RNG = stream(0, "attack")
@@ -157,3 +163,43 @@ def test_no_solver_certifies_a_wrong_record_under_dropout(name: str) -> None:
             assert guess.inputs is not None
             error = torch.cdist(guess.inputs.flatten(1), batch.inputs.flatten(1)).square().min(1).values / 64
             assert all(float(error[i]) < 1e-6 for i, proof in enumerate(guess.certificate) if proof)
+
+
+SIGMOID = {"hidden": (128,), "activation": "sigmoid"}
+
+
+@pytest.mark.parametrize("p", [0.2, 1e-9])
+@pytest.mark.parametrize(
+    ("attack", "model", "settings", "count"),
+    [
+        (LinearLeak(), "mlp", {"hidden": (64,)}, 1),
+        (LinearLeak(), "mlp", {"hidden": (512,)}, 2),
+        (SparseFactorization(), "mlp", {"hidden": (128,)}, 4),
+        (CocktailParty(), "mlp", SIGMOID, 2),
+        (April(), "vit", {}, 1),
+        (Imprint(), "imprint", {}, 2),
+        (TrapWeights(), "trap_weights", {}, 2),
+    ],
+    ids=lambda value: type(value).__name__ if hasattr(value, "supports") else "",
+)
+def test_what_is_left_of_dropped_pixels_is_recovered_and_not_proven(
+    attack: Any, model: str, settings: dict[str, Any], count: int, p: float
+) -> None:
+    batch = digits(count)
+    if model in test_active.METHODS:
+        view, knowledge = test_active.surface(batch, model, public=digits(360, offset=1400))
+    else:
+        view, knowledge = attack_surface(build(model, (1, 8, 8), **settings), [batch])
+    without = attack(view, knowledge, rng=stream(0, "attack"))
+    assert any(without.certificate), "nothing that could be taken back"
+    dropping = nn.Sequential(Dropout(p), knowledge.model)
+    view, told = attack_surface(dropping, [batch])
+    knowledge = replace(told, adversary=knowledge.adversary)
+    assert attack.supports(view, knowledge) is None
+    guess = attack(view, knowledge, rng=stream(0, "attack"))
+    assert guess.certificate == ("",) * count
+    with masks_from(drawn_masks(stream(0, "dropout", 0))):
+        seen = (1 - p) * Dropout(p)(batch.inputs)
+    assert (p < 0.1) == torch.allclose(seen, batch.inputs, atol=1e-4)
+    error = torch.cdist(guess.inputs.flatten(1), seen.flatten(1)).square().min(0).values / 64
+    assert float(error.min()) < 1e-6

@@ -228,16 +228,18 @@ def test_error_bound_holds() -> None:
         assert max(matched(run.images, batch)) ** 0.5 < bound < 1e-3
 
 
-STUCK = pytest.mark.xfail(reason="B11 in 5 CPU s: where two records share a class a start can get stuck on their mixture", strict=False)
+STUCK = ("sigmoid", 4, 4)
+"""Two of its records share a class, and two starts end on their mixture: solved from the third, in 9 CPU seconds, where B11 allows 5."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("activation", "count"),
-    [("sigmoid", 1), ("sigmoid", 2), pytest.param("sigmoid", 4, marks=STUCK), ("softplus", 1), ("softplus", 2), ("softplus", 4)],
-)
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("activation", ["sigmoid", "softplus"])
 def test_digits_bar(activation: str, count: int) -> None:
-    """B11: mean squared error below 1e-18 with a float64 update (1e-11 with float32), at most 5 CPU seconds a victim."""
+    """B11: mean squared error below 1e-18 with a float64 update (1e-11 with float32), at most 5 CPU seconds a victim; all but one of 30.
+
+    The budget does not bind, so that what is found depends on no machine's speed.
+    """
     single, double, seconds = [], [], []
     for seed in range(5):
         batch = drawn(count, 5 + seed)
@@ -245,13 +247,15 @@ def test_digits_bar(activation: str, count: int) -> None:
         view, knowledge = told(attack_surface(model, [batch]), batch)
         for residual, into in ((Residual(prepare(view, knowledge)), single), (in_double(view, knowledge, batch), double)):
             began = time.process_time()
-            images = solved(residual, (count, 1, 8, 8), seed, 5)
-            seconds.append(time.process_time() - began)
+            images = solved(residual, (count, 1, 8, 8), seed, 60)
+            took = time.process_time() - began
             into.append(max(matched(images, batch)))
+            assert took <= (20 if (activation, count, seed) == STUCK else 5)
+            seconds.append(took)
     print(f"levenberg_marquardt, digits, {activation}, b = {count}: worst MSE {max(double):.0e} (float32 update {max(single):.0e}), "
           f"{max(seconds):.1f} CPU s")  # fmt: skip
     assert max(double) < 1e-18
-    assert max(seconds) <= 5
+    assert max(single) < 1e-11
 
 
 LOST = pytest.mark.xfail(reason="B12 is met on 4 of 5: all starts on this picture get stuck, and nothing is certified", strict=True)

@@ -263,3 +263,5 @@ def test_no_proof_under_masks_that_are_not_known() -> None:
             view, knowledge = attack_surface(model, [digits(count)])
             answer = Strongest(seconds=1)(view, knowledge, rng=stream(0))
             assert answer.certificate == ("",) * count
+            if activation is nn.ReLU:  # where matching gets stuck
+                assert set(answer.solver) <= {"linear_leak", "sparse_factorization"}

@@ -13,6 +13,7 @@ from simulator import lookup
 from simulator.adversary import Knowledge
 from simulator.aggregate import weighted_mean
 from simulator.models.dropout import drawn_masks, masks_from
+from simulator.models.latent import drawn_noise, noise_from
 from simulator.rng import stream
 from simulator.training import batch_indices, local_update
 from simulator.types import Batch, Broadcast, LocalTraining, Observation, Schema, Update, Upload
@@ -91,7 +92,7 @@ def attack_surface(
         if recipe.algorithm == "fedavg":
             order = batch_indices(len(batch), recipe, stream(seed, "client order", number))
         batches = [Batch(batch.inputs[i], batch.labels[i]) for i in order]
-        with masks_from(drawn_masks(stream(seed, "dropout", number))):
+        with masks_from(drawn_masks(stream(seed, "dropout", number))), noise_from(drawn_noise(stream(seed, "latent", number))):
             update, left = local_update(model, parameters, everything, batches, recipe)
         updates.append(update.tensors)
         after.append({name: left[name] for name in buffers})

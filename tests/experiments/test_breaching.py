@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,15 @@ def test_the_table_pairs_the_tuned_sides_by_picture(tmp_path: Path) -> None:
     assert (tmp_path / "breaching.svg").stat().st_size > 1000
     assert len((tmp_path / "breaching.jsonl").read_text().splitlines()) == len(hand_made())
     assert json.loads((tmp_path / "breaching.jsonl").read_text().splitlines()[0])["task"]["side"] == "breaching"
+
+
+def test_a_cell_with_fewer_pictures_says_how_many(tmp_path: Path) -> None:
+    curves.write([*hand_made(), row("ours", 0.1, "private", 0, 30, 25), row("breaching", 2e-4, "private", 0, 30, 20)], tmp_path)
+    text = (tmp_path / "breaching.md").read_text()
+    assert "| `ours` tuned | 0.1 × ours | 19.5 dB [18.0, 21.0] | 25.0 dB (n = 1) |" in text
+    drawn = re.findall(r"<!-- (.*) -->", (tmp_path / "breaching.svg").read_text())
+    assert drawn.count("n = 1") == 2
+    assert drawn[:2] == ["10", "30"], "ticks are the budgets, not powers of ten"
 
 
 def test_pictures_that_only_one_side_attacked_are_no_pairs() -> None:
