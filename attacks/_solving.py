@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attacks._blend import blended
 from attacks._rest import farthest, in_order, mismatch, separable, without
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.types import Batch, Observation
@@ -38,7 +39,7 @@ class State:
         proven: the records with a proof.
         inside: whether the proven records are still part of ``view``, since the update is no mean of single gradients.
         guess: the best guess so far of all that ``view`` holds; None before the first.
-        answer: of the solver that made it; ``solver`` is its name.
+        answer: of the solver that made most of it; ``solvers`` are those of its records.
         angle, score: of the guess, see :func:`attacks._rest.mismatch`; lower is better.
         cpu, wall: seconds spent.
         failed: whether a solver raised or diverged, so that its part of the attack is missing.
@@ -51,7 +52,7 @@ class State:
     inside: bool = False
     guess: Batch | None = None
     answer: Reconstruction | None = None
-    solver: str = ""
+    solvers: tuple[str, ...] = ()
     angle: float = torch.inf
     score: float = torch.inf
     cpu: float = 0.0
@@ -86,13 +87,29 @@ def after(state: State, solver: str, answer: Reconstruction | None) -> State:
 
 
 def judged(state: State, solver: str, answer: Reconstruction, places: Sequence[int]) -> State:
-    """The state with these records of an answer as its guess, if they explain what is left better than the guess before."""
+    """The state with the better records of an answer and of the guess before: those that explain what is left."""
     assert answer.inputs is not None
     guess = Batch(answer.inputs[list(places)], answer.labels[list(places)])
     angle, score = mismatch(state.view, state.knowledge, guess)
-    if state.guess is not None and not score < state.score:
-        return state
-    return replace(state, guess=guess, answer=answer, solver=solver, angle=angle, score=score)
+    new = replace(state, guess=guess, answer=answer, solvers=(solver,) * len(guess), angle=angle, score=score)
+    if state.guess is None:
+        return new
+    better, other = (new, state) if score < state.score else (state, new)
+    if len(guess) == 1 or len(guess) != len(state.guess) or better.solved or not separable(state.view, state.knowledge):
+        return better
+    return blend(better, other)
+
+
+def blend(better: State, other: State) -> State:
+    """The better of two states with those records of the other's guess that it gains from."""
+    assert better.guess is not None
+    assert other.guess is not None
+    found = blended(better.view, better.knowledge, better.guess, other.guess, better.score)
+    if found is None:
+        return better
+    both, taken, (angle, score) = found
+    solvers = tuple(mine if twin is None else other.solvers[twin] for mine, twin in zip(better.solvers, taken, strict=True))
+    return replace(better, guess=both, solvers=solvers, angle=angle, score=score)
 
 
 def merged(state: State, knowledge: Knowledge) -> Reconstruction:
@@ -104,13 +121,13 @@ def merged(state: State, knowledge: Knowledge) -> Reconstruction:
     if state.answer is None:
         raise RuntimeError("at least one solver must answer, got none. See the log for their errors.")
     images, labels = [item.image for item in state.proven], [item.label for item in state.proven]
+    solvers = [item.solver for item in state.proven]
     if state.guess is not None and len(images) < knowledge.num_examples:
         known = images if state.inside else []
         rest = farthest(state.guess.inputs, known)
         images, labels = [*images, *state.guess.inputs[rest]], [*labels, *state.guess.labels[rest].tolist()]
-    blank = len(images) - len(state.proven)
-    certificates = [*(item.certificate for item in state.proven), *[""] * blank]
-    solvers = [*(item.solver for item in state.proven), *[state.solver] * blank]
+        solvers += [state.solvers[i] for i in rest]
+    certificates = [*(item.certificate for item in state.proven), *[""] * (len(images) - len(state.proven))]
     order = list(range(len(images)))
     if knowledge.labels is not None:
         order = in_order(labels, knowledge.labels.tolist())

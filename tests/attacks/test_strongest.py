@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from attacks import strongest
+from attacks._blend import blended
 from attacks._choice import Choice
 from attacks._gradient import mean_gradient, noise_level, unusable
 from attacks._rest import farthest, in_order, labels_left, mismatch, separable, without
@@ -265,3 +267,30 @@ def test_no_proof_under_masks_that_are_not_known() -> None:
             assert answer.certificate == ("",) * count
             if activation is nn.ReLU:  # where matching gets stuck
                 assert set(answer.solver) <= {"linear_leak", "sparse_factorization"}
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_of_two_guesses_the_better_records_of_each_are_kept(told: bool) -> None:
+    """Each guess knows half of the batch, and the other half's labels wrong where it may: together they know all of it."""
+    rng = stream(1, "blend")
+    view, knowledge = attack_surface(build("mlp", (1, 8, 8)), [TRUTH])
+    knowledge = replace(knowledge, labels=TRUTH.labels if told else None)
+    order = torch.arange(len(TRUTH)) if told else torch.randperm(len(TRUTH), generator=rng)
+
+    def half(known: Sequence[int]) -> Batch:
+        inputs, labels = torch.rand(TRUTH.inputs.shape, generator=rng) * 0.5 + 0.5 * TRUTH.inputs, TRUTH.labels.clone()
+        inputs[list(known)] = TRUTH.inputs[list(known)]
+        if not told:
+            labels[next(i for i in range(len(labels)) if i not in known)] += 1
+        return Batch(inputs, labels % 10)
+
+    first, second = half((0, 1, 2)), half((3, 4, 5))
+    second = Batch(second.inputs[order], second.labels[order])
+    found = blended(view, knowledge, first, second, mismatch(view, knowledge, first)[1])
+    assert found is not None
+    both, taken, (angle, _) = found
+    torch.testing.assert_close(both.inputs, TRUTH.inputs)
+    assert both.labels.tolist() == TRUTH.labels.tolist()
+    assert [there is None for there in taken] == [True] * 3 + [False] * 3
+    assert angle < 1e-4
+    assert blended(view, knowledge, both, second, 0.0) is None
