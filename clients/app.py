@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 
 import torch
@@ -11,10 +11,16 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import nn
 
+from clients.ckks import ckks_reply
 from clients.cost import noted
+from clients.enclave import enclave_reply
 from clients.local import local_upload
 from clients.secure import secagg_reply
+from defenses.channel.ckks import CKKSAggregation
+from defenses.channel.enclave import SimulatedEnclave
+from defenses.channel.secure_aggregation import SecureAggregation
 from simulator import wire
+from simulator.defense import Defense
 from simulator.engine import read_world
 from simulator.errors import WireError
 from simulator.network import network
@@ -23,6 +29,14 @@ from simulator.world import World
 app = ClientApp()
 
 Handler = Callable[[Message, Context], Message]
+Reply = Callable[[World, nn.Module, int, RecordDict, RecordDict], RecordDict]
+
+REPLIES: Mapping[type[Defense], Reply] = {
+    SecureAggregation: secagg_reply,
+    CKKSAggregation: ckks_reply,
+    SimulatedEnclave: enclave_reply,
+}
+"""How a client answers a stage of each channel's protocol, out of the world, the network, its number, the message and its state."""
 
 
 @lru_cache(maxsize=4)
@@ -73,9 +87,12 @@ def update(message: Message, context: Context) -> Message:
     return wire.reply(wire.pack_upload(local_upload(world, model, wire.unpack_broadcast(message.content), client)), message)
 
 
-@app.train("secagg")
+@app.train("channel")
 @discreet
-def secagg(message: Message, context: Context) -> Message:
-    """Answer one stage of secure aggregation."""
+def channel(message: Message, context: Context) -> Message:
+    """Answer one stage of the channel's protocol."""
     client, world, model = client_of(context)
-    return wire.reply(secagg_reply(world, model, client, message.content, context.state), message)
+    reply = REPLIES.get(type(world.channel)) if world.channel is not None else None
+    if reply is None:
+        raise WireError(f"client {client} must be asked for what its world says, got a stage of a channel that is not there. Refused.")
+    return wire.reply(reply(world, model, client, message.content, context.state), message)

@@ -32,7 +32,7 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     recipe = broadcast.training
     expected = recipe.size_of_batch(records_held(world)[client]) if recipe.sampling == "poisson" else len(batches[0])
     lasting = stream(world.seed, "lasting defense", world.secret, client)
-    context = ClientContext(client, broadcast.round, expected, rng, lasting=lasting)
+    context = ClientContext(client, broadcast.round, expected, rng, lasting=lasting, buffers=broadcast.buffers)
     for defense in world.defenses:
         if (reason := defense.on_broadcast(broadcast, model, batches[0], context)) is not None:
             raise BroadcastRefused(f"{defense.name} refuses this model: {reason}.")
@@ -44,7 +44,8 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     with masks_from(masks), noise_from(noise):
         update, buffers = training.local_update(model, broadcast.parameters, broadcast.buffers, batches, recipe, rule)
     for defense in world.defenses:
-        update = defense.on_update(update, told(defense, context, private))
+        known = told(defense, context, private)
+        buffers, update = defense.on_buffers(buffers, update, known), defense.on_update(update, known)
     update = training.rounded(update, recipe)  # last: what defenses add is rounded with the rest
     return Upload(frozenset({client}), update, floating(buffers), stated_examples(world, client, broadcast.round))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from simulator.errors import SpecError
 from simulator.network import network
 from simulator.world import World
 
@@ -34,3 +35,12 @@ def batch_norm(world: World, mechanism: str) -> str | None:
 def batch_norm_in_train_mode(world: World, mechanism: str) -> str | None:
     """As :func:`batch_norm`, but frozen statistics pass: they come back as they were sent."""
     return None if world.training.batch_norm == "eval" else batch_norm(world, mechanism)
+
+
+def unbuildable(world: World) -> str | None:
+    """Why the world's model cannot be built as its defenses change it, or None if it can."""
+    try:
+        network(world.architecture, world.data.load().schema, world.training, world.seed)
+    except SpecError as error:
+        return str(error)
+    return None

@@ -17,6 +17,7 @@ from simulator.adversary import Knowledge
 from simulator.aggregate import weighted_mean
 from simulator.dataset import take
 from simulator.models.dropout import drawn_masks, masks_from
+from simulator.models.latent import drawn_noise, noise_from
 from simulator.network import floating, tensors
 from simulator.rng import stream
 from simulator.training import batch_indices, local_update, rounded
@@ -61,7 +62,8 @@ def victim(
         order = [torch.arange(len(batch))]
         if recipe.algorithm == "fedavg":
             order = batch_indices(len(batch), recipe, stream(seed, "order", number, 1))
-        with masks_from(drawn_masks(stream(seed, "dropout", "", number, 1))):
+        masks, noise = (stream(seed, purpose, "", number, 1) for purpose in ("dropout", "latent"))
+        with masks_from(drawn_masks(masks)), noise_from(drawn_noise(noise)):
             update, left = local_update(model, parameters, buffers, [take(batch, indices) for indices in order], recipe)
         updates.append(rounded(update, recipe).tensors)
         after.append(floating(left))

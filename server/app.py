@@ -45,8 +45,8 @@ def header(world: World) -> dict[str, Any]:
     return {
         "model": config.dump(world.architecture),
         "schema_of_a_record": {"shape": list(schema.shape), "class_names": list(schema.class_names)},
-        "federation": config.dump(world.federation),
+        "federation": config.standard(config.dump(world.federation)),
         "training": config.dump(world.training),
-        "defenses": config.dump(world.defenses),
+        "defenses": config.standard(config.dump(world.defenses)),
         **({} if honest else {"adversary": "ACTIVE: not honest-but-curious", "tampering": config.dump(world.tampering)}),
     }

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from simulator.errors import FederationError
+from simulator import wire
+from simulator.errors import FederationError, WireError
 
 POLL_SECONDS = 0.05
 DEAD_WORKER = "ActorDiedError"
@@ -64,6 +65,18 @@ def ask(
         if client not in answered and client not in lost:
             lost[client] = f"client {client} did not answer within {timeout:g} s"
     return Answers({client: answered[client] for client in sorted(answered)}, lost)
+
+
+def payloads(answers: Answers, stage: str, lost: dict[int, str]) -> dict[int, bytes]:
+    """What each client answered in a stage of a channel's protocol; who did not is added to ``lost``, with the stage."""
+    lost.update({client: f"{reason} (stage {stage})" for client, reason in answers.lost.items()})
+    found = {}
+    for client, content in answers.contents.items():
+        try:
+            found[client] = wire.unpack_stage(content)[1]
+        except WireError as error:
+            lost[client] = f"client {client} sent what cannot be used (stage {stage}): {error}"
+    return found
 
 
 def find_clients(grid: Grid, expected: int, timeout: float) -> list[int]:

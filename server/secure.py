@@ -1,43 +1,73 @@
-"""The server's side of secure aggregation over Flower messages: four stages, clients may leave at each of them."""
+"""The server's side of secure aggregation over Flower messages: stages, and clients may leave at each of them."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from defenses.channel._secagg.masking import word_type
+from defenses.channel._secagg import graph, keyring
+from defenses.channel._secagg.encoding import ideal_sum
+from defenses.channel._secagg.masking import unpack
+from defenses.channel._secagg.messages import pack_fields
+from defenses.channel._secagg.parameters import Parameters
 from defenses.channel._secagg.server import SecAggServer
-from defenses.channel.secure_aggregation import SecureAggregation, ideal_sum
-from server.ask import ask
+from defenses.channel.secure_aggregation import SecureAggregation
+from server.ask import ask, payloads
 from server.curious import CuriousGrid
 from simulator import wire
+from simulator.aggregate import mean_update
 from simulator.errors import FederationError, ProtocolAbort, WireError
+from simulator.network import floating
 from simulator.types import Broadcast, Upload
 from simulator.world import World
 
 
+@contextmanager
+def secure_channel() -> Iterator[Any]:
+    """Secure aggregation for a whole run: keys that outlive a round are remembered from one to the next."""
+    yield partial(collect_aggregate, advertised={})
+
+
 def collect_aggregate(
-    grid: CuriousGrid, world: World, nodes: Mapping[int, int], clients: Sequence[int], broadcast: Broadcast
-) -> tuple[list[Upload], dict[int, str]]:
+    grid: CuriousGrid, world: World, nodes: Mapping[int, int], clients: Sequence[int], broadcast: Broadcast, *,
+    advertised: dict[int, bytes],
+) -> tuple[list[Upload], dict[int, str]]:  # fmt: skip
     """Run the channel over the cohort; return the one upload that the server learns, and who left at which stage and why.
 
+    Args:
+        grid: the tap.
+        world: whose channel it is.
+        nodes: Flower's node id of each client.
+        clients: the cohort.
+        broadcast: of this round.
+        advertised: keys that outlive a round, by client; changed in place.
+
     Raises:
-        FederationError: fewer clients than the threshold went through a stage.
+        FederationError: fewer clients than needed went through a stage.
     """
     channel = world.channel
     assert isinstance(channel, SecureAggregation)
     lost: dict[int, str] = {}
     try:
-        collect = _by_protocol if channel.mode == "protocol" else _by_trusted_party
-        total, senders = collect(grid, world, channel, nodes, clients, broadcast, lost)
-        upload = channel.decode(
-            total, kind="delta" if broadcast.training.algorithm == "fedavg" else "gradient", template=broadcast.parameters,
-            buffer_template=broadcast.buffers, senders=senders, cohort=len(clients), max_examples=channel.largest_upload(world),
-        )  # fmt: skip
+        if channel.mode == "plain":
+            upload = _plain_mean(grid, world, channel, nodes, clients, broadcast, lost)
+        else:
+            if channel.mode == "protocol":
+                total, senders = _by_protocol(grid, world, channel, nodes, clients, broadcast, lost, advertised)
+            else:
+                total, senders = _by_trusted_party(grid, world, channel, nodes, clients, broadcast, lost)
+            upload = channel.decode(
+                total, kind="delta" if broadcast.training.algorithm == "fedavg" else "gradient", template=broadcast.parameters,
+                buffer_template=broadcast.buffers, senders=senders, cohort=len(clients), max_examples=channel.largest_upload(world),
+                noisy=channel.noised(world),
+            )  # fmt: skip
     except ProtocolAbort as error:
         for client, reason in sorted(lost.items()):
             grid.record_lost(broadcast.round, client, reason)
@@ -48,24 +78,43 @@ def collect_aggregate(
 
 def _by_protocol(
     grid: CuriousGrid, world: World, channel: SecureAggregation, nodes: Mapping[int, int], clients: Sequence[int],
-    broadcast: Broadcast, lost: dict[int, str],
+    broadcast: Broadcast, lost: dict[int, str], advertised: dict[int, bytes],
 ) -> tuple[np.ndarray, frozenset[int]]:  # fmt: skip
     """The real thing: every stage is a message to each client that is still there."""
     parameters = channel.parameters(
-        run_id=secrets.token_hex(16), round=broadcast.round, clients=clients, template=broadcast.parameters, buffers=broadcast.buffers
-    )
-    server = SecAggServer(parameters)
+        run_id=secrets.token_hex(16), round=broadcast.round, clients=clients, template=broadcast.parameters, buffers=broadcast.buffers,
+        seed=secrets.token_bytes(graph.SEED_BYTES),
+    )  # fmt: skip
+    server, plan = SecAggServer(parameters), str(channel.plan_for(len(clients)))
 
-    def stage(name: str, payloads: Mapping[int, bytes]) -> dict[int, bytes]:
-        sent = broadcast if name == "mask" else None
-        contents = {client: wire.pack_stage(name, payload, sent) for client, payload in payloads.items()}
+    def stage(name: str, sent: Mapping[int, bytes]) -> dict[int, bytes]:
+        model = broadcast if name == "mask" else None
+        facts = {"graph": plan} if name in ("advertise", "share") else {}  # in the transcript: what is certified of this round
+        contents = {client: wire.pack_stage(name, payload, model, **facts) for client, payload in sent.items()}
         return _answers(grid, world, nodes, contents, broadcast.round, lost, name)
 
-    keys = stage("advertise", {client: parameters.to_bytes() for client in clients})
-    shares = stage("share", server.receive_advertise(keys))
+    if parameters.standing:
+        rosters = _standing_keys(parameters, server, stage, advertised)
+    else:
+        rosters = server.receive_advertise(stage("advertise", {client: parameters.to_bytes() for client in clients}))
+    shares = stage("share", rosters)
+    for client in rosters.keys() - shares.keys():  # perhaps it lost its keys: ask for new ones the next time
+        advertised.pop(client, None)
     masked = stage("mask", server.receive_share(shares))
-    opened = stage("unmask", server.receive_mask(masked))
-    return server.receive_unmask(opened)
+    survivors = server.receive_mask(masked)
+    if parameters.active:
+        survivors = server.receive_sign(stage("sign", survivors))
+    return server.receive_unmask(stage("unmask", survivors))
+
+
+def _standing_keys(parameters: Parameters, server: SecAggServer, stage: Any, advertised: dict[int, bytes]) -> dict[int, bytes]:
+    """Ask those for keys who have not advertised in an earlier round; what to send for the next stage: parameters and roster."""
+    unknown = [client for client in parameters.clients if client not in advertised]
+    if unknown:
+        for client, message in stage("advertise", dict.fromkeys(unknown, b"")).items():
+            advertised[client] = keyring.unpack_advert(message, client)
+    rosters = server.use_keys({client: advertised[client] for client in parameters.clients if client in advertised})
+    return {client: pack_fields(parameters.to_bytes(), roster) for client, roster in rosters.items()}
 
 
 def _by_trusted_party(
@@ -74,25 +123,45 @@ def _by_trusted_party(
 ) -> tuple[np.ndarray, frozenset[int]]:  # fmt: skip
     """The ideal functionality: a trusted party beneath the tap adds the vectors up, and the server is told the sum."""
     grid.record_broadcast(broadcast)
-    contents = {client: wire.pack_stage("ideal", b"", broadcast) for client in clients}
-    vectors = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "ideal")
-    if len(vectors) < channel.threshold_for(len(clients)):
-        raise ProtocolAbort(f"senders must be ≥ {channel.threshold_for(len(clients))}, got {len(vectors)}.")
+    contents = {client: wire.pack_stage("quantized", b"", broadcast) for client in clients}
+    vectors = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "quantized")
+    _check_quorum(channel, len(vectors), len(clients))
     grid.upload_bytes += sum(map(len, vectors.values()))
-    word = word_type(channel.bits_for(len(clients)))
-    return ideal_sum({client: np.frombuffer(vector, word) for client, vector in vectors.items()}), frozenset(vectors)
+    length = sum(tensor.numel() for part in (broadcast.parameters, broadcast.buffers) for tensor in floating(part).values()) + 1
+    bits = channel.bits_for(len(clients))
+    return ideal_sum({client: unpack(vector, length, bits) for client, vector in vectors.items()}, bits), frozenset(vectors)
+
+
+def _plain_mean(
+    grid: CuriousGrid, world: World, channel: SecureAggregation, nodes: Mapping[int, int], clients: Sequence[int],
+    broadcast: Broadcast, lost: dict[int, str],
+) -> Upload:  # fmt: skip
+    """The mean of what clients would upload in the clear, over a trusted party beneath the tap: averaging and nothing else."""
+    grid.record_broadcast(broadcast)
+    contents = {client: wire.pack_stage("plain", b"", broadcast) for client in clients}
+    answers = ask(grid.trusted_party, nodes, wire.CHANNEL, contents, round=broadcast.round, timeout=world.federation.timeout_seconds)
+    lost.update({client: f"{reason} (stage plain)" for client, reason in answers.lost.items()})
+    uploads = []
+    for client, content in answers.contents.items():
+        try:
+            uploads.append(wire.unpack_upload(content, client, broadcast))
+        except WireError as error:
+            lost[client] = f"client {client} sent what cannot be used (stage plain): {error}"
+    _check_quorum(channel, len(uploads), len(clients))
+    update, buffers = mean_update(uploads)
+    tensors = [tensor for upload in uploads for part in (upload.update.tensors, upload.buffers) for tensor in part.values()]
+    grid.upload_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return Upload(frozenset().union(*(u.senders for u in uploads)), update, buffers, sum(u.num_examples for u in uploads))
+
+
+def _check_quorum(channel: SecureAggregation, senders: int, cohort: int) -> None:
+    if senders < (least := channel.quorum_for(cohort)):
+        raise ProtocolAbort(f"senders must be ≥ {least}, got {senders}.")
 
 
 def _answers(
     grid: Grid, world: World, nodes: Mapping[int, int], contents: Mapping[int, RecordDict], round: int, lost: dict[int, str], name: str
 ) -> dict[int, bytes]:
     """The payloads that came back, by client; who did not answer is lost at this stage."""
-    answers = ask(grid, nodes, wire.SECAGG, contents, round=round, timeout=world.federation.timeout_seconds)
-    lost.update({client: f"{reason} (stage {name})" for client, reason in answers.lost.items()})
-    payloads = {}
-    for client, content in answers.contents.items():
-        try:
-            payloads[client] = wire.unpack_stage(content)[1]
-        except WireError as error:
-            lost[client] = f"client {client} sent what cannot be used (stage {name}): {error}"
-    return payloads
+    answers = ask(grid, nodes, wire.CHANNEL, contents, round=round, timeout=world.federation.timeout_seconds)
+    return payloads(answers, name, lost)

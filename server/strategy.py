@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from flwr.app import RecordDict
 
+from defenses.channel.ckks import CKKSAggregation
+from defenses.channel.enclave import SimulatedEnclave
+from defenses.channel.secure_aggregation import SecureAggregation
 from server.active import tampered
 from server.ask import ask, find_clients
+from server.ckks import ckks_channel
 from server.curious import CuriousGrid
-from server.secure import collect_aggregate
+from server.enclave import enclave_channel
+from server.secure import secure_channel
 from simulator import progress, wire
 from simulator.aggregate import mean_update
-from simulator.defense import ServerContext
+from simulator.defense import Defense, ServerContext
 from simulator.errors import FederationError, WireError
 from simulator.network import network, tensors
 from simulator.rng import stream
 from simulator.types import Broadcast, Tensors, Upload
 from simulator.world import World
+
+Collect = Callable[[CuriousGrid, World, Mapping[int, int], Sequence[int], Broadcast], tuple[list[Upload], dict[int, str]]]
+"""One round: from the cohort and what it is sent to what the server learns, and who was lost and why."""
 
 
 @dataclass
@@ -49,19 +58,19 @@ def run_rounds(grid: CuriousGrid, world: World) -> tuple[str, dict[str, Any]]:
     parameters, buffers = tensors(network(world.architecture, schema, world.training, world.seed))
     nodes = introduce(grid, federation.clients, federation.timeout_seconds)
     losses, started = Losses(grid), time.thread_time()
-    collect = collect_uploads if world.channel is None else collect_aggregate
-    for round in range(1, federation.rounds + 1):
-        broadcast = Broadcast(round, tampered(world, parameters, round), buffers, world.training)
-        uploads, lost = collect(grid, world, nodes, cohort(world, round), broadcast)
-        losses.add(round, lost)
-        answered = sum(len(upload.senders) for upload in uploads)
-        if answered < federation.min_clients:
-            raise FederationError(
-                f"clients that answered must be ≥ {federation.min_clients}, got {answered} in round {round}. "
-                f"{' '.join(lost.values())} See the transcript."
-            )
-        parameters, buffers = step(world, broadcast, uploads)
-        progress.tick("rounds", round, federation.rounds, f"{answered} clients")
+    with opened(world) as collect:
+        for round in range(1, federation.rounds + 1):
+            broadcast = Broadcast(round, tampered(world, parameters, round), buffers, world.training)
+            uploads, lost = collect(grid, world, nodes, cohort(world, round), broadcast)
+            losses.add(round, lost)
+            answered = sum(len(upload.senders) for upload in uploads)
+            if answered < federation.min_clients:
+                raise FederationError(
+                    f"clients that answered must be ≥ {federation.min_clients}, got {answered} in round {round}. "
+                    f"{' '.join(lost.values())} See the transcript."
+                )
+            parameters, buffers = step(world, broadcast, uploads)
+            progress.tick("rounds", round, federation.rounds, f"{answered} clients")
     grid.record_released(federation.rounds, parameters, buffers)
     messages = sum(len(cohort(world, round)) for round in range(1, federation.rounds + 1))
     facts = {
@@ -71,6 +80,24 @@ def run_rounds(grid: CuriousGrid, world: World) -> tuple[str, dict[str, Any]]:
         "lost": len(losses.entries),
     }
     return ("degraded" if losses.entries else "ok"), facts
+
+
+def opened(world: World) -> AbstractContextManager[Collect]:
+    """How this world's server collects, in the clear or through its channel, which lives as long as the run.
+
+    Raises:
+        FederationError: a channel that has no server's side here.
+    """
+    if world.channel is None:
+        return nullcontext(collect_uploads)
+    channels: Mapping[type[Defense], Callable[[], AbstractContextManager[Collect]]] = {
+        SecureAggregation: secure_channel,
+        CKKSAggregation: ckks_channel,
+        SimulatedEnclave: lambda: enclave_channel(world),
+    }
+    if type(world.channel) not in channels:
+        raise FederationError(f"channel must be one of {[kind.name for kind in channels]}, got {world.channel.name!r}. Use one of them.")
+    return channels[type(world.channel)]()
 
 
 def introduce(grid: CuriousGrid, expected: int, timeout: float) -> dict[int, int]:
@@ -116,9 +143,10 @@ def step(world: World, broadcast: Broadcast, uploads: Sequence[Upload]) -> tuple
     """The next model: the mean update, through the server-side defenses, along the learning rates."""
     update, means = mean_update(uploads)
     answered = sum(len(upload.senders) for upload in uploads)
-    context = ServerContext(broadcast.round, answered, stream(world.seed, "server-defense", world.secret, broadcast.round))
+    rng = stream(world.seed, "server-defense", world.secret, broadcast.round)
+    context = ServerContext(broadcast.round, answered, rng, broadcast.buffers)
     for defense in world.defenses:
-        update = defense.on_aggregate(update, context)
+        update, means = defense.on_aggregate(update, context), defense.on_mean_buffers(means, context)
     rate = world.federation.server_learning_rate
     scale = rate if update.kind == "delta" else -rate * broadcast.training.learning_rate
     parameters = {name: tensor + scale * update.tensors[name] for name, tensor in broadcast.parameters.items()}

@@ -24,6 +24,8 @@ class ThreatModel:
         public_data: whether it holds public records of the same kind (the data set's public split).
         rounds: what it may use of its own recording: the attacked round alone, or all rounds.
         colluding: clients that tell the server what they sent; they are no victims, and it takes them out of every aggregate.
+        candidates: whether it is handed a list of records, labels and all, that holds the true ones among others: it need only guess
+            which, as in the definition of reconstruction robustness (Balle et al., 2022, arXiv:2201.04845).
     """
 
     adversary: Literal["honest-but-curious", "active"] = "honest-but-curious"
@@ -31,6 +33,7 @@ class ThreatModel:
     public_data: bool = False
     rounds: Literal["one", "all"] = "one"
     colluding: int = 0
+    candidates: bool = False
 
     def __post_init__(self) -> None:
         if self.colluding < 0:
@@ -53,6 +56,9 @@ class Knowledge:
         adversary: ``active`` if the server wrote the broadcast parameters in order to be told more.
         history: the other recorded rounds as the server saw them, ascending, with the uploads of all clients; empty unless the
             threat model grants all rounds.
+        candidates: records among which those behind the upload are, in an order that says nothing.
+        encoded: whether a defense changes records before they are trained on. What an update proves, it then proves of the changed ones:
+            a certificate says nothing of the record, and none is taken.
     """
 
     model: nn.Module
@@ -65,6 +71,8 @@ class Knowledge:
     defenses: tuple[tuple[str, Mapping[str, object]], ...] = ()
     adversary: Literal["honest-but-curious", "active"] = "honest-but-curious"
     history: tuple[Observation, ...] = ()
+    candidates: Batch | None = None
+    encoded: bool = False
 
 
 @dataclass(frozen=True)

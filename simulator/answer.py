@@ -17,6 +17,8 @@ LONGEST_NAME = 200
 def checked(answer: Any, knowledge: Knowledge) -> Reconstruction:
     """The answer with plain numbers and tensors of its own, if it is one. NaN in a guess is no reason to refuse it: it is judged.
 
+    Certificates are dropped where records were changed before training (:attr:`Knowledge.encoded`).
+
     Raises:
         TypeError, ValueError: it is no Reconstruction; or not one record at least and at most as many as the upload's, each with a
             label; or inputs of another shape; or a certificate or solver for another number of records.
@@ -43,7 +45,7 @@ def checked(answer: Any, knowledge: Knowledge) -> Reconstruction:
         labels=labels.detach().cpu().to(torch.int64),
         objective=float(answer.objective),
         trace=tuple((int(step), float(value)) for step, value in answer.trace),
-        certificate=_names(answer.certificate, len(labels), "certificate"),
+        certificate=() if knowledge.encoded else _names(answer.certificate, len(labels), "certificate"),
         solver=_names(answer.solver, len(labels), "solver"),
         seconds=_seconds(answer.seconds),
         converged=bool(answer.converged),
@@ -71,5 +73,3 @@ def _seconds(value: Any) -> float:
 
 def _kind(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-

@@ -57,6 +57,15 @@ def dump(value: Any) -> Any:
     return value
 
 
+def standard(value: Any) -> Any:
+    """What :func:`dump` gives, as standard JSON can write it and :func:`build` reads it: infinity as ``"inf"``."""
+    if isinstance(value, Mapping):
+        return {name: standard(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [standard(item) for item in value]
+    return "inf" if value == float("inf") and isinstance(value, float) else value
+
+
 def override(table: Mapping[str, Any], assignment: str) -> dict[str, Any]:
     """Return ``table`` with one ``a.b=value`` applied; a number in the path indexes a list.
 

@@ -76,4 +76,4 @@ def split(data: DataSet, shares: Split, seed: int) -> Splits:
 
 def take(batch: Batch, indices: Any) -> Batch:
     """The records at ``indices``, in that order."""
-    return Batch(batch.inputs[indices], batch.labels[indices])
+    return Batch(batch.inputs[indices], batch.labels[indices], None if batch.targets is None else batch.targets[indices])

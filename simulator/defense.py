@@ -9,8 +9,9 @@ A defense is a frozen dataclass registered under ``defenses``; it overrides the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,8 @@ from torch import nn
 from simulator.types import Batch, Broadcast, Tensors, Update
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from dp_accounting import DpEvent
 
     from simulator.world import World
@@ -44,13 +47,31 @@ class Private:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """What a client may mix a batch with.
+
+    Attributes:
+        held: all records that the client holds, those of the batch among them.
+        public: everybody's records of the same kind.
+        classes: that a label can name.
+    """
+
+    held: Batch
+    public: Batch
+    classes: int
+
+
+@dataclass(frozen=True)
 class ClientContext:
     """What a client-side hook may know: who acts, in which round and local step, and its own randomness.
 
     Attributes:
-        batch_size: records in the round's first batch.
+        batch_size: records in the round's first batch; under Poisson sampling the expected number, whatever was drawn.
         step: the local step that ``on_gradient`` and ``on_step`` act in, from 1; 0 outside.
         private: what the client itself knows; None unless the defense says that it :attr:`Defense.looks_again`.
+        lasting: randomness that starts the same in every round; each client has its own.
+        pool: what ``on_batch`` may mix the batch with; None in every other hook.
+        buffers: of the model, as the server sent them.
     """
 
     client: int
@@ -59,15 +80,19 @@ class ClientContext:
     rng: torch.Generator
     step: int = 0
     private: Private | None = None
+    lasting: torch.Generator | None = None
+    pool: Pool | None = None
+    buffers: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ServerContext:
-    """What a server-side hook may know: the round, how many clients answered, and its own randomness."""
+    """What a server-side hook may know: the round, how many clients answered, its own randomness, and the buffers that it sent."""
 
     round: int
     cohort: int
     rng: torch.Generator
+    buffers: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,13 +162,44 @@ class Defense:
         """Transform the whole update before it leaves the client."""
         return update
 
+    def on_buffers(self, buffers: Tensors, update: Update, context: ClientContext) -> Tensors:
+        """Transform the buffers that leave beside the update, which is as this defense's :meth:`on_update` gets it."""
+        return buffers
+
+    def integer_noise(self, world: World, shape: tuple[int, ...], rng: torch.Generator) -> npt.NDArray[np.int64] | None:
+        """Noise for the update's coordinates in units of the grid of secure aggregation, added before masking; None adds nothing.
+
+        Args:
+            world: the whole federation: a client's noise may count on that of others.
+            shape: (coordinates of the update,).
+            rng: the client's own randomness for this round.
+        """
+        return None
+
+    def longest_rounded(self, world: World, coordinates: int) -> float:
+        """The L2 norm to which the rounded update must keep, in units of the grid of secure aggregation: rounding is repeated until then."""
+        return math.inf
+
     def on_aggregate(self, update: Update, context: ServerContext) -> Update:
         """Transform the aggregate at the server, after the observation was taken."""
         return update
 
+    def on_mean_buffers(self, means: Tensors, context: ServerContext) -> Tensors:
+        """Transform the mean of the clients' buffers at the server, which sends them in the next round."""
+        return means
+
     def noise_std(self, world: World) -> float:
         """Standard deviation of the noise that it adds to one coordinate of an upload: what a channel must make room for."""
         return 0.0
+
+    def upload_bytes(self, numbers: int, world: World) -> float | None:
+        """Bytes that an efficient coding of one client's upload takes; None where it takes what it took before, 4 a number.
+
+        Args:
+            numbers: parameters and buffers of the model.
+            world: the federation: a protocol's messages depend on the cohort.
+        """
+        return None
 
     def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
         """The formal claim over the whole training, or None: a defense without one is reported with ε = ∞.

@@ -24,7 +24,7 @@ Driver = Literal["inprocess", "simulation", "deployment"]
 
 def run_config(world: World, out: Path) -> dict[str, Any]:
     """What both apps are told: the world as JSON, and where the server writes."""
-    return {"world": json.dumps(config.dump(world)), "out-dir": str(out.resolve())}
+    return {"world": json.dumps(config.standard(config.dump(world)), allow_nan=False), "out-dir": str(out.resolve())}
 
 
 def read_world(settings: dict[str, Any]) -> World:

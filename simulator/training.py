@@ -16,23 +16,23 @@ from torch.nn import functional as F
 
 from simulator.models.dropout import dropping
 from simulator.models.elementary import ElementaryNorms
+from simulator.models.latent import noisy, penalties
 from simulator.types import Batch, LocalTraining, Tensors, Update
 
 GradientRule = Callable[[nn.Module, Tensors, Tensors, Batch], tuple[Tensors, Tensors]]
 """(model, parameters, buffers, batch) → (gradient, buffers after the step)."""
 
 
-def loss(
-    model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensors]:
-    """Mean cross-entropy over the batch, and the buffers after the forward pass."""
+def loss(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensors]:
+    """Mean cross-entropy over the batch and what the model's own layers add to it, and the buffers after the forward pass."""
     # BatchNorm writes into the buffers that it is given: hand it copies. Under vmap a copy must be one for each victim; the sum
     # with a zero that is derived from inputs and parameters is, whichever of the two is batched.
     zero = batch.inputs.new_zeros(()) + next(iter(parameters.values())).new_zeros(())
     after = {name: tensor + zero.to(tensor.dtype) if tensor.is_floating_point() else tensor.clone() for name, tensor in buffers.items()}
-    with ElementaryNorms():
+    with ElementaryNorms(), penalties() as added:
         logits = functional_call(model, {**parameters, **after}, (batch.inputs,))
-    return F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing), after
+    wanted = batch.labels if batch.targets is None else batch.targets
+    return sum(added, F.cross_entropy(logits, wanted, label_smoothing=label_smoothing)), after
 
 
 def mean_gradient(
@@ -43,18 +43,32 @@ def mean_gradient(
     return gradient, after
 
 
+def sampled_gradient(
+    model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, expected: int, label_smoothing: float = 0.0
+) -> tuple[Tensors, Tensors]:
+    """The sum of the records' gradients over the ``expected`` number of them: the mean gradient of a Poisson sample; 0 for an empty one."""
+    if not len(batch):
+        return {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}, buffers
+    gradient, after = mean_gradient(model, parameters, buffers, batch, label_smoothing=label_smoothing)
+    return {name: tensor * (len(batch) / expected) for name, tensor in gradient.items()}, after
+
+
 def per_example_gradients(
     model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, label_smoothing: float = 0.0
 ) -> Tensors:
-    """One gradient for each record, stacked along a first axis of length ``len(batch)``."""
+    """One gradient for each record, stacked along a first axis of length ``len(batch)``, which may be 0."""
+    if not len(batch):
+        return {name: tensor.new_zeros(0, *tensor.shape) for name, tensor in parameters.items()}
 
-    def one(parameters: Tensors, record: Tensor, label: Tensor) -> Tensor:
+    wanted = batch.labels if batch.targets is None else batch.targets
+
+    def one(parameters: Tensors, record: Tensor, label: Tensor) -> Tensor:  # a label is an index or a row of targets
         return loss(model, parameters, buffers, Batch(record[None], label[None]), label_smoothing=label_smoothing)[0]
 
-    if dropping():  # masks are drawn, one after the other
-        each = [grad(one)(dict(parameters), record, label) for record, label in zip(batch.inputs, batch.labels, strict=True)]
+    if dropping() or noisy():  # masks and noise are drawn, one after the other
+        each = [grad(one)(dict(parameters), record, label) for record, label in zip(batch.inputs, wanted, strict=True)]
         return {name: torch.stack([gradient[name] for gradient in each]) for name in parameters}
-    gradients: Tensors = vmap(grad(one), in_dims=(None, 0, 0))(dict(parameters), batch.inputs, batch.labels)
+    gradients: Tensors = vmap(grad(one), in_dims=(None, 0, 0))(dict(parameters), batch.inputs, wanted)
     return gradients
 
 
@@ -143,7 +157,11 @@ def rounded(update: Update, recipe: LocalTraining) -> Update:
 
 
 def batch_indices(records: int, recipe: LocalTraining, rng: torch.Generator) -> list[Tensor]:
-    """The record indices of each local step of one FedAvg round: fresh permutations, with or without partial last batches."""
+    """The record indices of each local step of one round: fresh permutations, with or without partial last batches, or Poisson samples."""
+    if recipe.sampling == "poisson":
+        rate = recipe.sampling_rate(records)  # in float64: at float32's 2^-24 a rate would be rounded
+        draws = (torch.rand(records, generator=rng, dtype=torch.float64) < rate for _ in range(recipe.local_steps(records)))
+        return [torch.nonzero(draw).flatten() for draw in draws]
     size, in_epoch = recipe.size_of_batch(records), recipe.steps_in_epoch(records)
     steps: list[Tensor] = []
     wanted = recipe.steps or recipe.epochs * in_epoch

@@ -21,10 +21,13 @@ class Batch:
     Attributes:
         inputs: images, float32 in [0, 1], channels first; normalization is the model's first layer.
         labels: class indices, int64.
+        targets: a weight for each class, what a client trains towards instead of its labels where a defense mixes records; it stays
+            at the client. None trains towards the labels.
     """
 
     inputs: Float[Tensor, "batch channel height width"]
     labels: Int[Tensor, " batch"]
+    targets: Float[Tensor, "batch classes"] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +55,9 @@ class LocalTraining:
 
     Attributes:
         batch_size: records in a batch; 0 means all that the client holds.
+        sampling: ``shuffled`` walks through fresh permutations; ``poisson`` takes each record into each batch on its own with probability
+            batch_size / held, so that a batch varies in size and may be empty. Its gradient is divided by the expected size, and the
+            upload states what is expected: who was drawn stays secret, which is what amplifies DP-SGD.
         epochs: local epochs (fedavg).
         steps: local steps (fedavg); 0 means as many as ``epochs`` takes.
         drop_last: leave out the partial last batch of each epoch (fedavg; fedsgd always does), as DataLoader(drop_last=True). A client
@@ -75,6 +81,7 @@ class LocalTraining:
 
     algorithm: Literal["fedsgd", "fedavg"] = "fedsgd"
     batch_size: int = 1
+    sampling: Literal["shuffled", "poisson"] = "shuffled"
     epochs: int = 1
     steps: int = 0
     drop_last: bool = False
@@ -107,13 +114,15 @@ class LocalTraining:
                 raise ValueError(f"{name} must be ≥ 0 and finite, got {getattr(self, name)}. 0 is none.")
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}. The default is 'sgd'.")
+        if self.sampling not in ("shuffled", "poisson"):
+            raise ValueError(f"sampling must be 'shuffled' or 'poisson', got {self.sampling!r}. The default is 'shuffled'.")
         if self.upload_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"upload_dtype must be float32, float16 or bfloat16, got {self.upload_dtype!r}. The default is float32.")
         if self.optimizer == "adam" and self.momentum:
             raise ValueError(f"momentum must be 0 with optimizer = 'adam', got {self.momentum}. Set adam_beta1 instead.")
 
     def size_of_batch(self, records: int) -> int:
-        """Records in a full batch of a client that holds ``records``."""
+        """Records in a full batch of a client that holds ``records``; under Poisson sampling the expected number."""
         return max(1, min(self.batch_size or records, records))
 
     def steps_in_epoch(self, records: int) -> int:
@@ -126,6 +135,22 @@ class LocalTraining:
         if self.algorithm == "fedsgd":
             return 1
         return self.steps or self.epochs * self.steps_in_epoch(records)
+
+    def sampling_rate(self, records: int) -> float:
+        """q: the probability with which Poisson sampling takes one record of a client with ``records`` into a batch."""
+        return self.size_of_batch(records) / records
+
+    def examples_in_round(self, records: int) -> int:
+        """The distinct records that a client with ``records`` trains on in one round, of one epoch if it drops any.
+
+        Under Poisson sampling the number that it states instead: at most what its batches are expected to hold together. It says
+        nothing of the draw.
+        """
+        if self.algorithm == "fedsgd":
+            return self.size_of_batch(records)
+        if self.drop_last and self.sampling == "shuffled":
+            return self.local_steps(records) * self.size_of_batch(records)
+        return min(records, self.steps * self.size_of_batch(records)) if self.steps else records
 
     def without_effect(self) -> str | None:
         """The reason to refuse settings of the local optimizer that FedSGD, which has none, would silently ignore."""

@@ -25,8 +25,8 @@ from simulator.types import Broadcast, LocalTraining, Tensors, Update, Upload
 
 HELLO = "query.hello"
 TRAIN = "train.update"
-SECAGG = "train.secagg"
-"""Message types: who are you; train and upload; one stage of secure aggregation."""
+CHANNEL = "train.channel"
+"""Message types: who are you; train and upload; one stage of the channel's protocol."""
 
 MALFORMED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, EOFError)
 """What reading a record raises that is not what it should be."""
@@ -178,7 +178,7 @@ def unpack_stage(content: RecordDict) -> tuple[str, bytes, dict[str, Any]]:
         return str(facts.pop(STAGE)), bytes(facts.pop("payload")), facts
     except (KeyError, TypeError) as error:
         raise WireError(
-            f"message must carry a protocol stage, got {sorted(content)}. Check that both sides run secure aggregation."
+            f"message must carry a protocol stage, got {sorted(content)}. Check that both sides run the same channel."
         ) from error
 
 

@@ -94,8 +94,8 @@ class World:
 
     Attributes:
         seed: fixes the initial weights, who holds what, and the order of batches. Small numbers can be guessed from what they fix.
-        secret: keys the randomness of the defenses together with the seed. ``fedpeek run`` draws 128 bits for each run and writes
-            them to its resolved spec alone, so that no attack can compute the noise again; empty in tests.
+        secret: keys the randomness of the defenses, and who is in a Poisson sample, together with the seed. ``fedpeek run`` draws 128
+            bits for each run and writes them to its resolved spec alone, so that no attack can compute either again; empty in tests.
     """
 
     data: Annotated[Any, Plugin("data")]
@@ -123,9 +123,12 @@ class World:
 
         FedSGD walks through a fresh permutation of the client's records each epoch, without the partial last batch, so a
         record enters at most once an epoch. FedAvg uses every record once a local epoch; with ``steps`` it may stop early.
-        A client takes part in at most every round: the server draws the cohort, so sampling is no secret to it.
+        A client takes part in at most every round: the server draws the cohort, so sampling is no secret to it. A Poisson sample may
+        hold any record, so that each batch is a release.
         """
         recipe, rounds = self.training, self.federation.rounds
+        if recipe.sampling == "poisson":
+            return rounds * recipe.local_steps(records_held)
         if recipe.algorithm == "fedsgd":
             return math.ceil(rounds / max(1, records_held // recipe.size_of_batch(records_held)))
         epochs = math.ceil(recipe.steps / recipe.steps_in_epoch(records_held)) if recipe.steps else recipe.epochs

@@ -59,5 +59,5 @@ def misbehaving(act: Callable[[int, Message, Callable[[], Message]], Message]) -
 
     app.query("hello")(client_module.hello)
     app.train("update")(through(client_module.update))
-    app.train("secagg")(through(client_module.secagg))
+    app.train("channel")(through(client_module.channel))
     return app

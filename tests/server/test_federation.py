@@ -198,3 +198,11 @@ def test_transcript_header_holds_no_seed(tmp_path: Path) -> None:
     record = federate(world(seed=987654321), tmp_path / "t")
     assert "987654321" not in (tmp_path / "t" / LINES).read_text()
     assert "seed" not in record.header
+
+
+def test_a_setting_may_be_infinite(tmp_path: Path) -> None:
+    """What the transcript and the apps are told is standard JSON, which has no infinity of its own."""
+    of = world(defenses=[{"name": "clip", "clip_norm": "inf"}], federation={"timeout_seconds": float("inf")})
+    record = federate(of, tmp_path)
+    assert record.header["defenses"][0]["clip_norm"] == "inf"
+    assert record.end["status"] == "ok"

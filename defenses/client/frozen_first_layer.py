@@ -1,0 +1,40 @@
+"""A frozen first layer: the layer that sees the record is never trained, so its gradient is never sent.
+
+Source: the layer that gives records away in closed form is the first (Geiping et al., 2020, arXiv:2003.14053, proposition 3.1; Fowl et
+al., 2022, arXiv:2110.13057); fine-tuning with frozen layers is what deployments do.
+Deviations: its weights are those of the initial model, not pretrained ones. They travel as buffers do, sent and returned unchanged;
+under secure aggregation they are rounded with the rest.
+Hook: ``on_model``.
+
+What it does not protect: the next layer's input, which its own gradient gives away in the same way, and which is the frozen layer's output:
+a fixed function of the record that everybody knows. A layer that never learns may cost accuracy. It claims nothing (ε = ∞).
+
+Broken by: ``levenberg_marquardt`` where the model is smooth: digits, lenet, one record, 3 of 3 exact and proven, in 1 CPU s each. Behind
+a ReLU the neurons that fire are linear equations: mlp of 256 neurons, 5 of 5 above 80 dB by least squares. ``linear_leak``,
+``r_gap`` and ``hybrid`` refuse it. tests/defenses/test_broken_heuristics.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from defenses.refusal import unbuildable
+from simulator.defense import Defense
+from simulator.models.hygiene import FrozenFirstLayer as Model
+from simulator.registry import register
+from simulator.world import World
+
+
+@register("defenses", "frozen_first_layer")
+@dataclass(frozen=True)
+class FrozenFirstLayer(Defense):
+    """Leaves the first layer untrained, so that its gradient is not sent; the later layers' are."""
+
+    def refuses(self, world: World) -> str | None:
+        """Refuse models of one layer."""
+        return unbuildable(world)
+
+    def on_model(self, family: Any) -> Any:
+        """The family with its first layer frozen."""
+        return Model(family)

@@ -1,0 +1,40 @@
+"""GroupNorm in place of BatchNorm: no statistics of the batch are uploaded, and none couple its records.
+
+Source: Wu and He, 2018, arXiv:1803.08494; that BatchNorm's statistics are what strong attacks live on: Huang et al., 2021,
+    arXiv:2112.00059, section 3; Yin et al., 2021, arXiv:2104.07586.
+Deviations: 8 groups where 8 divides the channels; the paper has 32, for wider layers.
+Hook: ``on_model``.
+
+What it does not protect: the gradient, which then is one of independent records. It takes the running statistics out of the upload, by
+which ``grad_inversion`` and ``inverting_gradients`` judge their guesses, and it makes per-record gradients possible (DP-SGD). It
+claims nothing (ε = ∞).
+
+Broken by: gradient matching without statistics, where that works on the network at all. ResNet-20 of width 8, one batch of 4 pictures
+of cifar10-sample, labels known, ``inverting_gradients`` with 300 steps: 10.8 dB with BatchNorm, 8.6 with GroupNorm, so neither is
+broken by it; one batch is no rate. Exact attacks on small networks have no BatchNorm to lose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from defenses.refusal import unbuildable
+from simulator.defense import Defense
+from simulator.models.hygiene import GroupNormed
+from simulator.registry import register
+from simulator.world import World
+
+
+@register("defenses", "group_norm")
+@dataclass(frozen=True)
+class GroupNorm(Defense):
+    """Puts GroupNorm in place of BatchNorm, so that no statistics of the batch leave the client."""
+
+    def refuses(self, world: World) -> str | None:
+        """Refuse models without BatchNorm."""
+        return unbuildable(world)
+
+    def on_model(self, family: Any) -> Any:
+        """The family with its norms changed."""
+        return GroupNormed(family)

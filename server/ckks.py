@@ -1,0 +1,166 @@
+"""The server's side of homomorphic aggregation over Flower messages: relays keys that it cannot read, adds ciphertexts."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from defenses.channel import _frames
+from defenses.channel._ckks import handover
+from defenses.channel._ckks.cipher import CONTEXT_BYTES, Cipher, generate
+from defenses.channel._vectors import Reals, largest_upload
+from defenses.channel.ckks import CKKSAggregation
+from server.ask import ask, payloads
+from server.curious import CuriousGrid
+from simulator import wire
+from simulator.errors import FederationError, ProtocolAbort
+from simulator.types import Broadcast, Upload
+from simulator.world import World
+
+Lost = dict[int, str]
+
+
+@dataclass
+class Keys:
+    """What the server has of the run's keys.
+
+    Attributes:
+        cipher: the public context.
+        holders: the clients that hold the secret key.
+        secret: the secret context, where someone gave it away; else None.
+        lost: the clients that failed during the set-up.
+    """
+
+    cipher: Cipher
+    holders: frozenset[int]
+    secret: Cipher | None
+    lost: Lost = field(default_factory=dict)
+
+
+@contextmanager
+def ckks_channel() -> Iterator[Any]:
+    """Collects by homomorphic aggregation; the keys live as long as the channel."""
+    made: list[Keys] = []
+
+    def collect(
+        grid: CuriousGrid, world: World, nodes: Mapping[int, int], clients: Sequence[int], broadcast: Broadcast
+    ) -> tuple[list[Upload], Lost]:
+        """One round: the one upload that the server learns, and who was lost at which stage and why."""
+        lost: Lost = {}
+        try:
+            if not made:
+                made.append(set_up(grid, world, nodes, broadcast.round))
+            lost |= {client: reason for client, reason in made[0].lost.items() if client in clients}
+            return [aggregate(grid, world, nodes, clients, broadcast, made[0], lost)], lost
+        except ProtocolAbort as error:
+            for client, reason in sorted(lost.items()):
+                grid.record_lost(broadcast.round, client, reason)
+            raise FederationError(f"ckks_aggregation stopped in round {broadcast.round}: {error} {' '.join(lost.values())}") from error
+
+    yield collect
+
+
+def set_up(grid: CuriousGrid, world: World, nodes: Mapping[int, int], round: int) -> Keys:
+    """Let a client make the keys and hand the secret one to all others.
+
+    Raises:
+        ProtocolAbort: fewer than two clients hold it in the end.
+    """
+    channel, run = _channel(world), secrets.token_bytes(16)
+    lost: Lost = {}
+
+    def stage(name: str, asked: Mapping[int, bytes]) -> dict[int, bytes]:
+        contents = {client: wire.pack_stage(name, payload) for client, payload in asked.items()}
+        return payloads(ask(grid, nodes, wire.CHANNEL, contents, round=round, timeout=world.federation.timeout_seconds), name, lost)
+
+    roster = stage("advertise", dict.fromkeys(nodes, run))
+    maker_key, public, envelopes, secret, maker = b"", b"", dict[int, bytes](), b"", -1
+    if channel.secret_key == "server":
+        private, maker_key = handover.key_pair()
+        public, secret = generate(channel.scheme)
+        envelopes = {
+            client: handover.seal(secret, private=private, peer=key, run=run, public_context=public) for client, key in roster.items()
+        }
+    while not public and roster:
+        maker = min(roster)
+        answer = stage("make", {maker: handover.pack_roster(roster)})
+        maker_key = roster.pop(maker)
+        if maker in answer:
+            try:
+                public, *sealed = _frames.unpack(answer[maker], count=1 + len(roster), largest=CONTEXT_BYTES, origin=f"client {maker}")
+            except ProtocolAbort as error:
+                lost[maker] = f"client {maker} sent what cannot be used (stage make): {error}"
+                continue
+            envelopes = dict(zip(sorted(roster), sealed, strict=True))
+    held = stage("hold", {client: _frames.pack([maker_key, public, envelope]) for client, envelope in envelopes.items()})
+    holders = frozenset(held) | ({maker} if maker >= 0 and public else set())
+    if len(holders) < 2:
+        raise ProtocolAbort(f"clients with keys must be ≥ 2, got {sorted(holders)}. {' '.join(lost.values())}")
+    if channel.secret_key == "colluder":
+        (secret,) = stage("collude", {min(holders): b""}).values()
+    cipher = Cipher(channel.scheme, public)
+    if cipher.holds_secret_key:
+        raise ProtocolAbort(f"public context must not hold the secret key, got one from client {maker} that does. Fix that client.")
+    return Keys(cipher, holders, Cipher(channel.scheme, secret) if secret else None, lost)
+
+
+def aggregate(
+    grid: CuriousGrid, world: World, nodes: Mapping[int, int], clients: Sequence[int], broadcast: Broadcast, keys: Keys, lost: Lost
+) -> Upload:
+    """Collect ciphertexts, add them up, and let a client decrypt the sum.
+
+    Raises:
+        ProtocolAbort: fewer than two ciphertexts, or nobody decrypts.
+    """
+    channel, timeout, round = _channel(world), world.federation.timeout_seconds, broadcast.round
+    numbers = channel.length(broadcast.parameters, broadcast.buffers)
+    contents = {client: wire.pack_stage("encrypt", b"", broadcast) for client in clients if client in keys.holders}
+    answers = payloads(ask(grid, nodes, wire.CHANNEL, contents, round=round, timeout=timeout), "encrypt", lost)
+    vectors = {}
+    for client, data in answers.items():
+        try:
+            vectors[client] = keys.cipher.load(data, numbers, origin=f"client {client}")
+        except ProtocolAbort as error:
+            lost[client] = f"client {client} sent what cannot be used (stage encrypt): {error}"
+    if len(vectors) < 2:
+        raise ProtocolAbort(f"ciphertexts must be of ≥ 2 clients, got {sorted(vectors)}. A sum over one would show its upload.")
+    total = keys.cipher.total(list(vectors.values()))
+    upload = _decoded(world, broadcast, _decrypted(grid, world, nodes, round, total, sorted(vectors), numbers, lost), frozenset(vectors))
+    if keys.secret is None:
+        grid.record_aggregate(upload)
+        return upload
+    for client in vectors:  # what the server has beside the sum: each upload by itself
+        own = keys.secret.decrypt(answers[client], numbers, origin=f"client {client}")
+        grid.record_aggregate(_decoded(world, broadcast, own, frozenset({client})))
+    return upload
+
+
+def _decrypted(
+    grid: CuriousGrid, world: World, nodes: Mapping[int, int], round: int, total: bytes, senders: Sequence[int], numbers: int, lost: Lost
+) -> Reals:
+    """The sum as the first client tells it that can."""
+    for client in senders:
+        contents = {client: wire.pack_stage("decrypt", total, round=round)}
+        answers = ask(grid, nodes, wire.CHANNEL, contents, round=round, timeout=world.federation.timeout_seconds)
+        answer = payloads(answers, "decrypt", lost).get(client)
+        if answer is not None and len(answer) == 8 * numbers:
+            return np.frombuffer(answer, "<f8").astype(np.float64)
+        lost.setdefault(client, f"client {client} sent what cannot be used (stage decrypt): not {numbers} numbers")
+    raise ProtocolAbort("the sum must be decrypted by one of its senders, got none that did.")
+
+
+def _decoded(world: World, broadcast: Broadcast, total: Reals, senders: frozenset[int]) -> Upload:
+    return _channel(world).decode(
+        total, kind="delta" if broadcast.training.algorithm == "fedavg" else "gradient", parameters=broadcast.parameters,
+        buffers=broadcast.buffers, senders=senders, max_examples=largest_upload(world),
+    )  # fmt: skip
+
+
+def _channel(world: World) -> CKKSAggregation:
+    assert isinstance(world.channel, CKKSAggregation)
+    return world.channel
