@@ -1,44 +1,59 @@
 """Secure aggregation: the server sees the weighted mean over the cohort, and no client's own update.
 
-Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, eprint 2017/281:
-    double masking on the complete graph. X25519, HKDF-SHA256, AES-256-CTR masks, AES-256-GCM envelopes, Shamir over 2^256 + 297.
+Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, eprint 2017/281: double
+    masking. X25519, HKDF-SHA256, AES-256-CTR masks, AES-256-GCM envelopes, Shamir over 2^256 + 297, Ed25519. Bell et al. (2020), CCS,
+    eprint 2020/704 ("SecAgg+"): ``graph = "k-regular"``. Ma et al. (2023), "Flamingo", arXiv:2308.09883: ``setup = "once"``.
 Deviations:
-    - **semi-honest server, up to t − 1 colluding clients**: no signatures and no consistency round, which the paper adds against an
-      active server; the clients' cheap checks (own keys echoed, keys distinct, thresholds, no strangers) are kept;
+    - **the default adversary is a semi-honest server with up to t − 1 colluding clients** (complete graph), or with the share
+      ``corrupt`` of them (k-regular, certified to 40 bits); ``active`` adds the paper's signatures and consistency round, for
+      whose identities see _secagg/identity.py: a simulation's are derived from the world, and keep nobody out who holds it;
     - envelopes are opened before the masked vector is sent, not after, so that an altered one aborts while nothing is at stake;
-    - all keys are bound to a hash of the parameters and of all public keys;
+    - all keys are bound to a hash of the parameters and, on the complete graph, of all public keys;
+    - the graph's bounds are ours (_secagg/graph.py), and so is the recovery under keys that outlive a round (_secagg/keyring.py);
     - the update is weighted by n_i before rounding, and n_i travels as the last word of the masked vector (quantization.py).
-    Their effect on the aggregate: rounding alone, :meth:`SecureAggregation.rounding_rms`; it is reported with a run because a coarse
-    rounding would act as an undeclared defense.
+    Their effect on the aggregate: rounding alone, :meth:`SecureAggregation.rounding_rms`; it is measured and reported with a run because
+    a coarse rounding would act as an undeclared defense.
 
-Hook: the channel. It turns k uploads with one sender each into one upload with k senders.
+Hook: the channel. It turns k uploads with one sender each into one upload with k senders. Three arms show what protects: ``plain``
+(averaging: a trusted party adds up what clients would upload), ``quantized`` (averaging and rounding: it adds up the words, without
+masks), ``protocol`` (and masking: all messages). The last two give the same bits.
+
+Distributed DP adds its noise here: a defense that overrides ``Defense.integer_noise(world, shape, rng)`` returns int64 noise for the
+update's coordinates, in units of the grid, :meth:`SecureAggregation.grid`; :meth:`SecureAggregation.encode` adds it to the rounded words
+modulo 2^bits before they are masked, buffers and n_i stay without. ``clip_range`` is then no bound on a coordinate but the room:
+senders' sums wrap beyond ±cohort·clip_range. The weight n_i / max_examples ≤ 1 is in the words before the noise.
 
 A client counts its own share of its own secrets, as in the paper. So any t survivors can finish, also where n − 1 others could not:
 with the default threshold, a cohort of 2 or 3 works but tolerates no drop-out, one of 4 tolerates one.
 
 What it does not protect: the mean itself, which is a large-batch update and can be attacked as one; a client whose n − 1 peers
 collude, or which several means over different cohorts single out; who takes part, who drops out and when; Σ n_i; coordinates that one
-client alone touches; against a server that alters messages, or sends different clients different models: nothing. Python cannot erase
-keys from memory nor compute in constant time.
+client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one that sends different
+clients different models. Whoever sends a false vector or share spoils the sum, undetected. Python cannot erase keys from memory nor
+compute in constant time.
+Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
+gradient_disaggregation over rounds; n − 1 colluding clients (``colluding`` of the threat model); imprint and trap_weights.
 
-Cost: per client n·d words of keystream and d words of upload; on the server (senders + dropped · senders) · d words. The
-complete graph suits cohorts up to about 100; ``ideal`` mode shows the attacker the same view at no cost.
+Cost: per client (k + 1)·d words of keystream, d·bits/8 + 131·k + about 200 bytes of upload (k = n − 1 on the complete graph); on the server
+(senders + dropped · k) · d words. ``quantized`` shows the attacker the same view as ``protocol`` at no cost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
 import torch
 
-from defenses.channel._secagg.masking import Words, word_type
+from defenses.channel._secagg import cost, encoding
+from defenses.channel._secagg import graph as graphs
+from defenses.channel._secagg.masking import Words, packed_bytes
 from defenses.channel._secagg.parameters import Parameters
-from defenses.channel._secagg.quantization import Scale, floating, split_like, to_reals, to_words
-from simulator.defense import Defense
+from defenses.channel._secagg.quantization import Integers, Scale, floating
+from defenses.channel._secagg.refusal import why_not
+from simulator.defense import Defense, overrides
 from simulator.errors import ProtocolAbort
 from simulator.registry import register
 from simulator.types import Tensors, Update, Upload
@@ -48,25 +63,8 @@ if TYPE_CHECKING:
 
 REFERENCE_STD = 1e-3
 """Coordinate standard deviation of a typical update, at which the rounding error is judged."""
-NOISE_REACH = 8
-"""Standard deviations that ``clip_range`` must leave for a defense's noise; beyond 8 lie 1e-15 of all coordinates."""
 MAX_RELATIVE_ERROR = 1e-4
 """Rounding error, relative to the mean's standard deviation, up to which 32-bit words are chosen."""
-
-
-def ideal_sum(vectors: Mapping[int, Words]) -> Words:
-    """The sum modulo 2^bits over the clients in ``vectors``: what the protocol computes, without the protocol.
-
-    Raises:
-        ProtocolAbort: no vectors, or vectors of different words or lengths.
-    """
-    kinds = {(vector.dtype, vector.shape) for vector in vectors.values()}
-    if len(kinds) != 1:
-        raise ProtocolAbort(f"vectors must be ≥ 1 and of one type and length, got {len(vectors)} of {len(kinds)}. Use one Parameters.")
-    total: Words = np.zeros_like(next(iter(vectors.values())))
-    for vector in vectors.values():
-        np.add(total, vector, out=total)
-    return total
 
 
 @register("defenses", "secure_aggregation")
@@ -75,28 +73,53 @@ class SecureAggregation(Defense):
     """Secure aggregation by double masking; see the module for its adversary and its limits.
 
     Attributes:
-        mode: ``protocol`` exchanges all messages; ``ideal`` sums the same words without masks, with bit-identical results.
-        threshold: clients that every stage needs; above half of the cohort; 0 means ⌊2n/3⌋ + 1, which the
-            paper asks for against an active server; a semi-honest one needs above half only.
+        mode: ``protocol`` exchanges all messages; ``quantized`` sums the same words without masks, with bit-identical results;
+            ``plain`` sums without rounding either.
+        graph: ``complete``, or ``k-regular`` for cohorts above about 100.
+        degree: k of the k-regular graph; 0 takes the smallest pair (k, t) that is certified for ``corrupt`` and ``dropout``; with
+            another, set ``threshold`` too: the pair is certified or refused.
+        threshold: shares that reconstruct a secret; on the complete graph also the clients that every stage needs, above half of the
+            cohort; 0 means ⌊2n/3⌋ + 1 there, which the paper asks for against an active server (a semi-honest one needs above half).
+        corrupt: share of the cohort that may collude with the server, for the certificate.
+        dropout: share of the cohort that may drop out; on a k-regular graph the round ends if more do.
+        active: stand against a server that alters messages: signed keys, signed survivors; the complete graph only.
+        identities: Ed25519 public keys of all clients in hexadecimal, by client; empty derives them, for simulations.
+        setup: ``each round`` agrees on fresh keys; ``once`` derives each round's from keys that outlive it.
         clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client aborts. Flower's default.
         buffer_range: the same for floating-point buffers: BatchNorm's running variances exceed gradients by far.
         max_examples: public bound on any client's number of examples; 0 takes the caller's.
         bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold
-            half of ``max_examples`` each, else 64.
+            half of ``max_examples`` each, else 64. 16, 20 and 24 are for distributed DP, whose noise covers the rounding.
     """
 
     channel: ClassVar[bool] = True
 
-    mode: Literal["protocol", "ideal"] = "protocol"
+    mode: Literal["protocol", "quantized", "plain"] = "protocol"
+    graph: Literal["complete", "k-regular"] = "complete"
+    degree: int = 0
     threshold: int = 0
+    corrupt: float = 0.2
+    dropout: float = 0.05
+    active: bool = False
+    identities: tuple[str, ...] = ()
+    setup: Literal["each round", "once"] = "each round"
     clip_range: float = 8.0
     buffer_range: float = 1024.0
     max_examples: int = 0
-    bits: Literal[0, 32, 64] = 0
+    bits: Literal[0, 16, 20, 24, 32, 64] = 0
 
     def __post_init__(self) -> None:
         if self.threshold < 0:
             raise ValueError(f"threshold must be ≥ 0, got {self.threshold}. Use 0 for two thirds of the cohort.")
+        if self.degree < 0 or (self.degree > 0 if self.graph == "complete" else (self.degree > 0) is not (self.threshold > 0)):
+            raise ValueError(
+                f"degree must be 0 on the complete graph, and be set together with threshold on a k-regular one, got {self.degree} and "
+                f"threshold {self.threshold}, {self.graph}. Use 0 for the smallest certified pair."
+            )
+        if not (0 <= self.corrupt < 1 and 0 <= self.dropout < 1):
+            raise ValueError(
+                f"corrupt and dropout must be in [0, 1), got {self.corrupt} and {self.dropout}. They are shares of the cohort."
+            )
         if self.max_examples < 0:
             raise ValueError(f"max_examples must be ≥ 0, got {self.max_examples}. Use 0 to take the batch size.")
         for name, limit in (("clip_range", self.clip_range), ("buffer_range", self.buffer_range)):
@@ -104,38 +127,26 @@ class SecureAggregation(Defense):
                 raise ValueError(f"{name} must be > 0 and finite, got {limit}. Use the largest magnitude that can occur.")
 
     def refuses(self, world: World) -> str | None:
-        """Refuse cohorts that cannot be hidden in, and thresholds that cannot be met or do not protect."""
-        n = world.federation.cohort_size
-        threshold = self.threshold_for(n)
-        if n < 2:
-            return f"cohort must be ≥ 2 for secure aggregation, got {n}: the mean over one client is its update. Set federation.cohort."
-        if threshold > n:
-            return f"threshold must be at most the cohort of {n}, got {threshold}. Use threshold = 0 for {2 * n // 3 + 1}."
-        if 2 * threshold <= n:
-            return (
-                f"threshold must be above half of the cohort of {n}, got {threshold}: two disjoint groups could open both of a client's "
-                f"secrets. Use threshold = 0 for {2 * n // 3 + 1}."
-            )
-        if world.training.upload_dtype != "float32":
-            return (
-                f"upload_dtype must be float32 for secure aggregation, got {world.training.upload_dtype}: what crosses are words of fixed "
-                "point, finer than it, so that rounding first would cost precision and save nothing. Use float32."
-            )
-        noise = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses))
-        if NOISE_REACH * noise > self.clip_range:
-            enough = 2.0 ** math.ceil(math.log2(NOISE_REACH * noise))
-            return (
-                f"clip_range must be ≥ {NOISE_REACH} standard deviations of the noise that goes through it, got {self.clip_range} "
-                f"with noise of {noise:.3g}: clients would have to leave. Set clip_range = {enough:g}."
-            )
-        if sum(defense.channel for defense in world.defenses) > 1:
-            names = [defense.name for defense in world.defenses if defense.channel]
-            return f"a world must have at most 1 channel, got {names}. Keep one."
-        return None
+        """Refuse cohorts that cannot be hidden in, and settings that cannot be met or do not protect."""
+        return why_not(self, world)
 
-    def threshold_for(self, cohort: int) -> int:
-        """Clients that every stage needs in a cohort of this size."""
-        return self.threshold or 2 * cohort // 3 + 1
+    def plan_for(self, cohort: int) -> graphs.Plan | None:
+        """The graph, the threshold and what is certified of them in a cohort of this size; None if no pair can be certified."""
+        c, m = (math.floor(fraction * cohort + 1e-9) for fraction in (self.corrupt, self.dropout))
+        if self.graph == "complete":
+            return graphs.certify(cohort, cohort - 1, self.threshold or 2 * cohort // 3 + 1, c, m)
+        if not self.degree:
+            return graphs.solve(cohort, self.corrupt, self.dropout)
+        if self.degree % 2 or not 2 <= self.degree < cohort - 1 or not self.degree < 2 * self.threshold <= 2 * self.degree:
+            return None
+        plan = graphs.certify(cohort, self.degree, self.threshold, c, m)
+        return plan if plan.certified else None
+
+    def quorum_for(self, cohort: int) -> int:
+        """Clients that must be in the sum in a cohort of this size."""
+        plan = self.plan_for(cohort)
+        assert plan is not None  # refused before
+        return plan.threshold if plan.complete else max(plan.threshold, cohort - plan.dropped)
 
     def bits_for(self, cohort: int) -> int:
         """Width of a word in a cohort of this size."""
@@ -148,6 +159,14 @@ class SecureAggregation(Defense):
         """How reals become words in a cohort; the setting ``max_examples`` has precedence over the caller's."""
         return Scale(cohort=cohort, bits=self.bits_for(cohort), max_examples=self.max_examples or max_examples)
 
+    def grid(self, world: World) -> float:
+        """The distance of neighboring values of a coordinate of the n_i / max_examples-weighted update, in the update's unit."""
+        return self.scale_for(world.federation.cohort_size, self.largest_upload(world)).step(self.clip_range)
+
+    def noised(self, world: World) -> bool:
+        """Whether a defense adds integer noise to the words."""
+        return any(overrides(defense, "integer_noise") for defense in world.defenses)
+
     def largest_upload(self, world: World) -> int:
         """A public bound on any client's number of examples: the batch of FedSGD, else what an even deal or all records allow."""
         recipe, federation = world.training, world.federation
@@ -156,94 +175,64 @@ class SecureAggregation(Defense):
         records = len(world.data.load().records)
         return -(-records // federation.clients) if federation.partition == "iid" else records
 
-    def parameters(self, *, run_id: str, round: int, clients: Sequence[int], template: Tensors, buffers: Tensors) -> Parameters:
-        """What the parties of one round agree on; ``clients`` is the invited cohort, ``template`` and ``buffers`` give shapes.
+    def parameters(
+        self, *, run_id: str, round: int, clients: Sequence[int], template: Tensors, buffers: Tensors, seed: bytes = b""
+    ) -> Parameters:
+        """What the parties of one round agree on.
+
+        Args:
+            run_id: drawn for this aggregation.
+            round: of the federation.
+            clients: the invited cohort.
+            template: gives shapes of the update.
+            buffers: gives shapes of the buffers.
+            seed: 32 bytes that draw the graph of this round, by the server; the complete graph needs none.
 
         Raises:
             ProtocolAbort: clients or threshold that the protocol forbids.
         """
+        plan = self.plan_for(len(clients))
+        if plan is None:
+            raise ProtocolAbort(f"graph must be certified, got none for {len(clients)} clients. Use graph = 'complete'.")
+        sparse = not plan.complete
         return Parameters(
-            run_id=run_id,
-            round=round,
-            clients=tuple(sorted(clients)),
-            threshold=self.threshold_for(len(clients)),
+            run_id=run_id, round=round, clients=tuple(sorted(clients)), threshold=plan.threshold,
             length=sum(tensor.numel() for tensors in (template, buffers) for tensor in floating(tensors).values()) + 1,
-            bits=self.bits_for(len(clients)),
-        )
+            bits=self.bits_for(len(clients)), degree=plan.degree if sparse else 0, seed=seed if sparse else b"",
+            quorum=self.quorum_for(len(clients)) if sparse else 0, active=self.active, standing=self.setup == "once",
+        )  # fmt: skip
+
+    def upload_bytes(self, numbers: int, world: World) -> float | None:
+        """What a client sends; the arms with a trusted party cost the words, or what they cost before."""
+        if self.mode == "plain" or (plan := self.plan_for(world.federation.cohort_size)) is None:
+            return None
+        bits = self.bits_for(plan.clients)
+        if self.mode == "quantized":
+            return packed_bytes(numbers + 1, bits)
+        return cost.upload_bytes(numbers + 1, bits, plan.degree, active=self.active, standing=self.setup == "once")
 
     def rounding_rms(self, *, cohort: int, senders: int, num_examples: int, max_examples: int) -> float:
         """Expected rms rounding error of one coordinate of the mean update, in the update's unit: print it with a run."""
         return self.scale_for(cohort, max_examples).rms_error(self.clip_range, senders=senders, num_examples=num_examples)
 
-    def encode(self, update: Update, buffers: Tensors, num_examples: int, *, cohort: int, max_examples: int, rng: torch.Generator) -> Words:
-        """A client's vector [n_i-weighted update | n_i-weighted floating-point buffers | n_i], to be masked as a whole.
+    def encode(
+        self, update: Update, buffers: Tensors, num_examples: int, *, cohort: int, max_examples: int, rng: torch.Generator,
+        noise: Integers | None = None, longest: float = math.inf,
+    ) -> Words:  # fmt: skip
+        """A client's vector to be masked: see :func:`_secagg.encoding.encode`.
 
-        Args:
-            update: what the client would have uploaded; floating-point tensors only.
-            buffers: the model's buffers after training; integer ones stay home.
-            num_examples: n_i, between 1 and ``max_examples``.
-            cohort: clients invited to the round: it fixes the scale, whoever drops out.
-            max_examples: public bound on n_i, the same for all; ignored where the setting of that name is not 0.
-            rng: of the stochastic rounding.
-
-        Raises:
-            ProtocolAbort: a coordinate that is NaN or out of range, or n_i out of bounds. Nothing is ever clipped. The message stays
-                with the client: tell the server no more than that this client dropped out.
+        ``cohort``, the clients invited to the round, fixes the scale, whoever drops out; ``max_examples``, the public bound on n_i, is
+        ignored where the setting of that name is not 0; ``noise`` and ``longest`` are in units of :meth:`grid`.
         """
-        scale = self.scale_for(cohort, max_examples)
-        if not 1 <= num_examples <= scale.max_examples:
-            raise ProtocolAbort(f"num_examples must be in [1, {scale.max_examples}], got one outside. Raise max_examples.")
-        integers = sorted(set(update.tensors) - set(floating(update.tensors)))
-        if integers:
-            raise ProtocolAbort(f"update must be floating-point, got integer tensors {integers}. Leave them out of the update.")
-        weight = num_examples / scale.max_examples
-        return np.concatenate(
-            (
-                to_words(floating(update.tensors), weight=weight, limit=self.clip_range, scale=scale, rng=rng),
-                to_words(floating(buffers), weight=weight, limit=self.buffer_range, scale=scale, rng=rng),
-                np.array([num_examples], word_type(scale.bits)),
-            )
-        )
+        scale, ranges = self.scale_for(cohort, max_examples), (self.clip_range, self.buffer_range)
+        return encoding.encode(update, buffers, num_examples, ranges=ranges, scale=scale, rng=rng, noise=noise, longest=longest)
 
     def decode(
-        self,
-        total: Words,
-        *,
-        kind: Literal["gradient", "delta"],
-        template: Tensors,
-        buffer_template: Tensors,
-        senders: frozenset[int],
-        cohort: int,
-        max_examples: int,
-    ) -> Upload:
-        """The upload that the server sees: means weighted by n_i over ``senders``, and Σ n_i.
-
-        Args:
-            total: sum of the senders' vectors modulo 2^bits.
-            kind: of the update.
-            template: names, shapes and types of the update's tensors: the broadcast parameters.
-            buffer_template: likewise of the buffers; integer ones are ignored.
-            senders: the clients in the sum.
-            cohort: as in :meth:`encode`.
-            max_examples: as in :meth:`encode`.
-
-        Raises:
-            ProtocolAbort: a sum of another length or word, or one that no senders' vectors can have.
-        """
-        scale = self.scale_for(cohort, max_examples)
-        size, buffer_size = (sum(tensor.numel() for tensor in floating(tensors).values()) for tensors in (template, buffer_template))
-        if total.dtype != word_type(scale.bits) or total.shape != (size + buffer_size + 1,):
-            raise ProtocolAbort(
-                f"sum must be {size + buffer_size + 1} words of {scale.bits} bits, got {total.size} of {8 * total.itemsize}. "
-                "Use this round's Parameters."
-            )
-        num_examples, count = int(total[-1]), len(senders)
-        if not 1 <= count <= num_examples <= count * scale.max_examples:
-            raise ProtocolAbort(
-                f"examples of {count} senders must be in [{count}, {count * scale.max_examples}], got {num_examples}. "
-                "The sum is corrupt: abort the round."
-            )
-        weights = num_examples / scale.max_examples
-        update = to_reals(total[:size], limit=self.clip_range, scale=scale, senders=count, weights=weights)
-        buffers = to_reals(total[size:-1], limit=self.buffer_range, scale=scale, senders=count, weights=weights)
-        return Upload(senders, Update(kind, split_like(update, template)), split_like(buffers, buffer_template), num_examples)
+        self, total: Words, *, kind: Literal["gradient", "delta"], template: Tensors, buffer_template: Tensors,
+        senders: frozenset[int], cohort: int, max_examples: int, noisy: bool = False,
+    ) -> Upload:  # fmt: skip
+        """The upload that the server sees, out of a sum of such vectors: see :func:`_secagg.encoding.decode`."""
+        scale, ranges = self.scale_for(cohort, max_examples), (self.clip_range, self.buffer_range)
+        return encoding.decode(
+            total, kind=kind, template=template, buffer_template=buffer_template, senders=senders, ranges=ranges, scale=scale, noisy=noisy
+        )

@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -20,93 +19,19 @@ from hypothesis import strategies as st
 
 from defenses.channel._secagg import client as client_module
 from defenses.channel._secagg import envelope, keys, messages, shamir
-from defenses.channel._secagg.client import SecAggClient, Stage
-from defenses.channel._secagg.masking import Words, apply_masks, word_type
+from defenses.channel._secagg.client import SecAggClient
+from defenses.channel._secagg.encoding import ideal_sum
+from defenses.channel._secagg.masking import Words, apply_masks
+from defenses.channel._secagg.memory import Stage
 from defenses.channel._secagg.messages import Kind
 from defenses.channel._secagg.parameters import Parameters, run_tag
 from defenses.channel._secagg.quantization import Scale
 from defenses.channel._secagg.server import SecAggServer
-from defenses.channel.secure_aggregation import SecureAggregation, ideal_sum
+from defenses.channel.secure_aggregation import SecureAggregation
 from simulator.errors import ProtocolAbort
 from simulator.types import LocalTraining, Update
 from simulator.world import Federation, World
-
-STAGES = ("advertise", "share", "mask", "unmask")
-
-
-@dataclass
-class Rehearsal:
-    """One aggregation with everything that crossed the wire."""
-
-    total: Words
-    senders: frozenset[int]
-    sent: dict[str, dict[int, bytes]] = field(default_factory=dict)
-    received: dict[str, dict[int, bytes]] = field(default_factory=dict)
-
-
-def make_parameters(n: int, length: int = 8, *, threshold: int = 0, bits: int = 32, run_id: str = "test") -> Parameters:
-    clients = tuple(7 * i + 3 for i in range(n))
-    return Parameters(run_id=run_id, round=1, clients=clients, threshold=threshold or 2 * n // 3 + 1, length=length, bits=bits)
-
-
-def random_vectors(parameters: Parameters, seed: int = 0) -> dict[int, Words]:
-    draw, word = np.random.default_rng(seed), word_type(parameters.bits)
-    high = int(np.iinfo(word).max)
-    return {client: draw.integers(0, high, parameters.length, dtype=word, endpoint=True) for client in parameters.clients}
-
-
-def rehearse(
-    parameters: Parameters,
-    vectors: Mapping[int, Words],
-    *,
-    lost: Mapping[str, set[int]] | None = None,
-    restart: bool = False,
-    tamper: Callable[[str, int, bytes], bytes] = lambda stage, client, message: message,
-) -> Rehearsal:
-    """Run all stages; ``lost`` names who drops out before a stage, ``restart`` saves and restores every client between stages."""
-    server = SecAggServer(parameters)
-    saved = {client: SecAggClient(parameters, client) for client in parameters.clients}
-    log = Rehearsal(np.zeros(0, np.uint32), frozenset())
-    inbox: dict[int, bytes] = dict.fromkeys(parameters.clients, b"")
-    for stage in STAGES:
-        replies = {}
-        for client in sorted(set(inbox) - (lost or {}).get(stage, set())):
-            party = SecAggClient.from_bytes(saved[client].to_bytes()) if restart else saved[client]
-            message = tamper(stage, client, inbox[client])
-            arguments = {"advertise": (), "share": (message,), "mask": (message, vectors[client]), "unmask": (message,)}[stage]
-            replies[client] = getattr(party, stage)(*arguments)
-            saved[client] = party
-        log.sent[stage] = replies
-        outcome = getattr(server, f"receive_{stage}")(replies)
-        if stage == "unmask":
-            log.total, log.senders = outcome
-        else:
-            inbox = log.received[STAGES[STAGES.index(stage) + 1]] = outcome
-    return log
-
-
-def up_to(stage: str, parameters: Parameters, vectors: Mapping[int, Words]) -> tuple[dict[int, SecAggClient], dict[int, bytes]]:
-    """All clients about to enter ``stage``, with what the server sent them for it."""
-    server = SecAggServer(parameters)
-    parties, inbox = {client: SecAggClient(parameters, client) for client in parameters.clients}, {}
-    for done in STAGES[: STAGES.index(stage)]:
-        arguments = {client: () if done == "advertise" else (inbox[client],) for client in parties}
-        if done == "mask":
-            arguments = {client: (inbox[client], vectors[client]) for client in parties}
-        inbox = getattr(server, f"receive_{done}")({client: getattr(party, done)(*arguments[client]) for client, party in parties.items()})
-    return parties, inbox
-
-
-def expected_sum(vectors: Mapping[int, Words], senders: frozenset[int], bits: int) -> list[int]:
-    """The sum in Python's integers, which share no code with numpy's wrap-around."""
-    return [sum(int(vectors[client][i]) for client in senders) % (1 << bits) for i in range(len(next(iter(vectors.values()))))]
-
-
-def chi_squared(data: bytes) -> float:
-    """Pearson's statistic of the bytes against uniformity: mean 255, standard deviation 22.6."""
-    counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
-    return float(((counts - len(data) / 256) ** 2).sum() / (len(data) / 256))
-
+from tests.secagg import STAGES, chi_squared, expected_sum, make_parameters, random_vectors, rehearse, up_to
 
 # --- the sum -------------------------------------------------------------------------------------------------------------------------
 
@@ -178,9 +103,9 @@ def test_late_vector_of_a_dropped_client_stays_masked() -> None:
     parameters = make_parameters(4, 50_000)
     vectors = {client: np.zeros(parameters.length, np.uint32) for client in parameters.clients}
     parties, inbox = up_to("mask", parameters, vectors)
-    late, roster = parameters.clients[0], parties[parameters.clients[0]]._memory.roster
-    agreement = keys.Agreement(parties[late]._memory.mask_private, "pair", run_tag(parameters, roster))
-    pairwise = [(agreement.key(roster[peer][32:]), -1 if late < peer else 1) for peer in parameters.clients if peer != late]
+    late = parameters.clients[0]
+    pairwise = [(key, -1 if late < peer else 1) for peer, key in parties[late]._memory.pair_keys.items()]
+    assert len(pairwise) == 3
     vector = np.frombuffer(parties[late].mask(inbox[late], vectors[late]), np.uint32, offset=messages.HEADER_BYTES).copy()
     apply_masks(vector, pairwise)  # type: ignore[arg-type]
     assert abs(chi_squared(vector.tobytes()) - 255) < 6 * 22.6
@@ -279,7 +204,8 @@ def test_reflected_envelope_aborts() -> None:
     parameters = make_parameters(2)
     parties, inbox = up_to("share", parameters, {})
     a, b = parameters.clients
-    sent = messages.unpack_table(parties[a].share(inbox[a])[messages.HEADER_BYTES :], width=envelope.ENVELOPE_BYTES, origin="test")
+    table, _ = messages.unpack_fields(parties[a].share(inbox[a])[messages.HEADER_BYTES :], 2, origin="test")
+    sent = messages.unpack_table(table, width=envelope.ENVELOPE_BYTES, origin="test")
     reflected = messages.frame(Kind.ENVELOPES, parameters.digest, messages.pack_table({b: sent[b]}))
     with pytest.raises(ProtocolAbort, match="authentic"):
         parties[a].mask(reflected, random_vectors(parameters)[a])
@@ -417,7 +343,9 @@ def test_secrets_stay_out_of_repr() -> None:
     party = next(iter(parties.values()))
     assert repr(party) == "SecAggClient(client=3, round=1, stage=MASK)"
     shown = repr(party) + repr(party._memory) + str(party._memory)
-    assert not any(secret.hex() in shown or repr(secret)[2:-1] in shown for secret in (party._memory.seed, party._memory.mask_private))
+    assert not any(
+        secret.hex() in shown or repr(secret)[2:-1] in shown for secret in (party._memory.own_key, *party._memory.pair_keys.values())
+    )
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: b"", lambda b: b[:40]])

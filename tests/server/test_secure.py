@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,11 @@ def plain_uploads(of: World, broadcast: Broadcast) -> list:
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-def test_protocol_and_ideal_show_the_same_bits_and_they_are_the_weighted_mean(settings: dict, tmp_path: Path) -> None:
+def test_protocol_and_quantized_show_the_same_bits_and_they_are_the_weighted_mean(settings: dict, tmp_path: Path) -> None:
     of = secure(**settings)
     (real,) = federate(of, tmp_path / "real").observations
-    (ideal,) = federate(secure("ideal", **settings), tmp_path / "ideal").observations
-    assert equal(real, ideal)
+    (quantized,) = federate(secure("quantized", **settings), tmp_path / "quantized").observations
+    assert equal(real, quantized)
     uploads = plain_uploads(of, real.broadcast)
     total = sum(upload.num_examples for upload in uploads)
     assert real.upload.senders == frozenset(range(6))
@@ -58,7 +59,7 @@ def test_protocol_and_ideal_show_the_same_bits_and_they_are_the_weighted_mean(se
         assert torch.allclose(got.double(), mean, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["protocol", "ideal"])
+@pytest.mark.parametrize("mode", ["protocol", "quantized"])
 def test_no_clients_own_update_is_in_the_transcript(mode: str, tmp_path: Path) -> None:
     of = secure(mode)
     record = federate(of, tmp_path / "t")
@@ -139,7 +140,7 @@ def test_too_few_clients_stop_the_run_with_the_stage_and_no_aggregate(tmp_path: 
 def test_client_refuses_to_upload_in_the_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from server import strategy
 
-    monkeypatch.setattr(strategy, "collect_aggregate", strategy.collect_uploads)  # a server that forgot the protocol
+    monkeypatch.setattr(strategy, "opened", lambda world: nullcontext(strategy.collect_uploads))  # a server that forgot the protocol
     with pytest.raises(FederationError, match="got a request for a plain upload. Refused"):
         federate(secure(), tmp_path / "t")
 

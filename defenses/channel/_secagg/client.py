@@ -1,65 +1,36 @@
-"""The client of one secure aggregation: four stages, each exactly once, bytes in and bytes out.
+"""The client of one secure aggregation: stages, each exactly once, bytes in and bytes out.
 
     advertise() → keys;  share(roster) → shares;  mask(envelopes, vector) → masked vector;  unmask(survivors) → opened shares
 
+With keys that outlive a round the first one falls away (``keyring``); against an active server one comes in before the last:
+sign(survivors) → signature;  unmask(signatures) → opened shares (``identity``).
+
 Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS, eprint 2017/281, its
-    detailed protocol without the lines that it marks as needed against an active adversary.
+    detailed protocol, with the lines that it marks as needed against an active adversary if the parameters say so; on the graph of
+    Bell et al. (2020), eprint 2020/704, a client deals with its neighbors only.
 Deviations: listed in ``defenses.channel.secure_aggregation``.
 """
 
 from __future__ import annotations
 
-import enum
 import hmac
 import secrets
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any
 
 from defenses.channel._secagg import envelope, keys, messages
-from defenses.channel._secagg.masking import Words, apply_masks, word_type
+from defenses.channel._secagg.identity import SIGNATURE_BYTES, Identity
+from defenses.channel._secagg.keyring import KeyRing
+from defenses.channel._secagg.masking import Words, apply_masks, pack, reduced, word_type
+from defenses.channel._secagg.memory import FIELDS, Memory, Stage, check_stage
 from defenses.channel._secagg.messages import Kind
 from defenses.channel._secagg.parameters import Parameters, run_tag
 from defenses.channel._secagg.shamir import SHARE_BYTES, split_bytes
 from simulator.errors import ProtocolAbort
 
-
-class Stage(enum.IntEnum):
-    """What a party does next."""
-
-    ADVERTISE = 0
-    SHARE = 1
-    MASK = 2
-    UNMASK = 3
-    DONE = 4
-    ABORTED = 5
-
-
-@dataclass(frozen=True, repr=False)
-class Memory:
-    """What a client remembers between two stages; every stage makes a new one without what is spent.
-
-    Attributes:
-        envelope_private: X25519 private key of the envelopes; spent once the envelope keys are derived.
-        mask_private: X25519 private key of the pairwise masks; spent once the vector is masked.
-        seed: seed of the client's own mask; spent likewise.
-        roster: public keys of the clients that advertised: envelope key, then mask key.
-        envelope_keys: the key shared with each other client.
-        shares: by owner: a share of its seed, then a share of its mask key.
-    """
-
-    envelope_private: bytes = b""
-    mask_private: bytes = b""
-    seed: bytes = b""
-    roster: Mapping[int, bytes] = field(default_factory=dict)
-    envelope_keys: Mapping[int, bytes] = field(default_factory=dict)
-    shares: Mapping[int, bytes] = field(default_factory=dict)
-
-
-_TABLES = {"roster": 2 * keys.KEY_BYTES, "envelope_keys": keys.KEY_BYTES, "shares": envelope.CONTENT_BYTES}
 _PLACE = struct.Struct("<QB")
+_PUBLIC = 2 * keys.KEY_BYTES
 
 
 class SecAggClient:
@@ -67,15 +38,26 @@ class SecAggClient:
 
     The state may be saved between stages (:meth:`to_bytes`) and restored in another process. It holds secrets in the clear: keep it
     on the client, and keep only the newest: a client that is restored twice from one state would answer one stage twice.
+
+    Args:
+        parameters: of this aggregation.
+        client: who this is.
+        identity: signing key and directory, against an active server.
+        ring: keys that outlive the round; it is entered here, so save it before anything else happens.
     """
 
-    def __init__(self, parameters: Parameters, client: int) -> None:
+    def __init__(self, parameters: Parameters, client: int, *, identity: Identity | None = None, ring: KeyRing | None = None) -> None:
         if client not in parameters.points:
             raise ProtocolAbort(f"client must be one of the invited {parameters.clients}, got {client}. Leave this run.")
-        self.parameters = parameters
-        self.client = client
-        self._stage = Stage.ADVERTISE
-        self._memory = Memory()
+        if parameters.active is not (identity is not None):
+            raise ProtocolAbort(f"client {client}: identity must be given against an active server only. Set active of secure_aggregation.")
+        self.parameters, self.client, self.identity = parameters, client, identity
+        self._stage, self._memory, self._ring = Stage.ADVERTISE, Memory(), ring
+        if parameters.standing:
+            if ring is None:
+                raise ProtocolAbort(f"client {client} must have advertised before the round, got no keys. Advertise again.")
+            ring.enter(parameters.round)
+            self._memory, self._stage = Memory(ring.envelope_private, ring.mask_private), Stage.SHARE
 
     def __repr__(self) -> str:
         return f"SecAggClient(client={self.client}, round={self.parameters.round}, stage={self._stage.name})"
@@ -86,39 +68,48 @@ class SecAggClient:
         return self._stage
 
     def advertise(self) -> bytes:
-        """Make two key pairs and return their public halves."""
+        """Make two key pairs and return their public halves, signed if the parameters say so."""
         with self._once(Stage.ADVERTISE):
             envelope_private, envelope_public = keys.generate()
             mask_private, mask_public = keys.generate()
-            self._memory = Memory(envelope_private=envelope_private, mask_private=mask_private)
-            return messages.frame(Kind.KEYS, self.parameters.digest, envelope_public + mask_public)
+            self._memory, public = Memory(envelope_private, mask_private), envelope_public + mask_public
+            signature = self.identity.sign_keys(self.parameters.digest, self.client, public) if self.identity else b""
+            return messages.frame(Kind.KEYS, self.parameters.digest, public + signature)
 
-    def share(self, all_public_keys: bytes) -> bytes:
-        """Draw the seed of the own mask; share it and the mask key among all who advertised, this client included.
+    def share(self, public_keys: bytes) -> bytes:
+        """Draw the seed of the own mask; share it, and what the pairwise masks come from, among the neighbors and itself.
 
         Raises:
-            ProtocolAbort: too few clients, strangers among them, a key used twice, or not this client's own keys.
+            ProtocolAbort: too few clients, strangers among them, a key used twice, not this client's own keys, or a bad signature.
         """
         with self._once(Stage.SHARE):
             memory, parameters = self._memory, self.parameters
-            roster = self._read(all_public_keys, Kind.ROSTER, width=_TABLES["roster"])
-            self._check_roster(roster)
+            roster = self._checked_roster(self._read(public_keys, Kind.ROSTER, width=parameters.row_bytes))
             tag, seed = run_tag(parameters, roster), secrets.token_bytes(keys.KEY_BYTES)
+            ring = self._ring or KeyRing(memory.envelope_private, memory.mask_private)
+            envelopes = keys.Agreement(memory.envelope_private, "env", tag, ring.envelope_secrets)
+            pairs = keys.Agreement(memory.mask_private, "pair", tag, ring.mask_secrets)
+            peers = {peer: public for peer, public in roster.items() if peer != self.client}
+            envelope_keys = {peer: envelopes.key(public[: keys.KEY_BYTES]) for peer, public in peers.items()}
+            pair_keys = {peer: pairs.key(public[keys.KEY_BYTES :]) for peer, public in peers.items()}
+            recovery, locked = memory.mask_private, b""
+            if parameters.standing:  # a key that outlives the round is never shared: see keyring
+                recovery = secrets.token_bytes(keys.KEY_BYTES)
+                locked = envelope.lock(recovery, messages.pack_table(pair_keys), tag=tag, owner=self.client)
             points = [parameters.points[owner] for owner in roster]
-            halves = [split_bytes(secret, parameters.threshold, points) for secret in (seed, memory.mask_private)]
+            halves = [split_bytes(secret, parameters.threshold, points) for secret in (seed, recovery)]
             contents = {owner: seed_share + key_share for owner, seed_share, key_share in zip(roster, *halves, strict=True)}
-            agreement = keys.Agreement(memory.envelope_private, "env", tag)
-            envelope_keys = {peer: agreement.key(public[: keys.KEY_BYTES]) for peer, public in roster.items() if peer != self.client}
             sealed = {
                 peer: envelope.seal(key, contents[peer], parameters=parameters, tag=tag, sender=self.client, receiver=peer)
                 for peer, key in envelope_keys.items()
             }
+            own_key = keys.self_mask_key(seed, tag, roster[self.client][keys.KEY_BYTES :])
             own = {self.client: contents[self.client]}
-            self._memory = Memory(mask_private=memory.mask_private, seed=seed, roster=roster, envelope_keys=envelope_keys, shares=own)
-            return messages.frame(Kind.SHARES, parameters.digest, messages.pack_table(sealed))
+            self._memory = Memory(tag=tag, own_key=own_key, pair_keys=pair_keys, envelope_keys=envelope_keys, shares=own)
+            return messages.frame(Kind.SHARES, parameters.digest, messages.pack_fields(messages.pack_table(sealed), locked))
 
     def mask(self, envelopes: bytes, vector: Words) -> bytes:
-        """Open the envelopes of the clients that shared; return y = x + PRG(b) + Σ_{v above} PRG(s_v) − Σ_{v below} PRG(s_v).
+        """Open the envelopes of the neighbors that shared; return y = x + PRG(b) + Σ_{v above} PRG(s_v) − Σ_{v below} PRG(s_v).
 
         Raises:
             ProtocolAbort: too few clients, strangers among them, an envelope that does not open, or a vector of another kind.
@@ -127,60 +118,65 @@ class SecAggClient:
             memory, parameters = self._memory, self.parameters
             self._check_vector(vector)
             sealed = self._read(envelopes, Kind.ENVELOPES, width=envelope.ENVELOPE_BYTES)
-            self._check_members([*sealed, self.client], memory.roster, "clients that shared keys")
-            tag = run_tag(parameters, memory.roster)
+            self._check_members([*sealed, self.client], [*memory.envelope_keys, self.client], "clients that shared keys")
             opened = {
-                peer: envelope.open_(memory.envelope_keys[peer], sent, parameters=parameters, tag=tag, sender=peer, receiver=self.client)
+                peer: envelope.open_(
+                    memory.envelope_keys[peer], sent, parameters=parameters, tag=memory.tag, sender=peer, receiver=self.client
+                )
                 for peer, sent in sealed.items()
             }
-            public = {peer: both[keys.KEY_BYTES :] for peer, both in memory.roster.items()}
-            agreement = keys.Agreement(memory.mask_private, "pair", tag)
-            own = keys.self_mask_key(memory.seed, tag, public[self.client])
             masked = vector.astype(word_type(parameters.bits), copy=True)
-            apply_masks(masked, [(own, 1), *((agreement.key(public[peer]), 1 if self.client < peer else -1) for peer in sealed)])
-            self._memory = Memory(shares={**memory.shares, **opened})
-            return messages.frame(Kind.MASKED, parameters.digest, masked.data.cast("B"))
+            apply_masks(masked, [(memory.own_key, 1), *((memory.pair_keys[peer], 1 if self.client < peer else -1) for peer in sealed)])
+            self._memory = Memory(tag=memory.tag if parameters.active else b"", shares={**memory.shares, **opened})
+            return messages.frame(Kind.MASKED, parameters.digest, pack(reduced(masked, parameters.bits), parameters.bits))
 
-    def unmask(self, survivors: bytes) -> bytes:
-        """Reveal one share of each client: of its seed if it survived, of its mask key if it dropped out; never both.
-
-        The survivors are the only list that arrives; who dropped out follows from it, so no client can be named as both.
+    def sign(self, survivors: bytes) -> bytes:
+        """Sign the set of survivors, the first and only one that this client is told; against an active server.
 
         Raises:
             ProtocolAbort: too few survivors, strangers among them, or this client not among them.
         """
+        with self._once(Stage.SIGN):
+            assert self.identity is not None
+            alive = self._survivors(survivors)
+            self._memory = Memory(tag=self._memory.tag, shares=self._memory.shares, survivors=alive)
+            signature = self.identity.sign_survivors(self._memory.tag, alive)
+            return messages.frame(Kind.SIGNED, self.parameters.digest, signature)
+
+    def unmask(self, message: bytes) -> bytes:
+        """Reveal one share of each neighbor: of its seed if it survived, of its pairwise masks if it dropped out; never both.
+
+        The survivors are the only list that arrives, here or before :meth:`sign`; who dropped out follows from it, so no client can
+        be named as both. Against an active server, what arrives here is the survivors' signatures of that list.
+
+        Raises:
+            ProtocolAbort: too few survivors, strangers among them, this client not among them, or too few who signed the same ones.
+        """
         with self._once(Stage.UNMASK):
-            shares, alive = self._memory.shares, self._read(survivors, Kind.SURVIVORS, width=0)
-            self._check_members(alive, shares, "survivors")
+            shares = self._memory.shares
+            alive = self._signed(message) if self.identity else self._survivors(message)
             opened = {owner: both[:SHARE_BYTES] if owner in alive else both[SHARE_BYTES:] for owner, both in shares.items()}
             self._memory = Memory()
             return messages.frame(Kind.OPENED, self.parameters.digest, messages.pack_table(opened))
 
     def to_bytes(self) -> bytes:
-        """This client's whole state, secrets included, for the client's own keeping between two stages."""
-        parts = [getattr(self._memory, entry.name) for entry in fields(Memory)]
-        packed = [part if isinstance(part, bytes) else messages.pack_table(part) for part in parts]
-        return messages.pack_fields(self.parameters.to_bytes(), _PLACE.pack(self.client, self._stage), *packed)
+        """This client's whole state, secrets included, for the client's own keeping between two stages; not its identity or ring."""
+        return messages.pack_fields(self.parameters.to_bytes(), _PLACE.pack(self.client, self._stage), *self._memory.to_fields())
 
     @staticmethod
-    def from_bytes(data: bytes) -> SecAggClient:
+    def from_bytes(data: bytes, *, identity: Identity | None = None) -> SecAggClient:
         """The inverse of :meth:`to_bytes`.
 
         Raises:
             ProtocolAbort: not a saved state.
         """
-        names = [entry.name for entry in fields(Memory)]
-        origin = "the saved state"
-        parameters, place, *packed = messages.unpack_fields(data, 2 + len(names), origin=origin)
+        parameters, place, *packed = messages.unpack_fields(data, 2 + FIELDS, origin="the saved state")
         if len(place) != _PLACE.size or place[-1] > Stage.ABORTED:
             raise ProtocolAbort(f"saved state must name a client and a stage, got {len(place)} bytes. Start a new run.")
         client, stage = _PLACE.unpack(place)
-        remembered: dict[str, Any] = {
-            name: messages.unpack_table(part, width=_TABLES[name], origin=origin) if name in _TABLES else part
-            for name, part in zip(names, packed, strict=True)
-        }
-        restored = SecAggClient(Parameters.from_bytes(parameters), client)
-        restored._stage, restored._memory = Stage(stage), Memory(**remembered)
+        agreed = Parameters.from_bytes(parameters)
+        restored = SecAggClient(agreed, client, identity=identity, ring=KeyRing(b"", b"") if agreed.standing else None)
+        restored._stage, restored._memory, restored._ring = Stage(stage), Memory.from_fields(packed), None
         return restored
 
     @contextmanager
@@ -192,25 +188,56 @@ class SecAggClient:
         except BaseException:
             self._memory = Memory()
             raise
-        self._stage = Stage(stage + 1)
+        self._stage = stage.following(self.parameters.active)
 
     def _read(self, message: bytes, kind: Kind, *, width: int) -> dict[int, bytes]:
         body = messages.unframe(message, kind, self.parameters.digest, origin="the server")
         return messages.unpack_table(body, width=width, origin="the server")
 
-    def _check_roster(self, roster: Mapping[int, bytes]) -> None:
-        self._check_members(roster, self.parameters.points, "clients that advertised")
+    def _checked_roster(self, rows: Mapping[int, bytes]) -> dict[int, bytes]:
+        """The public keys of the neighbors and this client, once all checks hold."""
+        self._check_members(rows, self.parameters.holders(self.client), "clients that advertised")
+        roster = {client: row[:_PUBLIC] for client, row in rows.items()}
         own = keys.public_of(self._memory.envelope_private) + keys.public_of(self._memory.mask_private)
         if not hmac.compare_digest(roster[self.client], own):
             raise ProtocolAbort(f"client {self.client}: own keys must come back as sent, got others. Leave this run.")
         halves = {half for both in roster.values() for half in (both[: keys.KEY_BYTES], both[keys.KEY_BYTES :])}
         if len(halves) != 2 * len(roster):
             raise ProtocolAbort(f"public keys must be {2 * len(roster)} distinct ones, got {len(halves)}. Leave this run.")
+        if self.identity:
+            for client, row in rows.items():
+                self.identity.check_keys(self.parameters.digest, client, roster[client], row[_PUBLIC:])
+        return roster
 
-    def _check_members(self, members: Mapping[int, bytes] | list[int], allowed: Mapping[int, object], what: str) -> None:
-        """Own presence, no repetition, no strangers, and at least the threshold, which is above half of the invited."""
+    def _survivors(self, message: bytes) -> dict[int, bytes]:
+        """All survivors of the cohort, once the counts hold: of all clients, and of those with whom this one shares masks."""
+        alive, shares = self._read(message, Kind.SURVIVORS, width=0), self._memory.shares
+        near = [client for client in alive if client in shares] if self.parameters.degree else alive
+        self._check_members(near, shares, "survivors")
+        holders, points = set(self.parameters.holders(self.client)), self.parameters.points
+        strangers = [client for client in alive if client not in points or (client in holders and client not in shares)]
+        if strangers or len(alive) < self.parameters.least:
+            raise ProtocolAbort(
+                f"survivors must be ≥ {self.parameters.least} of {len(points)} clients, got {sorted(alive)}. Leave this run."
+            )
+        return alive
+
+    def _signed(self, message: bytes) -> dict[int, bytes]:
+        """The survivors that this client signed, once enough others have shown that they signed the same."""
+        assert self.identity is not None
+        signatures, alive = self._read(message, Kind.SIGNATURES, width=SIGNATURE_BYTES), dict(self._memory.survivors)
+        if not signatures.keys() <= alive.keys() or len(signatures) < self.parameters.threshold:
+            raise ProtocolAbort(
+                f"signatures must be ≥ threshold = {self.parameters.threshold} and of survivors, got {len(signatures)}. Leave this run."
+            )
+        for client, signature in signatures.items():
+            self.identity.check_survivors(self._memory.tag, alive, client, signature)
+        return alive
+
+    def _check_members(self, members: Collection[int], allowed: Collection[int], what: str) -> None:
+        """Own presence, no repetition, no strangers, and at least the threshold, which is above half of those who hold shares."""
         distinct = set(members)
-        if len(distinct) != len(members) or self.client not in distinct or not distinct <= allowed.keys():
+        if len(distinct) != len(members) or self.client not in distinct or not distinct <= set(allowed):
             raise ProtocolAbort(
                 f"{what} must be distinct, include client {self.client} and be among {sorted(allowed)}, got {sorted(members)}. "
                 "Leave this run."
@@ -225,13 +252,3 @@ class SecAggClient:
                 f"vector must be {wanted} of shape ({self.parameters.length},), got {vector.dtype} of shape {vector.shape}. "
                 "Use SecureAggregation.encode."
             )
-
-
-def check_stage(current: Stage, wanted: Stage, who: str) -> None:
-    """Let a party go through its stages in order, each once.
-
-    Raises:
-        ProtocolAbort: another stage is due.
-    """
-    if current is not wanted:
-        raise ProtocolAbort(f"{who}: next stage must be {current.name}, got {wanted.name}. Call each stage once, in order.")

@@ -12,7 +12,7 @@ from defenses.channel._secagg.shamir import SHARE_BYTES
 from simulator.errors import ProtocolAbort
 
 CONTENT_BYTES = 2 * SHARE_BYTES
-"""A share of the sender's seed, then a share of its mask key."""
+"""A share of the sender's seed, then a share of what its pairwise masks come from."""
 ENVELOPE_BYTES = CONTENT_BYTES + 16
 
 
@@ -31,6 +31,23 @@ def open_(key: bytes, envelope: bytes, *, parameters: Parameters, tag: bytes, se
         return AESGCM(key).decrypt(_nonce(parameters, sender, receiver), envelope, _context(tag, sender, receiver))
     except InvalidTag as error:
         raise ProtocolAbort(f"envelope from client {sender} must be authentic, got one that is not. Leave this run.") from error
+
+
+def lock(key: bytes, content: bytes, *, tag: bytes, owner: int) -> bytes:
+    """Keep ``content`` under a key that is drawn for it alone, at the server, until the key is reconstructed."""
+    return AESGCM(key).encrypt(bytes(12), content, _context(tag, owner, owner))
+
+
+def unlock(key: bytes, locked: bytes, *, tag: bytes, owner: int) -> bytes:
+    """The content that ``owner`` locked.
+
+    Raises:
+        ProtocolAbort: altered, or the key is not the one that it was locked with.
+    """
+    try:
+        return AESGCM(key).decrypt(bytes(12), locked, _context(tag, owner, owner))
+    except InvalidTag as error:
+        raise ProtocolAbort(f"pair keys of client {owner} must open, got a key that does not fit. A share is corrupt: abort.") from error
 
 
 def _nonce(parameters: Parameters, sender: int, receiver: int) -> bytes:

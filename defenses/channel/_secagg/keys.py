@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Literal
 
 from cryptography.hazmat.primitives import hashes
@@ -25,13 +26,23 @@ def public_of(private: bytes) -> bytes:
 
 
 class Agreement:
-    """Derives the key shared with each peer from one own key pair; the private key is parsed once for all peers."""
+    """Derives the key shared with each peer from one own key pair; the private key is parsed once for all peers.
 
-    def __init__(self, private: bytes, label: Literal["env", "pair"], run_tag: bytes) -> None:
+    Args:
+        private: the raw private key.
+        label: what the derived keys are for.
+        run_tag: salt of every derived key: it names the round, so that keys that outlive a round give other ones in the next.
+        known: secrets agreed on before, by the peer's public key; what is agreed on now is added. None remembers nothing.
+    """
+
+    def __init__(
+        self, private: bytes, label: Literal["env", "pair"], run_tag: bytes, known: MutableMapping[bytes, bytes] | None = None
+    ) -> None:
         self._private = X25519PrivateKey.from_private_bytes(private)
         self._public = self._private.public_key().public_bytes_raw()
         self._label: Literal["env", "pair"] = label
         self._run_tag = run_tag
+        self._known: MutableMapping[bytes, bytes] = {} if known is None else known
 
     def key(self, peer: bytes) -> bytes:
         """The key shared with the owner of the raw public key ``peer``, who derives the same one.
@@ -39,11 +50,12 @@ class Agreement:
         Raises:
             ProtocolAbort: ``peer`` is a point of low order, with which every secret would be all zero.
         """
-        try:
-            secret = self._private.exchange(X25519PublicKey.from_public_bytes(peer))
-        except ValueError as error:
-            raise ProtocolAbort(f"public key must be a point of full order, got {peer.hex()}. Leave this run.") from error
-        return derive(secret, self._label, self._run_tag, self._public, peer)
+        if peer not in self._known:
+            try:
+                self._known[peer] = self._private.exchange(X25519PublicKey.from_public_bytes(peer))
+            except ValueError as error:
+                raise ProtocolAbort(f"public key must be a point of full order, got {peer.hex()}. Leave this run.") from error
+        return derive(self._known[peer], self._label, self._run_tag, self._public, peer)
 
 
 def derive(secret: bytes, label: Literal["env", "pair", "self"], run_tag: bytes, one: bytes, other: bytes) -> bytes:

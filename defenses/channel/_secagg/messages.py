@@ -7,14 +7,14 @@ where it says is refused, so that two parties can never read one message in two 
 from __future__ import annotations
 
 import enum
-import itertools
+import operator
 import struct
 from collections.abc import Iterable, Mapping
 
 from simulator.errors import ProtocolAbort
 
 MAGIC = b"fpsa"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<4sBB2x8s")
 _COUNT = struct.Struct("<I")
 _CLIENT = struct.Struct("<Q")
@@ -31,6 +31,8 @@ class Kind(enum.IntEnum):
     MASKED = 5
     SURVIVORS = 6
     OPENED = 7
+    SIGNED = 9
+    SIGNATURES = 10
 
 
 HEADER_BYTES = _HEADER.size
@@ -73,14 +75,14 @@ def unpack_table(data: bytes | memoryview, *, width: int, origin: str) -> dict[i
         ProtocolAbort: truncated, too long, or clients repeated or out of order.
     """
     count = _COUNT.unpack_from(data)[0] if len(data) >= _COUNT.size else 0
-    stride = _CLIENT.size + width
-    if len(data) != _COUNT.size + count * stride:
-        raise ProtocolAbort(f"table from {origin} must be {_COUNT.size + count * stride} bytes, got {len(data)}. Discard it.")
-    starts = range(_COUNT.size, len(data), stride)
-    clients = [_CLIENT.unpack_from(data, start)[0] for start in starts]
-    if any(first >= second for first, second in itertools.pairwise(clients)):
-        raise ProtocolAbort(f"clients in a table from {origin} must be distinct and ascending, got {clients}. Discard it.")
-    return {client: bytes(data[start + _CLIENT.size : start + stride]) for client, start in zip(clients, starts, strict=True)}
+    wanted = _COUNT.size + count * (_CLIENT.size + width)
+    if len(data) != wanted:
+        raise ProtocolAbort(f"table from {origin} must be {wanted} bytes, got {len(data)}. Discard it.")
+    flat = struct.unpack_from("<" + f"Q{width}s" * count, data, _COUNT.size)
+    clients = flat[::2]
+    if any(map(operator.ge, clients, clients[1:])):
+        raise ProtocolAbort(f"clients in a table from {origin} must be distinct and ascending, got {list(clients)}. Discard it.")
+    return dict(zip(clients, flat[1::2], strict=True))
 
 
 def pack_clients(clients: Iterable[int]) -> bytes:

@@ -1,11 +1,12 @@
 """The server of one secure aggregation: it relays keys and envelopes, sums masked vectors, and removes the masks of the sum.
 
-    receive_advertise → roster;  receive_share → envelopes;  receive_mask → survivors;  receive_unmask → (sum, senders)
+    receive_advertise → rosters;  receive_share → envelopes;  receive_mask → survivors;  receive_unmask → (sum, senders)
 
 Each call takes the replies that came, by client, and returns what to send to each client that goes on. A client that is missing from
 the replies has dropped out: before it shared keys it leaves the run without trace; later, its masks are removed by the others' help.
+With keys that outlive a round, use_keys stands in for the first call; against an active server, receive_sign comes before the last.
 
-Source: Bonawitz et al. (2017), CCS, eprint 2017/281, without the lines that it marks as needed against an active adversary.
+Source: Bonawitz et al. (2017), CCS, eprint 2017/281; Bell et al. (2020), CCS, eprint 2020/704, for the k-regular graph.
 Deviations: listed in ``defenses.channel.secure_aggregation``.
 """
 
@@ -19,8 +20,9 @@ from typing import Literal
 import numpy as np
 
 from defenses.channel._secagg import envelope, keys, messages
-from defenses.channel._secagg.client import Stage, check_stage
-from defenses.channel._secagg.masking import Words, apply_masks, word_type
+from defenses.channel._secagg.identity import SIGNATURE_BYTES
+from defenses.channel._secagg.masking import Words, apply_masks, packed_bytes, reduced, unpack, word_type
+from defenses.channel._secagg.memory import Stage, check_stage
 from defenses.channel._secagg.messages import Kind
 from defenses.channel._secagg.parameters import Parameters, run_tag
 from defenses.channel._secagg.shamir import SHARE_BYTES, combine_bytes, lagrange_at_zero
@@ -34,6 +36,7 @@ class SecAggServer:
         self.parameters = parameters
         self._stage = Stage.ADVERTISE
         self._roster: dict[int, bytes] = {}
+        self._locked: dict[int, bytes] = {}
         self._sharers: tuple[int, ...] = ()
         self._senders: tuple[int, ...] = ()
         self._sum: Words = np.zeros(0, word_type(parameters.bits))
@@ -42,43 +45,55 @@ class SecAggServer:
         return f"SecAggServer(round={self.parameters.round}, stage={self._stage.name})"
 
     def receive_advertise(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
-        """Public keys in; the roster of all of them out, the same for every client.
+        """Public keys in; out, to each client, those of the clients that it deals with and its own.
 
         Raises:
-            ProtocolAbort: fewer than the threshold, a stranger, or a malformed reply; so do the other stages.
+            ProtocolAbort: fewer than needed, a stranger, or a malformed reply; so do the other stages.
         """
+        width = self.parameters.row_bytes
+        return self.use_keys({client: bytes(self._read(replies[client], Kind.KEYS, client, width)) for client in sorted(replies)})
+
+    def use_keys(self, rows: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Likewise with keys that clients advertised before, by client: both public keys in a row."""
         with self._once(Stage.ADVERTISE):
-            self._check_replies(replies, self.parameters.clients, "key advertisements")
-            self._roster = {client: bytes(self._read(replies[client], Kind.KEYS, client, 2 * keys.KEY_BYTES)) for client in sorted(replies)}
-            roster = messages.frame(Kind.ROSTER, self.parameters.digest, messages.pack_table(self._roster))
-            return dict.fromkeys(self._roster, roster)
+            self._check_replies(rows, self.parameters.clients, "key advertisements")
+            self._roster = {client: rows[client] for client in sorted(rows)}
+            return {client: self._frame(Kind.ROSTER, self._known_to(client)) for client in self._roster}
 
     def receive_share(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
         """Envelopes in, by sender; envelopes out, by receiver."""
         with self._once(Stage.SHARE):
             self._check_replies(replies, self._roster, "key shares")
             self._sharers = tuple(sorted(replies))
-            sent = {}
+            inboxes: dict[int, dict[int, bytes]] = {receiver: {} for receiver in self._sharers}
             for sender in self._sharers:
-                sent[sender] = self._table(replies[sender], Kind.SHARES, sender, envelope.ENVELOPE_BYTES)
-                self._check_rows(sent[sender], self._roster.keys() - {sender}, sender)
-            inboxes = {
-                receiver: messages.pack_table({sender: rows[receiver] for sender, rows in sent.items() if sender != receiver})
-                for receiver in self._sharers
-            }
-            return {receiver: messages.frame(Kind.ENVELOPES, self.parameters.digest, inbox) for receiver, inbox in inboxes.items()}
+                body = messages.unframe(replies[sender], Kind.SHARES, self.parameters.digest, origin=f"client {sender}")
+                sealed, self._locked[sender] = messages.unpack_fields(bytes(body), 2, origin=f"client {sender}")
+                rows = messages.unpack_table(sealed, width=envelope.ENVELOPE_BYTES, origin=f"client {sender}")
+                self._check_rows(rows, self._known_to(sender).keys() - {sender}, sender)
+                for receiver in rows.keys() & inboxes.keys():
+                    inboxes[receiver][sender] = rows[receiver]
+            return {receiver: self._frame(Kind.ENVELOPES, inbox) for receiver, inbox in inboxes.items()}
 
     def receive_mask(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
         """Masked vectors in, summed; the set of those who sent one out."""
         with self._once(Stage.MASK):
             self._check_replies(replies, self._sharers, "masked vectors")
-            self._senders, word = tuple(sorted(replies)), word_type(self.parameters.bits)
-            self._sum = np.zeros(self.parameters.length, word)
+            parameters = self.parameters
+            self._senders, size = tuple(sorted(replies)), packed_bytes(parameters.length, parameters.bits)
+            self._sum = np.zeros(parameters.length, word_type(parameters.bits))
             for sender in self._senders:
-                masked = self._read(replies[sender], Kind.MASKED, sender, self.parameters.length * word.itemsize)
-                np.add(self._sum, np.frombuffer(masked, word), out=self._sum)
-            survivors = messages.frame(Kind.SURVIVORS, self.parameters.digest, messages.pack_clients(self._senders))
+                masked = self._read(replies[sender], Kind.MASKED, sender, size)
+                np.add(self._sum, unpack(masked, parameters.length, parameters.bits), out=self._sum)
+            survivors = self._frame(Kind.SURVIVORS, dict.fromkeys(self._senders, b""))
             return dict.fromkeys(self._senders, survivors)
+
+    def receive_sign(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
+        """Signatures of the survivors in, all of them out, to those who signed; against an active server only."""
+        with self._once(Stage.SIGN):
+            self._check_replies(replies, self._senders, "signatures")
+            signatures = {client: bytes(self._read(replies[client], Kind.SIGNED, client, SIGNATURE_BYTES)) for client in replies}
+            return dict.fromkeys(sorted(replies), self._frame(Kind.SIGNATURES, signatures))
 
     def receive_unmask(self, replies: Mapping[int, bytes]) -> tuple[Words, frozenset[int]]:
         """Opened shares in; the exact sum modulo 2^bits over ``senders`` out.
@@ -86,57 +101,83 @@ class SecAggServer:
         A client that sent its vector and then dropped out is still a sender.
         """
         with self._once(Stage.UNMASK):
-            self._check_replies(replies, self._senders, "opened shares")
-            # One set of responders for all secrets, so that its Lagrange coefficients are computed once.
-            responders = sorted(replies)[: self.parameters.threshold]
-            opened = {}
-            for client in responders:
-                opened[client] = self._table(replies[client], Kind.OPENED, client, SHARE_BYTES)
-                self._check_rows(opened[client], self._sharers, client)
-            points = [self.parameters.points[client] for client in responders]
-            weights = dict(zip(responders, lagrange_at_zero(points), strict=True))
-            secrets = {owner: combine_bytes({client: opened[client][owner] for client in responders}, weights) for owner in self._sharers}
-            apply_masks(self._sum, self._masks_left(secrets))
-            total, self._sum = self._sum, np.zeros(0, self._sum.dtype)
+            self._check_replies(replies, self._senders, "opened shares", least=self.parameters.threshold)
+            apply_masks(self._sum, self._masks_left(self._opened(replies)))
+            total, self._sum = reduced(self._sum, self.parameters.bits), np.zeros(0, self._sum.dtype)
             return total, frozenset(self._senders)
+
+    def _opened(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
+        """The secret of each client that shared: its seed if it sent a vector, else what its pairwise masks come from."""
+        parameters, held = self.parameters, {}
+        responders = {owner: [c for c in parameters.holders(owner) if c in replies][: parameters.threshold] for owner in self._sharers}
+        for client in sorted(set().union(*responders.values())):
+            body = messages.unframe(replies[client], Kind.OPENED, parameters.digest, origin=f"client {client}")
+            held[client] = messages.unpack_table(body, width=SHARE_BYTES, origin=f"client {client}")
+            self._check_rows(held[client], set(parameters.holders(client)) & set(self._sharers), client)
+        weights: dict[tuple[int, ...], dict[int, int]] = {}  # on the complete graph one set of responders serves all
+        found = {}
+        for owner, chosen in responders.items():
+            if len(chosen) < parameters.threshold:
+                raise ProtocolAbort(f"shares of client {owner} must be ≥ {parameters.threshold}, got {len(chosen)}. Skip this round.")
+            key = tuple(chosen)
+            if key not in weights:
+                weights[key] = dict(zip(chosen, lagrange_at_zero([parameters.points[client] for client in chosen]), strict=True))
+            found[owner] = combine_bytes({client: held[client][owner] for client in chosen}, weights[key])
+        return found
 
     def _masks_left(self, secrets: Mapping[int, bytes]) -> Iterator[tuple[bytes, Literal[1, -1]]]:
         """The masks that are still in the sum, with the sign that removes them: every sender's own, and those shared with the dropped."""
-        tag = run_tag(self.parameters, self._roster)
-        public = {client: both[keys.KEY_BYTES :] for client, both in self._roster.items()}
+        tag = run_tag(self.parameters, {client: row[: 2 * keys.KEY_BYTES] for client, row in self._roster.items()})
+        public = {client: row[keys.KEY_BYTES : 2 * keys.KEY_BYTES] for client, row in self._roster.items()}
+        senders = set(self._senders)
         for sender in self._senders:
             yield keys.self_mask_key(secrets[sender], tag, public[sender]), -1
         for dropped in sorted(set(self._sharers) - set(self._senders)):
-            if not hmac.compare_digest(keys.public_of(secrets[dropped]), public[dropped]):
-                raise ProtocolAbort(f"mask key of client {dropped} must fit its public key, got another. A share is corrupt: abort.")
-            agreement = keys.Agreement(secrets[dropped], "pair", tag)
-            for sender in self._senders:
-                yield agreement.key(public[sender]), -1 if sender < dropped else 1
+            alive = [peer for peer in self.parameters.neighbors(dropped) if peer in senders]
+            shared = self._unlocked(dropped, secrets[dropped], tag) if self.parameters.standing else {}
+            if not self.parameters.standing:
+                if not hmac.compare_digest(keys.public_of(secrets[dropped]), public[dropped]):
+                    raise ProtocolAbort(f"mask key of client {dropped} must fit its public key, got another. A share is corrupt: abort.")
+                agreement = keys.Agreement(secrets[dropped], "pair", tag)
+                shared = {peer: agreement.key(public[peer]) for peer in alive}
+            for sender in alive:
+                yield shared[sender], -1 if sender < dropped else 1
+
+    def _unlocked(self, dropped: int, recovery: bytes, tag: bytes) -> dict[int, bytes]:
+        rows = messages.unpack_table(
+            envelope.unlock(recovery, self._locked[dropped], tag=tag, owner=dropped), width=keys.KEY_BYTES, origin=f"client {dropped}"
+        )
+        self._check_rows(rows, self._known_to(dropped).keys() - {dropped}, dropped)
+        return rows
+
+    def _known_to(self, client: int) -> dict[int, bytes]:
+        """The rows of the roster that concern ``client``."""
+        return {holder: self._roster[holder] for holder in self.parameters.holders(client) if holder in self._roster}
 
     @contextmanager
     def _once(self, stage: Stage) -> Iterator[None]:
         check_stage(self._stage, stage, "server")
         self._stage = Stage.ABORTED  # holds unless the stage comes to its end
         yield
-        self._stage = Stage(stage + 1)
+        self._stage = stage.following(self.parameters.active)
 
-    def _check_replies(self, replies: Mapping[int, bytes], allowed: Collection[int], what: str) -> None:
-        strangers = sorted(set(replies) - set(allowed))
+    def _frame(self, kind: Kind, rows: Mapping[int, bytes]) -> bytes:
+        return messages.frame(kind, self.parameters.digest, messages.pack_table(rows))
+
+    def _check_replies(self, replies: Mapping[int, bytes], allowed: Collection[int], what: str, *, least: int = 0) -> None:
+        least, strangers = least or self.parameters.least, sorted(set(replies) - set(allowed))
         if strangers:
             raise ProtocolAbort(f"{what} must come from clients {sorted(allowed)}, got some from {strangers}. Drop them.")
-        if len(replies) < self.parameters.threshold:
+        if len(replies) < least:
+            need = "threshold" if least == self.parameters.threshold else "quorum"
             raise ProtocolAbort(
-                f"{what} must be ≥ threshold = {self.parameters.threshold} of {len(self.parameters.clients)} clients, "
+                f"{what} must be ≥ {need} = {least} of {len(self.parameters.clients)} clients, "
                 f"got {len(replies)}. Skip this round, or wait longer for clients."
             )
 
     def _check_rows(self, rows: Mapping[int, bytes], wanted: Collection[int], client: int) -> None:
         if rows.keys() != set(wanted):
             raise ProtocolAbort(f"rows from client {client} must be for clients {sorted(wanted)}, got {sorted(rows)}. Abort the round.")
-
-    def _table(self, reply: bytes, kind: Kind, client: int, width: int) -> dict[int, bytes]:
-        body = messages.unframe(reply, kind, self.parameters.digest, origin=f"client {client}")
-        return messages.unpack_table(body, width=width, origin=f"client {client}")
 
     def _read(self, reply: bytes, kind: Kind, client: int, size: int) -> memoryview:
         body = messages.unframe(reply, kind, self.parameters.digest, origin=f"client {client}")

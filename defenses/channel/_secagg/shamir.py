@@ -6,6 +6,8 @@ Deviations: none known. Python's integers do not run in constant time; who can t
 
 from __future__ import annotations
 
+import itertools
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 
@@ -41,14 +43,14 @@ def lagrange_at_zero(points: Sequence[int], *, prime: int = PRIME) -> list[int]:
     """
     if len({point % prime for point in points} - {0}) != len(points):
         raise ProtocolAbort(f"Shamir points must be distinct and not 0, got {list(points)}. Give every client its own.")
-    coefficients = []
-    for i, own in enumerate(points):
-        numerator = denominator = 1
-        for j, other in enumerate(points):
-            if i != j:
-                numerator = numerator * other % prime
-                denominator = denominator * (other - own) % prime
-        coefficients.append(numerator * pow(denominator, -1, prime) % prime)
+    product = math.prod(points) % prime
+    # λᵢ = Πⱼ xⱼ / (xᵢ·Πⱼ≠ᵢ (xⱼ − xᵢ)); one inversion serves all (Montgomery's trick), since it costs as much as a hundred products.
+    below = [own * math.prod(other - own for other in points if other != own) % prime for own in points]
+    before = list(itertools.accumulate(below, lambda a, b: a * b % prime, initial=1))
+    inverse, coefficients = pow(before[-1], -1, prime), [0] * len(points)
+    for i in reversed(range(len(points))):
+        coefficients[i] = product * inverse * before[i] % prime
+        inverse = inverse * below[i] % prime
     return coefficients
 
 

@@ -1,0 +1,146 @@
+"""Who masks with whom and who holds whose shares: the complete graph, or a random k-regular one, certified before it is used.
+
+Source: Bell et al. (2020), "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS, eprint 2020/704: a randomly permuted
+    Harary graph, in which every client has the k/2 next ones on each side of a ring as its neighbors.
+Deviations: the bounds are ours, by exact hypergeometric tails and a union over clients instead of the paper's; so are (k, t). With n
+    clients of which c collude with the server and m drop out, both sets chosen without regard to the graph,
+    security:     n·P[H(n−1, c, k) ≥ t] + n·((c + m)/n)^(k/2) ≤ 2^−40: no honest client has t colluding neighbors, and the others stay
+                  connected, so that no partial sum shows;
+    correctness:  n·P[H(n−1, n−1−m, k) ≤ t−1] ≤ 2^−30: every client keeps t neighbors that can help to remove its masks.
+    The bits are for one round: over R rounds log2 R of them are lost. The server must draw the seed at random, as a semi-honest one does
+    and nobody can check; an active one could draw until a graph suits it, so against it the graph is complete.
+    A client holds a share of its own secrets, too: on the complete graph t is therefore above n/2, elsewhere the bounds do without it.
+Figures (k, t) at 5 % colluding, 5 % dropping out, and at 20 %, 5 %: n = 100: (30, 16), (48, 25); n = 1000: (34, 18), (58, 39);
+    n = 10⁴: (38, 21), (68, 46). ``python -m experiments.benchmarks.secure_aggregation --graph`` prints more, with their bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+SECURITY_BITS, CORRECTNESS_BITS = 40.0, 30.0
+"""Least −log2 of the probability of a leak, and of a round that is lost though no more than foreseen dropped out."""
+SMALL_COHORT, FEW_CORRUPT = 64, 2
+"""Up to so many clients, or with fewer corrupt ones, the bounds say nothing of use (c = m = 0 "certifies" k = 2): the graph is complete."""
+SEED_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A graph and what is certified of it.
+
+    Attributes:
+        clients: n.
+        degree: neighbors of each client; n − 1 is the complete graph.
+        threshold: shares that reconstruct a secret.
+        corrupt: clients that may collude with the server.
+        dropped: clients that may drop out.
+        security_bits: −log2 of the probability that the server learns more than the sum; infinite where it cannot happen.
+        correctness_bits: −log2 of the probability that the sum cannot be unmasked; likewise.
+    """
+
+    clients: int
+    degree: int
+    threshold: int
+    corrupt: int
+    dropped: int
+    security_bits: float
+    correctness_bits: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether everybody is everybody's neighbor."""
+        return self.degree == self.clients - 1
+
+    @property
+    def certified(self) -> bool:
+        """Whether both probabilities are as small as we ask for."""
+        return self.security_bits >= SECURITY_BITS and self.correctness_bits >= CORRECTNESS_BITS
+
+    def __str__(self) -> str:
+        kind = "complete graph" if self.complete else f"{self.degree}-regular graph"
+        security, correctness = ("certain" if math.isinf(b) else f"{b:.1f} bits" for b in (self.security_bits, self.correctness_bits))
+        return (
+            f"{kind} of {self.clients}, t = {self.threshold}: security {security} with {self.corrupt} colluding, "
+            f"correctness {correctness} with {self.dropped} dropped out"
+        )
+
+
+@lru_cache(maxsize=64)
+def certify(clients: int, degree: int, threshold: int, corrupt: int, dropped: int) -> Plan:
+    """The bits of a given pair (k, t), computed in whole numbers; they may be too few, or 0."""
+    sizes = {"clients": clients, "degree": degree, "threshold": threshold, "corrupt": corrupt, "dropped": dropped}
+    if degree == clients - 1:  # here a client's own share counts, as in the protocol on the complete graph
+        security = math.inf if corrupt < threshold else 0.0
+        return Plan(**sizes, security_bits=security, correctness_bits=math.inf if clients - dropped >= threshold else 0.0)
+    ways, corrupt_neighbors = _neighbors(clients - 1, corrupt, degree)
+    _, alive_neighbors = _neighbors(clients - 1, clients - 1 - dropped, degree)
+    leak = _bits(clients * sum(corrupt_neighbors[threshold:]), ways)
+    apart = (degree // 2) * math.log2(clients / max(corrupt + dropped, 1)) - math.log2(clients)
+    both = min(leak, apart) - math.log2(1 + 2.0 ** -abs(leak - apart)) if math.isfinite(leak) else apart
+    return Plan(
+        **sizes, security_bits=max(0.0, both), correctness_bits=max(0.0, _bits(clients * sum(alive_neighbors[:threshold]), ways))
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def solve(clients: int, corrupt: float, dropout: float) -> Plan | None:
+    """The smallest even k, and for it the smallest t > k/2, that are certified for these fractions; None if there is none.
+
+    The complete graph comes last; small cohorts get it at once, with t = ⌊2n/3⌋ + 1.
+    """
+    c, m = (math.floor(fraction * clients + 1e-9) for fraction in (corrupt, dropout))
+    if clients <= SMALL_COHORT or c < FEW_CORRUPT:
+        plan = certify(clients, clients - 1, 2 * clients // 3 + 1, c, m)
+        return plan if plan.certified else None
+    span = math.log2(clients / (c + m)) if 0 < c + m < clients else 0.0
+    least = 2 * math.ceil((SECURITY_BITS + math.log2(clients)) / span) if span else clients  # below it, connectedness alone fails
+    for degree in range(max(2, least - 2), clients - 1, 2):
+        ways, corrupt_neighbors = _neighbors(clients - 1, c, degree)
+        _, alive_neighbors = _neighbors(clients - 1, clients - 1 - m, degree)
+        rest = sum(corrupt_neighbors[degree // 2 + 1 :])
+        for threshold in range(degree // 2 + 1, degree + 1):
+            if clients * rest << int(SECURITY_BITS) <= ways:
+                plan = certify(clients, degree, threshold, c, m)
+                if plan.certified:
+                    return plan
+                if clients * sum(alive_neighbors[:threshold]) << int(CORRECTNESS_BITS) > ways:
+                    break  # a larger t only loses more rounds
+            rest -= corrupt_neighbors[threshold]
+    plan = certify(clients, clients - 1, max(clients // 2 + 1, c + 1), c, m)
+    return plan if plan.certified else None
+
+
+def order(clients: Sequence[int], seed: bytes) -> list[int]:
+    """The clients around the ring: a random permutation that everybody computes from the round's seed alone."""
+    return sorted(clients, key=lambda client: hashlib.sha256(seed + struct.pack("<Q", client)).digest())
+
+
+def ring_neighbors(ring: Sequence[int], degree: int) -> dict[int, tuple[int, ...]]:
+    """The neighbors of each client on the ring, ascending: symmetric and of equal number by construction."""
+    n, half = len(ring), degree // 2
+    return {client: tuple(sorted(ring[(place + step) % n] for step in range(-half, half + 1) if step)) for place, client in enumerate(ring)}
+
+
+def _neighbors(population: int, marked: int, draws: int) -> tuple[int, list[int]]:
+    """All ways to draw, and those with i marked for i = 0…draws: the hypergeometric distribution in whole numbers."""
+    unmarked = population - marked
+    first = max(0, draws - unmarked)
+    counts = [0] * (draws + 1)
+    if first > marked:
+        return math.comb(population, draws), counts
+    ways = math.comb(marked, first) * math.comb(unmarked, draws - first)
+    for i in range(first, min(draws, marked) + 1):
+        counts[i] = ways
+        ways = ways * (marked - i) * (draws - i) // ((i + 1) * (unmarked - draws + i + 1))
+    return math.comb(population, draws), counts
+
+
+def _bits(part: int, whole: int) -> float:
+    """−log2 of a ratio of whole numbers of any size."""
+    return math.log2(whole) - math.log2(part) if part else math.inf

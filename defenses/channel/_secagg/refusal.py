@@ -1,0 +1,93 @@
+"""In which worlds secure aggregation does not act, and why."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from defenses.channel._secagg import graph
+from defenses.channel._secagg.keys import KEY_BYTES
+
+if TYPE_CHECKING:
+    from defenses.channel.secure_aggregation import SecureAggregation
+    from simulator.world import World
+
+NOISE_REACH = 8
+"""Standard deviations that ``clip_range`` must leave for a defense's noise; beyond 8 lie 1e-15 of all coordinates."""
+
+
+def why_not(settings: SecureAggregation, world: World) -> str | None:
+    """Return None if these settings can act in this world, else the reason why not (must be / got / do)."""
+    n = world.federation.cohort_size
+    if n < 2:
+        return f"cohort must be ≥ 2 for secure aggregation, got {n}: the mean over one client is its update. Set federation.cohort."
+    reason = _graph(settings, n) or _identities(settings, world)
+    if reason is None and sum(defense.channel for defense in world.defenses) > 1:
+        names = [defense.name for defense in world.defenses if defense.channel]
+        reason = f"a world must have at most 1 channel, got {names}. Keep one."
+    if reason is not None:
+        return reason
+    return _plain(settings, world) if settings.mode == "plain" else _words(settings, world)
+
+
+def _graph(settings: SecureAggregation, n: int) -> str | None:
+    threshold = settings.threshold or 2 * n // 3 + 1
+    if settings.graph == "complete":
+        if threshold > n:
+            return f"threshold must be at most the cohort of {n}, got {threshold}. Use threshold = 0 for {2 * n // 3 + 1}."
+        if 2 * threshold <= n:
+            return (
+                f"threshold must be above half of the cohort of {n}, got {threshold}: two disjoint groups could open both of a client's "
+                f"secrets. Use threshold = 0 for {2 * n // 3 + 1}."
+            )
+    elif settings.plan_for(n) is None:
+        return (
+            f"(k, t) must reach {graph.SECURITY_BITS:g} bits of security and {graph.CORRECTNESS_BITS:g} of correctness, got "
+            f"{f'k = {settings.degree}, t = {settings.threshold}' if settings.degree else 'no such pair'} for {n} clients of which "
+            f"{settings.corrupt:g} collude and {settings.dropout:g} drop out. Use 0 for both, lower the shares, or graph = 'complete'."
+        )
+    if not settings.active:
+        return None
+    if settings.graph != "complete":
+        return (
+            "graph must be complete against an active server, got k-regular: it could draw graphs until one suits it. "
+            "Use graph = 'complete'."
+        )
+    if settings.setup != "each round":
+        return "setup must be 'each round' against an active server, got 'once': its keys are signed for a round. Use 'each round'."
+    if 3 * threshold <= 2 * n:
+        return f"threshold must be above 2/3 of the cohort of {n} against an active server, got {threshold}. Use threshold = 0."
+    return None
+
+
+def _identities(settings: SecureAggregation, world: World) -> str | None:
+    given = settings.identities
+    if given and (not settings.active or len(given) != world.federation.clients or len(set(given)) != len(given)):
+        return f"identities must be {world.federation.clients} different ones, with active = true, got {len(given)}. Give one a client."
+    try:
+        wrong = [key for key in given if len(bytes.fromhex(key)) != KEY_BYTES]
+    except ValueError:
+        wrong = list(given)
+    return f"identities must be {KEY_BYTES} bytes in hexadecimal each, got others: {wrong[:3]}. Use raw Ed25519 keys." if wrong else None
+
+
+def _plain(settings: SecureAggregation, world: World) -> str | None:
+    if settings.noised(world):
+        return "mode must be quantized or protocol with integer noise, got plain: there are no integers to add it to. Use quantized."
+    return None
+
+
+def _words(settings: SecureAggregation, world: World) -> str | None:
+    if world.training.upload_dtype != "float32":
+        return (
+            f"upload_dtype must be float32 for secure aggregation, got {world.training.upload_dtype}: what crosses are words of fixed "
+            "point, finer than it, so that rounding first would cost precision and save nothing. Use float32."
+        )
+    noise = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses))
+    if NOISE_REACH * noise > settings.clip_range and not settings.noised(world):
+        enough = 2.0 ** math.ceil(math.log2(NOISE_REACH * noise))
+        return (
+            f"clip_range must be ≥ {NOISE_REACH} standard deviations of the noise that goes through it, got {settings.clip_range} "
+            f"with noise of {noise:.3g}: clients would have to leave. Set clip_range = {enough:g}."
+        )
+    return None
