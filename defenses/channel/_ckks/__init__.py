@@ -1,0 +1,1 @@
+"""CKKS through TenSEAL: bytes in, bytes out; knows neither Flower nor tensors."""
