@@ -19,7 +19,7 @@ from dp_accounting import PoissonSampledDpEvent
 from defenses.client.client_dp import gaussian_upload_claim
 from defenses.client.clip import Clip
 from defenses.client.gaussian_noise import GaussianNoise
-from defenses.privacy_loss import epsilon, gaussian_dp_epsilon, gaussian_mu, leaves, unknown
+from defenses.privacy_loss import Accountant, epsilon, gaussian_dp_epsilon, gaussian_mu, leaves, unknown
 from defenses.refusal import batch_norm_in_train_mode
 from simulator.defense import Claim, overrides
 from simulator.errors import SpecError
@@ -43,7 +43,7 @@ class Guarantee:
         unit: what one neighbor changes; ``none`` where nothing is certified, as in the next three.
         adjacency: how neighbors differ.
         sampling: what the adversary does not know of who took part.
-        accountant: how ε was computed: ``PLD`` (tight upper bound), ``RDP`` (looser upper bound), ``none``.
+        accountant: how ε was computed: ``PLD`` (tight upper bound), ``RDP`` (looser upper bound), ``pure`` (sum of pure ε), ``none``.
         sentence: the guarantee, or why there is none, in words.
         closed_form: exact Gaussian-DP ε as a cross-check of the accountant; None where the event is not a plain Gaussian.
         claim: the claim that was certified: what ``bounds.reconstruction_ceiling`` takes.
@@ -55,7 +55,7 @@ class Guarantee:
     unit: Literal["record", "client", "none"]
     adjacency: str
     sampling: str
-    accountant: Literal["PLD", "RDP", "none"]
+    accountant: Accountant | Literal["none"]
     sentence: str
     closed_form: float | None = None
     claim: Claim | None = None
@@ -110,6 +110,8 @@ def claim_of(world: World, place: int, records_held: Sequence[int]) -> Claim | s
         return f"{defense.name} hides whose update is whose and adds no noise, the sum is exact"
     if type(defense) is Clip:
         return "clip bounds the update and adds no noise"
+    if reason := defense.refuses(world):
+        return f"{defense.name} cannot act here: {reason}"
     return f"{defense.name} is a heuristic or adds no noise, it claims nothing"
 
 
@@ -135,6 +137,10 @@ def objection(claim: Claim, world: World, place: int, adversary: Adversary) -> s
         return f"{name} claims what the accountant does not know: {reason}"
     if claim.unit == "client" and any(isinstance(leaf, PoissonSampledDpEvent) for leaf, _ in leaves(claim.event)):
         return f"{name} claims amplification by sampling of clients, but the server draws the cohort"
+    for position, other in enumerate(world.defenses):
+        before = position < place or claim.adversary == "outsider"
+        if claim.unit == "client" and before and other is not world.defenses[place] and overrides(other, "on_buffers"):
+            return f"{other.name} reports on the update beside it, without the noise of {name}"
     acts_from = 0 if claim.unit == "record" else place  # on_step follows whatever acts on gradients
     for other in world.defenses[acts_from:]:
         if other.looks_again and other is not world.defenses[place]:

@@ -177,7 +177,7 @@ class Defense:
         return None
 
     def longest_rounded(self, world: World, coordinates: int) -> float:
-        """The L2 norm to which the rounded update must keep, in units of the grid of secure aggregation: rounding is repeated until then."""
+        """The L2 norm that the rounded update must keep to, in units of the grid of secure aggregation: rounding is repeated until then."""
         return math.inf
 
     def on_aggregate(self, update: Update, context: ServerContext) -> Update:

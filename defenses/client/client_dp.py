@@ -13,6 +13,8 @@ draws the cohort, so that sampling of clients is no secret to it and amplifies n
 What it does not protect: that a client took part, how many records it holds, and the replacement of one client's data by another's
 at the same ε (the sensitivity is then 2S). Noise is float32 from torch's generator: simulation grade, not safe against
 floating-point attacks (Mironov, 2012).
+Broken by: nothing that it claims to stop; at a large ε candidate_identification names the record among known candidates, as the ceiling
+beside it allows.
 """
 
 from __future__ import annotations

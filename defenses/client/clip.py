@@ -7,6 +7,8 @@ Hook: ``on_update``.
 What it does not protect: anything, on its own. Clipping multiplies the update by one number; its direction stays, and attacks that
 match directions (cosine distance) do not notice. It bounds the sensitivity, so that noise added directly after it counts:
 ``defenses.accounting`` reads ``clip`` followed by ``gaussian_noise`` as the Gaussian mechanism.
+Broken by: every attack. One that matches directions (inverting_gradients) sees the same update, and one that matches lengths divides by
+the clip norm, which it knows.
 """
 
 from __future__ import annotations

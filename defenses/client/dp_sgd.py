@@ -3,19 +3,26 @@
     g = (1/B)·(Σⱼ clip_C(∇ⱼ) + N(0, z²C²·I)),    B the expected batch size
 
 Source: Abadi et al., 2016, arXiv:1607.00133, Algorithm 1.
-Deviations: batches are those of the federation's schedule, not Poisson samples, so the claim uses no amplification by sampling
-(Chua et al., 2024, arXiv:2403.17673): each release that a record enters counts in full. Effect: a larger, honest ε.
+Deviations: none known with ``training.sampling = "poisson"``. With shuffled batches, the default and what most code runs, the claim
+uses no amplification by sampling (Chua et al., 2024, arXiv:2403.17673): each release that a record enters counts in full. Effect, for
+z = 1, 100 records, batches of 10 and 100 rounds: ε = 17.9 shuffled, 7.0 Poisson (δ = 1e-5).
 Hook: ``on_gradient``, at every local step.
 
-The claim, against the server and everybody behind it: unit record, adjacency zero-out, sensitivity C. A record enters at most
-T = ``world.participations(n)`` releases, n the records that its client holds; the other releases do not depend on it, and what a
-client does with its noisy gradients (momentum, local steps, the difference of parameters) is post-processing. T does not grow with
-n: a client with few records uses each of them most often, so the claim is made for the client that holds the fewest.
+The claim, against the server and everybody behind it: unit record, adjacency zero-out, sensitivity C. What a client does with its
+noisy gradients (momentum, local steps, the difference of parameters) is post-processing.
 
-What it does not protect: the number of records (zero-out leaves it as it is, and it is uploaded in clear), which client takes part,
-a person with several records (their ε adds up), and statistics of the population. Noise is float32 from torch's generator:
-simulation grade, not safe against floating-point attacks (Mironov, 2012), and drawn from the world's seed and secret, which the
-drivers hand to both apps: a deployment must draw it at the client instead.
+- Shuffled: a record enters at most T = ``world.participations(n)`` releases, n the records that its client holds; the other releases do
+  not depend on it. T does not grow with n, so the claim is made for the client that holds the fewest.
+- Poisson: a record enters each of T releases with probability q = batch_size/n, and nobody but its client learns of the draw: the
+  upload states the expected number of examples, an empty batch uploads noise, and the draw is keyed with the world's secret. The claim
+  takes q of the client with the fewest records and T of the one with the most local steps.
+
+What it does not protect: the number of records held (zero-out leaves it as it is), which client takes part, a person with several
+records (their ε adds up), and statistics of the population; under Poisson sampling, how long a step takes, which tells of its batch.
+Noise is float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012), and drawn from the
+world's seed and secret, which the drivers hand to both apps: a deployment must draw it at the client instead.
+Broken by: nothing that it claims to stop; with z below about 0.1 a guess among known candidates still names the record (its ceiling
+is then near 1), though reconstruction from nothing fails.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from jaxtyping import Float
 from torch import Tensor
 
@@ -101,14 +108,21 @@ class DPSGD(Defense):
         return {name: tensor / context.batch_size for name, tensor in total.items()}
 
     def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
-        """T Gaussian releases for the record that is used most often; none without noise."""
+        """T Gaussian releases for the record that is used most often, each sampled if the schedule is; none without noise."""
         if not self.noise_multiplier:
             return None
-        fewest = min(held for held in records_held if held)  # a client with no record has none to protect
+        holding = [held for held in records_held if held]  # a client with no record has none to protect
+        fewest, recipe = min(holding), world.training
+        release: DpEvent = GaussianDpEvent(self.noise_multiplier)
+        times, sampling = world.participations(fewest), "fixed schedule, known to the server; no amplification"
+        if recipe.sampling == "poisson":
+            rate, times = recipe.sampling_rate(fewest), max(world.participations(held) for held in holding)
+            sampling = f"Poisson, q = {rate:.4g} at each local step, drawn by the client in secret"
+            release = PoissonSampledDpEvent(rate, release) if rate < 1 else release
         return Claim(
-            event=SelfComposedDpEvent(GaussianDpEvent(self.noise_multiplier), world.participations(fewest)),
+            event=SelfComposedDpEvent(release, times),
             adversary="server",
             unit="record",
             adjacency="zero-out (the record's gradient is replaced by 0)",
-            sampling="fixed schedule, known to the server; no amplification",
+            sampling=sampling,
         )

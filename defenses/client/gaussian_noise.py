@@ -8,6 +8,8 @@ Hook: ``on_update``.
 What it does not protect: it makes no differential-privacy claim, because nothing bounds the update (ε = ∞); put ``clip`` directly
 before it for one. Noise is added once to each upload: an adversary who sees the same record in several rounds averages it out.
 The noise is float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012).
+Broken by: candidate_identification, which still names the record among known candidates where pictures fail; gradient matching while the
+noise is small beside the gradient; averaging over rounds that reuse a record.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ What it does not protect: against a server that knows it. Rows that differ a lit
 in a tenth of the rows, or smaller magnitudes spread over more positive weights pass. It looks at models whose first layer is linear
 on the flattened input alone, and it makes no differential-privacy claim. A client that refuses is lost to the round, and known to
 have looked.
+Broken by: an honest-but-curious server, on whose model there is nothing to find (every passive attack); imprint and trap_weights that are
+placed with the two detectors in mind.
 """
 
 from __future__ import annotations

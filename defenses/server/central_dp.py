@@ -13,6 +13,7 @@ each client before the mean; the server sees clipped updates without noise.
 What it does not protect: **anything against this server** (ε = ∞), which has recorded the uploads before it adds noise; secure
 aggregation does not help, the exact sum is no noisier. The claim holds for outsiders who see the released models only. Noise is
 float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012).
+Broken by: every attack, at this server: what it recorded is clipped, which changes the length of an update and not its direction.
 """
 
 from __future__ import annotations
@@ -25,24 +26,16 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip, clip_to_norm, require_clip_norm
 from defenses.client.gaussian_noise import GaussianNoise, add_gaussian, require_noise_multiplier
+from defenses.client.laplace_noise import LaplaceNoise
+from defenses.client.local_dp import LocalDP
 from defenses.refusal import batch_norm_in_train_mode
 from simulator.defense import Claim, ClientContext, Defense, ServerContext, overrides
 from simulator.registry import register
-from simulator.types import LocalTraining, Update
+from simulator.types import Update
 from simulator.world import World
 
-KEEPS_THE_BOUND = (Clip, GaussianNoise, ClientDP)
+KEEPS_THE_BOUND = (Clip, GaussianNoise, LaplaceNoise, ClientDP, LocalDP)
 """What may act on an update after it was clipped: it adds independent noise or makes the update shorter."""
-
-
-def examples_in_a_round(held: int, recipe: LocalTraining) -> int:
-    """The weight of a client with ``held`` records: how many distinct ones it trains on in one round, of one epoch if it drops any."""
-    batch = recipe.size_of_batch(held)
-    if recipe.algorithm == "fedsgd":
-        return batch
-    if recipe.drop_last:
-        return recipe.local_steps(held) * batch
-    return min(held, recipe.steps * batch) if recipe.steps else held
 
 
 def weighted_noise_multiplier(noise_multiplier: float, examples: Sequence[int], answering: Sequence[int]) -> float:
@@ -54,6 +47,39 @@ def weighted_noise_multiplier(noise_multiplier: float, examples: Sequence[int], 
     ordered = sorted(examples)
     shares = ((n, ordered[-1] / (ordered[-1] + sum(ordered[: n - 1]))) for n in answering)
     return noise_multiplier / max(n * share for n, share in shares)
+
+
+def undone(mechanism: Defense, world: World) -> str | None:
+    """Why a bound on each client's update would not bound what it adds to the mean, or the mean is released before the noise."""
+    name, recipe = mechanism.name, world.training
+    place = world.defenses.index(mechanism) if mechanism in world.defenses else len(world.defenses)
+    for defense in world.defenses[place + 1 :]:
+        if overrides(defense, "on_update") and not defense.channel and type(defense) not in KEEPS_THE_BOUND:
+            return f"{name} must be the last to change the update's norm, got {defense.name!r} after it. Put {name} after it."
+    for defense in world.defenses[:place]:
+        if overrides(defense, "on_aggregate"):
+            return f"{name} must be the first to change the aggregate, got {defense.name!r} before it. Put {name} before it."
+    if recipe.sampling == "shuffled" and recipe.drop_last and (recipe.epochs > 1 or recipe.steps):
+        return (
+            f"drop_last must be false for {name} over more than one epoch, got true: how many records enter a round, and so the "
+            "weights of the mean, would be random. Use drop_last = false, or epochs = 1 and steps = 0."
+        )
+    return batch_norm_in_train_mode(world, name)
+
+
+def mean_claim(world: World, records_held: Sequence[int], noise_multiplier: float, adjacency: str) -> Claim:
+    """What a noised mean of clipped updates a round is worth to outsiders, whoever answers."""
+    federation = world.federation
+    examples = [world.training.examples_in_round(held) for held in records_held if held]
+    largest = min(federation.cohort_size, len(examples))
+    answering = range(max(1, min(federation.min_clients, largest)), largest + 1)
+    return Claim(
+        event=SelfComposedDpEvent(GaussianDpEvent(weighted_noise_multiplier(noise_multiplier, examples, answering)), federation.rounds),
+        adversary="outsider",
+        unit="client",
+        adjacency=adjacency,
+        sampling="every cohort taken as known; no amplification",
+    )
 
 
 @register("defenses", "central_dp")
@@ -75,19 +101,7 @@ class CentralDP(Defense):
 
     def refuses(self, world: World) -> str | None:
         """Refuse what undoes the clipping, and BatchNorm in train mode: its statistics are released without noise."""
-        place = world.defenses.index(self) if self in world.defenses else len(world.defenses)
-        for defense in world.defenses[place + 1 :]:
-            if overrides(defense, "on_update") and not defense.channel and type(defense) not in KEEPS_THE_BOUND:
-                return f"central_dp must be the last to change the update's norm, got {defense.name!r} after it. Put central_dp after it."
-        for defense in world.defenses[:place]:
-            if overrides(defense, "on_aggregate"):
-                return f"central_dp must be the first to change the aggregate, got {defense.name!r} before it. Put central_dp before it."
-        if world.training.drop_last and (world.training.epochs > 1 or world.training.steps):
-            return (
-                "drop_last must be false for central_dp over more than one epoch, got true: how many records enter a round, and so the "
-                "weights of the mean, would be random. Use drop_last = false, or epochs = 1 and steps = 0."
-            )
-        return batch_norm_in_train_mode(world, self.name)
+        return undone(self, world)
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Clip, at the client."""
@@ -102,17 +116,5 @@ class CentralDP(Defense):
 
     def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
         """One Gaussian release a round, against outsiders only; none without noise."""
-        if not self.noise_multiplier:
-            return None
-        federation = world.federation
-        examples = [examples_in_a_round(held, world.training) for held in records_held if held]
-        largest = min(federation.cohort_size, len(examples))
-        answering = range(max(1, min(federation.min_clients, largest)), largest + 1)
-        multiplier = weighted_noise_multiplier(self.noise_multiplier, examples, answering)
-        return Claim(
-            event=SelfComposedDpEvent(GaussianDpEvent(multiplier), federation.rounds),
-            adversary="outsider",
-            unit="client",
-            adjacency="zero-out (the client's update is replaced by 0 before the mean)",
-            sampling="every cohort taken as known; no amplification",
-        )
+        adjacency = "zero-out (the client's update is replaced by 0 before the mean)"
+        return mean_claim(world, records_held, self.noise_multiplier, adjacency) if self.noise_multiplier else None

@@ -112,6 +112,18 @@ def test_rdp_agrees_with_opacus() -> None:
         assert epsilon(releases(z, q, count), 1e-5)[0] < ours
 
 
+@pytest.mark.parametrize(("z", "q", "count", "theirs"), [(1.0, 0.01, 1000, 1.8384), (2.0, 0.1, 100, 2.3476)])
+def test_pld_agrees_with_the_prv_accountant_of_opacus(z: float, q: float, count: int, theirs: float) -> None:
+    """Another library, another method (Gopi et al., 2021); its upper end lies 0.01 above by its own error bound."""
+    from opacus.accountants import PRVAccountant
+
+    prv = PRVAccountant()
+    prv.history = [(z, q, count)]
+    other = prv.get_epsilon(delta=1e-5)
+    assert other == pytest.approx(theirs, abs=1e-3)
+    assert epsilon(releases(z, q, count), 1e-5)[0] == pytest.approx(other - 0.01, abs=5e-3)
+
+
 @pytest.mark.parametrize(("z", "q"), [(0.05, 1), (0.01, 1), (0.001, 1), (0.05, 0.01)])
 def test_little_noise_falls_back_to_a_labelled_rdp_bound(z: float, q: float) -> None:
     event = releases(z, q, 1)
@@ -333,7 +345,7 @@ def test_records_held_must_count_every_client(held: tuple[int, ...]) -> None:
 
 def test_hooks_are_handed_nothing_private() -> None:
     """The reason why what follows a mechanism is post-processing: ``private`` is there for those who say that they look again."""
-    assert {field.name for field in fields(ClientContext)} == {"client", "round", "batch_size", "rng", "step", "private"}
+    assert {field.name for field in fields(ClientContext)} == {"client", "round", "batch_size", "rng", "step", "private", "pool", "lasting", "buffers"}
 
 
 @pytest.mark.parametrize("mechanism", [ClientDP(), DPSGD()])

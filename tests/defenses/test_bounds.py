@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from scipy.stats import norm
+from torch import nn
 
 from defenses import bounds
-from defenses.bounds import reconstruction_ceiling
+from defenses.bounds import ASSUMPTIONS, ceilings, no_prior_psnr, no_prior_success, reconstruction_ceiling, success_ceiling
+from defenses.client.dp_sgd import clipped_sum
+from defenses.fisher import Trace, clipped_gradient, trace
 from simulator.defense import Claim
+from simulator.rng import stream
+from simulator.training import per_example_gradients
+from simulator.types import Batch
 
 
 def claim(event: DpEvent) -> Claim:
@@ -95,3 +103,103 @@ def test_releases_of_the_same_total_have_the_same_ceiling() -> None:
     assert one == pytest.approx(many)
     assert one == pytest.approx(float(norm.cdf(norm.ppf(0.1) + 1)))
     assert math.isclose(one, 0.389144, abs_tol=1e-6)
+
+
+# --- no prior ---
+
+
+def test_no_prior_psnr_of_the_reference() -> None:
+    """Medians for 3072 pixels with ‖x‖ = √(0.3·3072) and one release."""
+    for z, psnr in ((1e-3, 30.4), (3e-3, 20.8), (1e-2, 10.4), (3e-2, 0.8)):
+        assert no_prior_psnr(mu=1 / z, norm=math.sqrt(0.3 * 3072), pixels=3072) == pytest.approx(psnr, abs=0.05)
+
+
+def test_the_best_unbiased_inversion_of_a_linear_layer_meets_it() -> None:
+    """A gradient row is a multiple of x: clipped to 1 and noised, it is scaled back; MSE quantiles .0967/.1000/.1033 (reference)."""
+    rng = np.random.default_rng(0)
+    x = rng.random(3072)
+    x *= math.sqrt(0.1 * 3072) / 0.01 / np.linalg.norm(x) / math.sqrt(3072)  # (z‖x‖)² = 0.1 with z = 0.01
+    row = x / np.linalg.norm(x)
+    errors = [float((((row + 0.01 * rng.standard_normal(3072)) * np.linalg.norm(x) - x) ** 2).mean()) for _ in range(2000)]
+    for quantile, mse in ((0.1, 0.0968), (0.5, 0.1001), (0.9, 0.1034)):
+        assert np.quantile(errors, quantile) == pytest.approx(mse, abs=3e-4)
+        found = no_prior_success(mse, mu=100, norm=float(np.linalg.norm(x)), pixels=3072)
+        assert found == pytest.approx(quantile, abs=0.06)
+        assert no_prior_psnr(1 - found, mu=100, norm=float(np.linalg.norm(x)), pixels=3072) == pytest.approx(
+            -10 * math.log10(mse), abs=1e-6
+        )
+
+
+def test_more_releases_average_the_noise_away() -> None:
+    assert no_prior_psnr(mu=math.sqrt(100), norm=10, pixels=100) - no_prior_psnr(mu=1, norm=10, pixels=100) == pytest.approx(20)
+
+
+# --- Fisher information ---
+
+
+def network(clip_norm: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 10))
+    x, parameters = torch.rand(64), {name: tensor.detach() for name, tensor in model.named_parameters()}
+    of = (model, parameters, {})
+    return lambda z: clipped_gradient(*of, z, torch.tensor(3), clip_norm=clip_norm, label_smoothing=0.0), (*of, x, torch.tensor(3))
+
+
+@pytest.mark.parametrize(("clip_norm", "exact"), [(1.0, 0.1758), (math.inf, 1.4771)])
+def test_probes_estimate_the_trace_of_the_whole_jacobian(clip_norm: float, exact: float) -> None:
+    gradient, of = network(clip_norm)
+    whole = float(torch.autograd.functional.jacobian(gradient, of[3]).square().sum())
+    assert whole == pytest.approx(exact, abs=5e-5)
+    found = trace(*of, clip_norm=clip_norm, probes=200, rng=stream(0, "probes"))
+    assert found.value == pytest.approx(whole, abs=4 * found.error)
+    assert found.error < 0.01 * whole
+    assert found.pixels == 64
+
+
+def test_dfil_of_the_reference_and_least_squares_keeps_to_it() -> None:
+    """z = 0.1, C = 1: dFIL² = .27474, MSE ≥ 3.6398; the estimator that attains Cramér–Rao has 4.534 there."""
+    gradient, of = network(1.0)
+    jacobian = torch.autograd.functional.jacobian(gradient, of[3]).double()
+    known = Trace(float(jacobian.square().sum()), 0.0, 64)
+    assert known.dfil(0.1) ** 2 == pytest.approx(0.27474, abs=1e-5)
+    assert known.mse_floor(0.1) == pytest.approx(3.6398, abs=1e-3)
+    attained = float(torch.linalg.pinv(jacobian.T @ jacobian).trace()) * 0.1**2 / 64
+    assert attained == pytest.approx(4.534, abs=2e-2)
+    assert attained > known.mse_floor(0.1)
+    assert known.dfil(0.1, releases=4) == pytest.approx(2 * known.dfil(0.1))
+    assert Trace(0.0, 0.0, 64).mse_floor(0.1) == math.inf
+
+
+def test_the_clipped_gradient_is_dp_sgds() -> None:
+    gradient, of = network(0.3)
+    model, parameters, buffers, x, label = of
+    each = per_example_gradients(model, parameters, buffers, Batch(x[None], label[None]))
+    expected = torch.cat([tensor.flatten() for tensor in clipped_sum(each, 0.3).values()])
+    torch.testing.assert_close(gradient(x), expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="probes must be ≥ 2, got 1"):
+        trace(*of, probes=1, rng=stream(0, "probes"))
+
+
+# --- together ---
+
+
+def test_ceilings_are_printed_with_what_they_assume() -> None:
+    all_of = ceilings(releases(1, 1, 1), 10, norms=(30.0, 30.4, 31.0), pixels=3072, dfils=(0.5, 0.4, 0.7))
+    assert all_of.identification == pytest.approx(0.389144, abs=1e-6)
+    assert all_of.no_prior_psnr_db == pytest.approx(no_prior_psnr(mu=1, norm=30.4, pixels=3072))
+    assert (all_of.dfil, all_of.mse_floor) == (0.5, 4.0)
+    said = all_of.sentences()
+    assert len(said) == 3
+    assert [assumption in line for assumption, line in zip(ASSUMPTIONS.values(), said, strict=True)] == [True] * 3
+    nothing = ceilings(None, 10, norms=(30.0,), pixels=3072)
+    assert (nothing.identification, nothing.no_prior_psnr_db, nothing.dfil, nothing.mse_floor) == (1.0, None, None, None)
+    assert nothing.sentences()[0].startswith("Identification among 10 ≤ 1 (ceiling vacuous)")
+    sampled = ceilings(releases(1, 0.1, 10), 10, norms=(30.0,), pixels=3072)
+    assert sampled.no_prior_psnr_db is None  # the formula is for releases that hold the record
+    client = Claim(GaussianDpEvent(1.0), "server", "client", "zero-out (…)", "…")
+    assert ceilings(client, 10, norms=(30.0,), pixels=3072).no_prior_psnr_db is None
+
+
+def test_baselines_must_be_probabilities() -> None:
+    with pytest.raises(ValueError, match=r"baseline must be in \(0, 1\], got 0"):
+        success_ceiling(GaussianDpEvent(1.0), 0.0)

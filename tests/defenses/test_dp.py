@@ -14,10 +14,10 @@ from torch import nn
 
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip, global_norm
-from defenses.client.dp_sgd import DPSGD, per_record_norms
+from defenses.client.dp_sgd import DPSGD, clipped_sum, per_record_norms
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.refusal import batch_statistics
-from defenses.server.central_dp import CentralDP, examples_in_a_round, weighted_noise_multiplier
+from defenses.server.central_dp import CentralDP, weighted_noise_multiplier
 from simulator import lookup, training
 from simulator.defense import Defense, Private, ServerContext
 from simulator.network import tensors
@@ -215,6 +215,32 @@ def test_dp_sgd_equals_opacus() -> None:
     for name, sample in samples.items():
         expected = torch.einsum("b,b...->...", (clip_norm / norms).clamp(max=1.0), sample) / 6
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_per_example_gradients_and_clipped_sums_are_opacus_to_1e_6() -> None:
+    """The network of the reference: three 5×5 sigmoid convolutions with 12 channels, strides 2, 2, 1, FC 768 → 10; 3×32×32, 32 records."""
+    from opacus import GradSampleModule
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        convolutions = [(3, 2), (12, 2), (12, 1)]
+        layers = [layer for wide, stride in convolutions for layer in (nn.Conv2d(wide, 12, 5, stride, padding=2), nn.Sigmoid())]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(768, 10))
+
+    batch = Batch(torch.rand(32, 3, 32, 32, generator=stream(0, "x")), torch.arange(32) % 10)
+    model = build()
+    gradients = training.per_example_gradients(model, tensors(model)[0], {}, batch)
+    batch.inputs.requires_grad_()
+    wrapped = GradSampleModule(build(), loss_reduction="sum")
+    nn.functional.cross_entropy(wrapped(batch.inputs), batch.labels, reduction="sum").backward()
+    samples = {name.removeprefix("_module."): parameter.grad_sample for name, parameter in wrapped.named_parameters()}
+    norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
+    clip_norm = float(norms.median())
+    total = clipped_sum(gradients, clip_norm)
+    for name, sample in samples.items():
+        assert float((gradients[name] - sample).abs().max()) <= 1e-6
+        clipped = torch.einsum("b,b...->...", (clip_norm / norms).clamp(max=1.0), sample)
+        assert float((total[name] - clipped).abs().max()) <= 1e-6
 
 
 @pytest.mark.parametrize("algorithm", ["fedsgd", "fedavg"])
@@ -420,10 +446,10 @@ def test_central_dp_pays_for_unequal_weights() -> None:
 def test_weights_are_the_examples_that_clients_report(recipe: LocalTraining, weight: int) -> None:
     from clients.private import private_record_ids, records_held
 
-    assert examples_in_a_round(10, recipe) == weight
+    assert recipe.examples_in_round(10) == weight
     here = World(data=TinyData(), model=TinyModel(), federation=world(clients=3).federation, training=recipe)
     for client, held in enumerate(records_held(here)):
-        assert len(private_record_ids(here, client, 1)) == examples_in_a_round(held, recipe)
+        assert len(private_record_ids(here, client, 1)) == recipe.examples_in_round(held)
 
 
 def test_central_dp_refuses_weights_that_are_random() -> None:

@@ -1,0 +1,108 @@
+"""Rényi DP of integer noise that many clients add together: Skellam and discrete Gaussian.
+
+All in units of the grid, on which the clients' vectors and noise are integers: l2 and l1 bound one client's integers, ``variance`` is
+that of the noise in the sum.
+
+Source: Skellam, Agarwal, Kairouz and Liu, 2021, arXiv:2110.04995, theorem 3.5; distributed discrete Gaussian and conditional rounding,
+Kairouz, Liu and Steinke, 2021, arXiv:2102.06387, theorem 1 and proposition 22; both as in google-research/distributed_dp. From RDP to
+(ε, δ): Canonne, Kamath and Steinke, 2020, arXiv:2004.00010, proposition 12.
+Deviations: none known. Only integer orders are used, for which the bound on Skellam holds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from dp_accounting import DpEvent
+
+Curve = npt.NDArray[np.float64]
+
+ORDERS: Curve = np.array([*range(2, 257), 512, 1024, 2048], float)
+"""Rényi orders; α of the curves below."""
+BETA = math.exp(-0.5)
+"""Chance, at most, that a rounding has to be repeated because the rounded vector is too long."""
+
+
+@dataclass(frozen=True)
+class SkellamDpEvent(DpEvent):  # type: ignore[misc]  # dp-accounting has no types
+    """One release of a sum of integer vectors with Skellam noise.
+
+    Attributes:
+        l2: the most that one unit changes the sum, in L2, in units of the grid.
+        l1: the same in L1.
+        variance: of the noise on each coordinate of the sum, in squared units of the grid; only that of honest clients counts.
+    """
+
+    l2: float
+    l1: float
+    variance: float
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The noise's standard deviation in units of the sensitivity."""
+        return math.sqrt(self.variance) / self.l2
+
+
+def rounded_norm(norm: float, coordinates: int, beta: float = BETA) -> float:
+    """The L2 norm, in units of the grid, that conditional stochastic rounding of a vector of ``norm`` keeps to (proposition 22).
+
+    Independent rounding exceeds it with probability ``beta`` at most, so that few repetitions find one that does not; beta = 0 gives
+    what no rounding can exceed.
+    """
+    certain = norm + math.sqrt(coordinates)
+    if not beta:
+        return certain
+    likely = norm**2 + coordinates / 4 + math.sqrt(2 * math.log(1 / beta)) * (norm + math.sqrt(coordinates) / 2)
+    return min(math.sqrt(likely), certain)
+
+
+def l1_of(l2: float, coordinates: int) -> float:
+    """The largest L1 norm of an integer vector with L2 norm ``l2``: |k| ≤ k² for integers."""
+    return min(l2 * math.sqrt(coordinates), l2**2)
+
+
+def skellam_curve(event: SkellamDpEvent) -> Curve:
+    """RDP of one Skellam release at :data:`ORDERS`."""
+    squared, mu = event.l2**2, event.variance
+    beyond = np.minimum(((2 * ORDERS - 1) * squared + 6 * event.l1) / (4 * mu**2), 3 * event.l1 / (2 * mu))
+    return np.asarray(ORDERS * squared / (2 * mu) + beyond)
+
+
+def discrete_gaussian_curve(l2: float, variance: float, clients: int, coordinates: int) -> Curve:
+    """RDP, at :data:`ORDERS`, of a sum with discrete Gaussian noise of ``variance`` in all, an equal share from each client."""
+    share, scaled = variance / clients, l2 / math.sqrt(variance)
+    gap = 10 * sum(math.exp(-2 * math.pi**2 * share * k / (k + 1)) for k in range(1, clients))
+    one = ORDERS / 2 * scaled**2 + gap * coordinates
+    return np.asarray(np.minimum(one, ORDERS / 2 * (scaled + math.sqrt(coordinates) * gap) ** 2))
+
+
+def gaussian_curve(noise_multiplier: float) -> Curve:
+    """RDP of one Gaussian release at :data:`ORDERS`: what distributed noise is compared with."""
+    return ORDERS / (2 * noise_multiplier**2)
+
+
+def epsilon_of(curve: Curve, delta: float) -> float:
+    """The least ε(δ) over :data:`ORDERS`; at least 0."""
+    return max(0.0, float(np.min(curve + np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1))))
+
+
+def success_of(curve: Curve, baseline: float) -> float:
+    """The most that a guess succeeds at, if it succeeds at ``baseline`` without the release: min (κ·e^RDP)^((α−1)/α), Balle et al. 2022."""
+    exponents = (ORDERS - 1) / ORDERS * (math.log(baseline) + curve)
+    return min(1.0, math.exp(min(0.0, float(exponents.min()))))
+
+
+def grid_for(bits: int, *, clients: int, coordinates: int, clip_norm: float, noise_std: float) -> float:
+    """The finest grid on which a rotated sum stays within 2^bits by 4 standard deviations; ``noise_std`` is one client's.
+
+    After a random rotation a coordinate of the sum has variance clip_norm²·clients²/coordinates at most, beside noise and rounding.
+    """
+    low, high = 1e-15 * clip_norm, 1e3 * max(clip_norm, noise_std)
+    for _ in range(200):
+        grid = math.sqrt(low * high)
+        spread = math.sqrt((clip_norm * clients) ** 2 / coordinates + clients * (grid**2 / 4 + noise_std**2))
+        low, high = (low, grid) if 2.0**bits * grid / 2 > 4 * spread else (grid, high)
+    return high

@@ -1,0 +1,149 @@
+"""The audit: exact limits, Holm's correction, and that it catches half the noise that is claimed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from defenses.accounting import guarantee
+from defenses.audit import AuditFailure, Measured, audit, lower_limit, require_passed
+from defenses.bounds import reconstruction_ceiling
+from defenses.client.dp_sgd import DPSGD, clipped_sum
+from simulator.defense import ClientContext
+from simulator.training import per_example_gradients
+from simulator.types import Batch, Tensors
+from tests.defenses.test_dp import per_example
+from tests.defenses.tiny import TinyData, context, world
+
+CANDIDATES = 10
+
+
+@dataclass(frozen=True)
+class HalvedNoise(DPSGD):
+    """dp_sgd with a bug: it adds half the noise that it claims."""
+
+    def on_gradient(self, per_example: Tensors, context: ClientContext) -> Tensors:
+        honest = super().on_gradient(per_example, context)
+        exact = DPSGD(self.clip_norm, 0.0).on_gradient(per_example, context)
+        return {name: (honest[name] + exact[name]) / 2 for name in exact}
+
+
+def flat(tensors: Tensors) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def named(defense: DPSGD, trials: int, seed: int) -> int:
+    """How often a matched filter names the record behind one upload of ``defense``, of 10 candidates: a real run of the mechanism.
+
+    The likeliest candidate under Gaussian noise maximizes ⟨y, gᵢ⟩ − ‖gᵢ‖²/2, gᵢ its clipped gradient. Clipping makes the gradients of
+    an untrained model nearly parallel, which would hide the difference; so the candidates are random and far apart in 400 coordinates.
+    """
+    numpy_rng, hits = np.random.default_rng(seed), 0
+    for trial in range(trials):
+        gradients = torch.from_numpy(numpy_rng.standard_normal((CANDIDATES, 400))).float()
+        truth = int(numpy_rng.integers(CANDIDATES))
+        seen = defense.on_gradient({"w": gradients[truth][None]}, context(batch_size=1, seed=1000 * seed + trial))["w"]
+        each = torch.stack([clipped_sum({"w": candidate[None]}, defense.clip_norm)["w"] for candidate in gradients])
+        hits += int((each @ seen - each.square().sum(1) / 2).argmax()) == truth
+    return hits
+
+
+def measured(defense: DPSGD, trials: int, seed: int = 0) -> Measured:
+    found = guarantee(world(defense, rounds=1, training={"batch_size": 0}), records_held=(10,) * 4)
+    assert found.claim is not None
+    return Measured(defense.name, named(defense, trials, seed), trials, reconstruction_ceiling(found.claim, CANDIDATES))
+
+
+def test_half_the_noise_is_caught_and_the_claimed_noise_is_not() -> None:
+    """z = 1, 10 candidates, 100 trials: ceiling 0.389, success 0.35 with the noise, 0.69 with half of it."""
+    for seed in range(10):
+        honest, halved = audit([measured(DPSGD(1.0, 1.0), 100, seed)])[0], audit([measured(HalvedNoise(1.0, 1.0), 100, seed)])[0]
+        assert honest.measured.ceiling == halved.measured.ceiling == pytest.approx(0.389144, abs=1e-6)
+        assert not honest.failed
+        assert halved.failed
+        require_passed([honest])
+        with pytest.raises(AuditFailure, match=r"dp_sgd: AUDIT FAILED: \d+ of 100 .* above the ceiling of 38.9%"):
+            require_passed([honest, halved])
+
+
+def test_the_claimed_noise_passes_on_a_real_model_too() -> None:
+    """The tiny network's own gradients as candidates, through per_example_gradients and the hook."""
+    model, parameters, _ = per_example()
+    records = TinyData().load().records
+    defense, hits = DPSGD(0.5, 1.0), 0
+    gradients = per_example_gradients(model, parameters, {}, Batch(records.inputs[:10], records.labels[:10]))
+    each = torch.stack([flat(clipped_sum({n: t[i : i + 1] for n, t in gradients.items()}, 0.5)) for i in range(10)])
+    for trial in range(100):
+        seen = flat(defense.on_gradient({n: t[trial % 10][None] for n, t in gradients.items()}, context(seed=trial)))
+        hits += int((each @ seen - each.square().sum(1) / 2).argmax()) == trial % 10
+    assert hits > 10
+    require_passed(
+        audit(
+            [
+                Measured(
+                    "dp_sgd",
+                    hits,
+                    100,
+                    reconstruction_ceiling(guarantee(world(defense, training={"batch_size": 0}), records_held=(10,) * 4).claim, 10),
+                )
+            ]
+        )
+    )
+
+
+@pytest.mark.parametrize(("z", "trials", "power"), [(1.0, 100, 1.0), (2.0, 100, 0.77), (2.0, 300, 1.0)])
+def test_power_against_halved_noise(z: float, trials: int, power: float) -> None:
+    """Power over binomial draws at the success of orthonormal candidates, ∫φ(x − μ)Φ(x)⁹dx; the reference uses a two-sided limit."""
+    x = np.linspace(-12, 20, 20_001)
+    success = float(np.trapezoid(stats.norm.pdf(x - 2 / z) * stats.norm.cdf(x) ** 9, x))
+    ceiling = float(stats.norm.cdf(stats.norm.ppf(0.1) + 1 / z))
+    hits = np.arange(trials + 1)
+    failed = np.array([audit([Measured("row", int(k), trials, ceiling)])[0].failed for k in hits])
+    found = float(stats.binom.pmf(hits, trials, success)[failed].sum())
+    assert found >= power - 0.01
+    assert float(stats.binom.pmf(hits, trials, ceiling)[failed].sum()) <= 0.05
+
+
+def test_the_limit_is_clopper_pearsons() -> None:
+    for k, n in ((0, 10), (1, 10), (7, 10), (10, 10), (69, 100)):
+        other = stats.binomtest(k, n, alternative="greater").proportion_ci(0.95, method="exact").low
+        assert lower_limit(k, n) == pytest.approx(float(other), abs=1e-12)
+
+
+def test_one_row_fails_exactly_where_its_limit_passes_the_ceiling() -> None:
+    for k in range(101):
+        (verdict,) = audit([Measured("row", k, 100, 0.389)])
+        assert verdict.failed == (verdict.low > 0.389)
+
+
+def test_many_rows_are_held_to_holms_levels() -> None:
+    """20 rows that are right on the ceiling: some row alone fails in two of three audits; together in at most one of twenty."""
+    rng = np.random.default_rng(0)
+    draws = rng.binomial(100, 0.3, (300, 20))
+    alone = sum(any(audit([Measured("row", int(k), 100, 0.3)])[0].failed for k in row) for row in draws[:60])
+    together = sum(any(v.failed for v in audit([Measured("row", int(k), 100, 0.3) for k in row])) for row in draws)
+    assert alone > 20
+    assert together <= 0.05 * 300 + 8
+    verdicts = audit([Measured("a", 55, 100, 0.3), Measured("b", 39, 100, 0.3), Measured("c", 30, 100, 0.3)])
+    assert [v.failed for v in verdicts] == [True, False, False]
+    assert audit([Measured("b", 39, 100, 0.3)])[0].failed
+    assert verdicts[0].p_value == pytest.approx(3 * stats.binom.sf(54, 100, 0.3))
+
+
+def test_without_a_claim_nothing_can_fail() -> None:
+    (verdict,) = audit([Measured("none", 100, 100, 1.0)])
+    assert not verdict.failed
+    assert "nothing is claimed" in verdict.sentence
+    assert audit([]) == []
+    require_passed([])
+
+
+@pytest.mark.parametrize(("k", "n", "ceiling"), [(5, 4, 0.5), (-1, 4, 0.5), (0, 0, 0.5), (1, 4, 1.5), (1, 4, math.nan)])
+def test_counts_must_be_counts(k: int, n: int, ceiling: float) -> None:
+    with pytest.raises(ValueError, match="must be in"):
+        Measured("row", k, n, ceiling)

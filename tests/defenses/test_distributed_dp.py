@@ -1,0 +1,254 @@
+"""Distributed DP: its accounting against published figures, its noise against closed forms, and the whole way through a federation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dp_accounting import ComposedDpEvent, GaussianDpEvent, SelfComposedDpEvent
+from scipy import stats
+
+from clients.local import local_upload
+from defenses.accounting import guarantee
+from defenses.bounds import reconstruction_ceiling
+from defenses.channel._secagg.quantization import Scale, to_words
+from defenses.channel.secure_aggregation import SecureAggregation
+from defenses.client.clip import Clip
+from defenses.client.distributed_dp import DistributedDP, skellam
+from defenses.client.gaussian_noise import GaussianNoise
+from defenses.distributed import (
+    SkellamDpEvent,
+    discrete_gaussian_curve,
+    epsilon_of,
+    gaussian_curve,
+    grid_for,
+    l1_of,
+    rounded_norm,
+    skellam_curve,
+    success_of,
+)
+from defenses.privacy_loss import epsilon, unknown
+from simulator.errors import ProtocolAbort
+from simulator.network import network
+from simulator.rng import stream
+from tests.defenses.tiny import world as tiny
+from tests.federations import federate, world
+
+HELD = (10,) * 10
+
+
+def secagg(**settings) -> SecureAggregation:
+    return SecureAggregation(mode="quantized", **{"bits": 20, "clip_range": 4.0, **settings})
+
+
+# --- accounting ---
+
+
+@pytest.mark.parametrize(
+    ("clients", "coordinates", "releases", "table"),
+    [
+        (10, 62_006, 1, (4.907, 4.763, 4.754, 4.753, 4.753, 4.753)),
+        (100, 62_006, 1, (4.931, 4.765, 4.754, 4.753, 4.753, 4.753)),
+        (100, 62_006, 100, (117.26, 110.612, 110.167, 110.132, 110.128, 110.127)),
+        (100, 11_200_000, 1, (21.83, 6.425, 4.857, 4.759, 4.753, 4.753)),
+    ],
+)
+def test_both_mechanisms_against_the_reference_table(clients: int, coordinates: int, releases: int, table: tuple[float, ...]) -> None:
+    """C = z = 1, δ = 1e-5, 12 to 24 bits; to the digits of the table."""
+    for bits, expected in zip((12, 14, 16, 18, 20, 24), table, strict=True):
+        grid = grid_for(bits, clients=clients, coordinates=coordinates, clip_norm=1.0, noise_std=1 / math.sqrt(clients))
+        l2 = rounded_norm(1 / grid, coordinates)
+        event = SkellamDpEvent(l2, l1_of(l2, coordinates), 1 / grid**2)
+        tolerance = 5.1e-3 if expected in (117.26, 21.83) else 5.1e-4
+        assert epsilon_of(releases * skellam_curve(event), 1e-5) == pytest.approx(expected, abs=tolerance)
+        assert epsilon(SelfComposedDpEvent(event, releases), 1e-5) == (epsilon_of(releases * skellam_curve(event), 1e-5), "RDP")
+        discrete = releases * discrete_gaussian_curve(l2, 1 / grid**2, clients, coordinates)
+        assert epsilon_of(discrete, 1e-5) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize(("releases", "expected"), [(1, 4.753), (100, 110.127)])
+def test_the_central_gaussian_on_the_same_orders(releases: int, expected: float) -> None:
+    assert epsilon_of(releases * gaussian_curve(1.0), 1e-5) == pytest.approx(expected, abs=5e-4)
+
+
+def test_the_skellam_curve_bounds_the_exact_divergence() -> None:
+    """In one dimension the Rényi divergence of two shifted Skellam laws is a sum: it lies below, and close where the noise is large."""
+    for variance, shift in ((50.0, 3), (400.0, 10)):
+        k = np.arange(-2000, 2001)
+        p, q = (stats.skellam.logpmf(k - s, variance / 2, variance / 2) for s in (shift, 0))
+        keep = np.isfinite(p) & np.isfinite(q)
+        bound = skellam_curve(SkellamDpEvent(float(shift), float(shift), variance))
+        for place, order in enumerate((2, 3, 4, 5, 8)):
+            exact = np.logaddexp.reduce(order * p[keep] + (1 - order) * q[keep]) / (order - 1)
+            curve = bound[(0, 1, 2, 3, 6)[place]]
+            assert exact <= curve * (1 + 1e-9)
+            assert curve <= 1.15 * exact
+
+
+def test_skellam_among_other_releases_fails_closed() -> None:
+    event = SkellamDpEvent(10.0, 100.0, 1e4)
+    assert unknown(SelfComposedDpEvent(event, 3)) is None
+    assert unknown(ComposedDpEvent([event, event])) is None
+    assert "together with others" in str(unknown(ComposedDpEvent([event, GaussianDpEvent(1.0)])))
+    for bad in (SkellamDpEvent(0.0, 1.0, 1.0), SkellamDpEvent(1.0, 1.0, math.inf), SkellamDpEvent(1.0, math.nan, 1.0)):
+        assert unknown(bad) is not None
+
+
+def test_the_ceiling_from_rdp_is_the_published_one() -> None:
+    """z = 1: 0.5186 at κ = 0.1 and 0.1261 at 0.01 over real orders (exact: 0.3891 and 0.0924); integers lose a little."""
+    for baseline, published in ((0.1, 0.5186), (0.01, 0.1261)):
+        assert published <= success_of(gaussian_curve(1.0), baseline) <= 1.02 * published
+    assert success_of(gaussian_curve(1.0), 1.0) == 1.0
+
+
+# --- noise and rounding ---
+
+
+def test_shares_add_up_to_the_noise_of_the_sum() -> None:
+    """The sum of 7 shares is Skellam with 7 times the variance: against scipy's distribution."""
+    shares = [skellam(9.0, (40_000,), stream(seed, "noise")) for seed in range(7)]
+    total = np.sum(shares, axis=0)
+    assert total.dtype == np.int64
+    assert total.mean() == pytest.approx(0, abs=0.16)
+    assert total.var() == pytest.approx(63.0, rel=0.03)
+    values = np.arange(-12, 13)
+    counts = np.array([(total == value).sum() for value in values])
+    expected = 40_000 * stats.skellam.pmf(values, 31.5, 31.5)
+    assert stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), len(values)) > 1e-3
+    assert not np.array_equal(shares[0], shares[1])
+    assert np.array_equal(shares[0], skellam(9.0, (40_000,), stream(0, "noise")))
+
+
+def test_rounding_is_repeated_until_it_is_short_enough() -> None:
+    """Half a step in each of 400 coordinates: a rounding has 200 ± 10 ones, so that a norm of √195 is sometimes exceeded, and never left."""
+    scale, tensors = Scale(cohort=2, bits=32, max_examples=1), {"a": torch.full((400,), 0.5)}
+    limit = float(scale.q_max)  # a step of 1
+    rng, none = stream(0, "rounding"), np.zeros(400, np.int64)
+    norms = {
+        longest: [
+            np.sum(to_words(tensors, weight=1.0, limit=limit, scale=scale, rng=rng, noise=none, longest=longest).astype(np.int64) ** 2)
+            for _ in range(50)
+        ]
+        for longest in (math.inf, math.sqrt(195))
+    }
+    assert max(norms[math.inf]) > 195
+    assert max(norms[math.sqrt(195)]) <= 195
+    with pytest.raises(ProtocolAbort, match="norm of at most 5 steps"):
+        to_words(tensors, weight=1.0, limit=limit, scale=scale, rng=rng, noise=none, longest=5.0)
+
+
+def test_rounded_norm_is_exceeded_as_seldom_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for coordinates, norm in ((1000, 20.0), (1000, 200.0)):
+        vector = rng.standard_normal(coordinates)
+        vector *= norm / np.linalg.norm(vector)
+        rounded = np.floor(vector) + (rng.random((2000, coordinates)) < vector - np.floor(vector))
+        lengths = np.linalg.norm(rounded, axis=1)
+        assert (lengths > rounded_norm(norm, coordinates)).mean() <= math.exp(-0.5)
+        assert lengths.max() <= rounded_norm(norm, coordinates, beta=0.0)
+
+
+# --- what it claims and refuses ---
+
+
+@pytest.mark.parametrize("clients", [10, 100])
+def test_at_20_bits_it_costs_what_central_noise_costs(clients: int) -> None:
+    """Issue 4, point 5: within 2 %, here for the mechanism as it runs, without rotation, on the tiny model; large ones by formula."""
+    here = tiny(DistributedDP(), secagg(clip_range=2.0), clients=clients if clients < 60 else 30, rounds=1)
+    found = guarantee(here, records_held=(1,) * here.federation.clients)
+    central = epsilon_of(gaussian_curve(1.0), 1e-5)
+    assert central * 0.999 <= found.epsilon <= 1.02 * central
+    grid = 2.0 / Scale(cohort=clients, bits=20, max_examples=1).q_max
+    l2 = rounded_norm(1 / grid, 1_000_000)
+    assert epsilon_of(skellam_curve(SkellamDpEvent(l2, l1_of(l2, 1_000_000), grid**-2)), 1e-5) <= 1.021 * central
+
+
+def test_it_claims_for_the_fewest_honest_clients() -> None:
+    """The same z whoever drops out: a client's share is larger, the fewer honest ones a sum may hold."""
+    base = tiny(DistributedDP(), secagg(), clients=10)
+    fewer, colluding = tiny(DistributedDP(), secagg(threshold=9), clients=10), tiny(DistributedDP(colluding=3), secagg(), clients=10)
+    assert DistributedDP().honest(base) == 7
+    assert DistributedDP().share(base) == pytest.approx(1 / math.sqrt(7))
+    assert DistributedDP().share(fewer) == pytest.approx(1 / 3)
+    assert DistributedDP(colluding=3).share(colluding) == pytest.approx(1 / 2)
+    values = [guarantee(of, records_held=HELD).epsilon for of in (base, fewer, colluding)]
+    assert values == pytest.approx([values[0]] * 3)
+    found = guarantee(base, records_held=HELD)
+    assert (found.adversary, found.unit, found.accountant) == ("server", "client", "RDP")
+    assert "7 honest clients" in found.adjacency
+    assert found.claim is not None
+    assert 0.3891 < reconstruction_ceiling(found.claim, 10) < 0.53
+
+
+@pytest.mark.parametrize(
+    ("stack", "why"),
+    [
+        ((DistributedDP(),), "channel must be secure_aggregation on integers for distributed_dp, got none"),
+        ((DistributedDP(), secagg(clip_range=1.5)), "clip_range of secure_aggregation must be ≥ 1.956"),
+        ((DistributedDP(), secagg(bits=64)), "bits of secure_aggregation must be ≤ 32"),
+        ((DistributedDP(colluding=7), secagg()), "colluding must be below the 7 clients"),
+        ((DistributedDP(), Clip(), secagg()), "distributed_dp must be the last to change the update, got 'clip'"),
+        ((DistributedDP(), GaussianNoise(), secagg()), "distributed_dp must be the last to change the update"),
+    ],
+)
+def test_without_what_hides_the_shares_nothing_is_claimed(stack, why: str) -> None:
+    here = tiny(*stack, clients=10)
+    assert why in str(stack[0].refuses(here))
+    found = guarantee(here, records_held=HELD)
+    assert found.epsilon == math.inf
+    assert why in found.sentence
+
+
+def test_plain_sums_and_batch_norm_are_refused() -> None:
+    plain = SecureAggregation(mode="plain")
+    assert "got plain sums" in str(DistributedDP().refuses(tiny(DistributedDP(), plain, clients=10)))
+    assert "BatchNorm" in str(DistributedDP().refuses(tiny(DistributedDP(), secagg(), clients=10, batch_norm=True)))
+    assert DistributedDP(noise_multiplier=0.0).claim(tiny(DistributedDP(noise_multiplier=0.0), secagg(), clients=10), HELD) is None
+
+
+# --- the whole way ---
+
+
+@pytest.mark.parametrize("mode", ["quantized", "protocol"])
+def test_the_server_sees_the_clipped_mean_with_the_noise_of_all_shares(mode: str, tmp_path: Path) -> None:
+    """6 clients, a sum needs 5: each share has variance z²S²/5, the mean of 6 that of 6/5·z²S²/36."""
+    z, norm = 0.5, 0.2
+    settings = {"federation": {"clients": 6, "rounds": 1}, "training": {"batch_size": 4}}
+    channel = {"name": "secure_aggregation", "mode": mode, "bits": 20, "clip_range": 1.0}
+    noisy = world(**settings, defenses=[{"name": "distributed_dp", "clip_norm": norm, "noise_multiplier": z}, channel])
+    (seen,) = federate(noisy, tmp_path).observations
+    clipped = world(**settings, defenses=[{"name": "clip", "clip_norm": norm}])
+    model = network(clipped.architecture, clipped.data.load().schema, clipped.training, clipped.seed)
+    uploads = [local_upload(clipped, model, seen.broadcast, client).update.tensors for client in range(6)]
+    noise = torch.cat([(got - sum(u[name] for u in uploads) / 6).flatten() for name, got in seen.upload.update.tensors.items()])
+    expected = z * norm * math.sqrt(6 / 5) / 6
+    assert len(seen.upload.senders) == 6
+    assert float(noise.std()) == pytest.approx(expected, rel=4 / math.sqrt(2 * len(noise)))
+    assert float(noise.mean()) == pytest.approx(0, abs=4 * expected / math.sqrt(len(noise)))
+    assert stats.kstest(noise.numpy(), "norm", args=(0, expected)).pvalue > 1e-3
+
+
+def test_colluding_clients_take_their_noise_with_them(tmp_path: Path) -> None:
+    """What the server is left with is the sum over the others, with their noise alone; no more may collude than the claim allows."""
+    from experiments.collude import reduced
+    from experiments.spec import check, load
+    from simulator.errors import SpecError
+
+    settings = {"federation": {"clients": 6, "rounds": 1}, "training": {"batch_size": 4}}
+    channel = {"name": "secure_aggregation", "mode": "quantized", "bits": 20, "clip_range": 1.0}
+    own = {"name": "distributed_dp", "clip_norm": 0.2, "noise_multiplier": 0.5, "colluding": 2}
+    of = world(**settings, defenses=[own, channel])
+    (seen,) = federate(of, tmp_path).observations
+    model = network(of.architecture, of.data.load().schema, of.training, of.seed)
+    left = reduced(seen, of, model, frozenset({0, 1})).upload
+    clipped = world(**settings, defenses=[{"name": "clip", "clip_norm": 0.2}])
+    uploads = [local_upload(clipped, model, seen.broadcast, client).update.tensors for client in range(2, 6)]
+    noise = torch.cat([(got - sum(u[name] for u in uploads) / 4).flatten() for name, got in left.update.tensors.items()])
+    assert left.senders == frozenset({2, 3, 4, 5})
+    assert float(noise.std()) == pytest.approx(0.5 * 0.2 * math.sqrt(4 / 3) / 4, rel=4 / math.sqrt(2 * len(noise)))  # h = 5 − 2
+    arms = ['arms = [{name = "d", defenses = [{name = "distributed_dp"}, {name = "secure_aggregation"}]}]', "threat.colluding = 1"]
+    with pytest.raises(SpecError, match=r"colluding of distributed_dp must be ≥ threat.colluding = 1, got 0"):
+        check(load(None, arms))
