@@ -35,6 +35,7 @@ from simulator.defense import ClientContext, Defense
 from simulator.mechanisms.outpost import perturbed, probability, risks
 from simulator.registry import register
 from simulator.types import Tensors
+from simulator.world import World
 
 
 @register("defenses", "outpost")
@@ -67,6 +68,14 @@ class Outpost(Defense):
             raise ValueError(f"noised must be in [0, 1], got {self.noised}. It is the share of coordinates that get noise.")
         if self.iterations not in ("training", "round"):
             raise ValueError(f"iterations must be 'training' or 'round', got {self.iterations!r}. The default is 'training'.")
+
+    def noise_std(self, world: World) -> float:
+        """At most ``scale``, for weights of variance 1 or more; of a delta, that of all its steps."""
+        recipe = world.training
+        if recipe.algorithm == "fedsgd":
+            return self.scale
+        steps = recipe.local_steps(len(world.data.load().records) // world.federation.clients)
+        return self.scale * recipe.learning_rate * math.sqrt(steps) / (1 - min(recipe.momentum, 0.99))
 
     def on_step(self, gradient: Tensors, context: ClientContext) -> Tensors:
         """Perturb the gradient, or by chance leave it.
