@@ -29,11 +29,14 @@ def blended(
         The blend, for each of its records the place in ``other`` that it is from, or None, and its angle and score; None if no record
         of ``other`` helps.
     """
-    twin = partners(better, other, ordered=knowledge.labels is not None)
+    counted = knowledge.label_counts is not None  # then a record may only be exchanged for one of the same class
+    twin = partners(better, other, ordered=knowledge.labels is not None, same_class=counted)
     taken, best = [False] * len(better), (float("nan"), score)
     for _ in range(SWEEPS):
         changed = False
         for place in range(len(better)):
+            if counted and better.labels[place] != other.labels[twin[place]]:
+                continue
             tried = [flag != (i == place) for i, flag in enumerate(taken)]
             now = mismatch(view, knowledge, mixed(better, other, twin, tried))
             if now[1] < best[1]:
@@ -45,11 +48,17 @@ def blended(
     return mixed(better, other, twin, taken), tuple(there if flag else None for flag, there in zip(taken, twin, strict=True)), best
 
 
-def partners(one: Batch, other: Batch, *, ordered: bool) -> list[int]:
-    """For each record of one guess the index of its twin in the other: by place where labels fix the order, else the nearest picture."""
+def partners(one: Batch, other: Batch, *, ordered: bool, same_class: bool) -> list[int]:
+    """For each record of one guess the index of its twin in the other: by place where labels fix the order, else the nearest picture.
+
+    Args:
+        same_class: prefer a twin of the same label to any other.
+    """
     if ordered:
         return list(range(len(one)))
     distance = torch.cdist(one.inputs.flatten(1).double(), other.inputs.flatten(1).double())
+    if same_class:
+        distance = distance + distance.max() * len(one) * (one.labels[:, None] != other.labels[None])
     return [int(column) for column in linear_sum_assignment(distance.numpy())[1]]
 
 
