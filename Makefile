@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= fedpeek-out/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test slow lint types imports check benchmark clean
+.PHONY: demo test slow nightly lint types imports check benchmark clean
 
 demo: $(VENV)/ready
 	$(BIN)/fedpeek run $(ARGS) --out $(OUT)
@@ -14,6 +14,9 @@ test: $(VENV)/ready
 
 slow: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow -n 2 --dist loadfile
+
+nightly: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nightly -m nightly -n 2
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -25,6 +25,9 @@ FLAGS: dict[str, str] = {
     "no_control": "there is no undefended run on the same victims: no defense can take credit",
     "oracle_used": "the threat model disclosed labels to the attack: the leakage holds for that adversary only",
     "active_server": "the server tampered with the model: not an honest-but-curious adversary",
+    "candidates_told": "the adversary was handed the candidates, the true record among them: that is the game that a ceiling bounds, and "
+    "more than a server usually knows",
+    "colluding_clients": "clients told the server what they sent: the leakage holds for a server with these accomplices",
     "few_victims": f"fewer than {FEW_RECORDS} scored records or {FEW_SEEDS} seeds: read the numbers as an example",
     "few_uploads": f"fewer than {FEW_UPLOADS} independent uploads: the intervals are only indicative",
     "ceiling_exceeded": "more records were identified than (ε, δ) allows, beyond chance: the defense or its accounting is broken",
@@ -39,7 +42,7 @@ FLAGS: dict[str, str] = {
 }
 """Each flag with its one-line explanation."""
 
-INFORMATION = frozenset({"not_distinguishable", "equivalent", "ceiling_vacuous"})
+INFORMATION = frozenset({"not_distinguishable", "equivalent", "ceiling_vacuous", "candidates_told", "colluding_clients"})
 """Flags that describe a finding; all others warn."""
 
 
@@ -62,6 +65,8 @@ def flags_for(
     certified_wrong: bool = False,
     prediction_missed: bool = False,
     active: bool = False,
+    candidates_told: bool = False,
+    colluding: bool = False,
 ) -> list[str]:
     """Return the flags that a row of the summary deserves, in the order of :data:`FLAGS`.
 
@@ -81,12 +86,14 @@ def flags_for(
         oracle: whether the attack was told labels.
         certified_wrong: whether a record with a certificate is not exact.
         active: whether the server tampered with the model.
+        candidates_told: whether the row says who was identified by an attack that was handed the candidates.
+        colluding: whether clients told the server what they sent.
         prediction_missed: whether fewer records are exact than identifiability predicted.
     """
     if gain is None:
         missing = statuses.get("unsupported", 0) > 0
-        lack = {"oracle_used": oracle, "active_server": active, "clients_lost": clients_lost, "unsupported": missing}
-        return [flag for flag, raised in lack.items() if raised]
+        lack = {"oracle_used": oracle, "active_server": active, "colluding_clients": colluding, "clients_lost": clients_lost}
+        return [flag for flag, raised in (lack | {"unsupported": missing}).items() if raised]
     raised = {
         "not_converged": unconverged > TOLERATED_UNCONVERGED * statuses.get("ok", 0),
         "floor_not_beaten": gain.low <= 0,
@@ -94,6 +101,8 @@ def flags_for(
         "no_control": not controlled,
         "oracle_used": oracle,
         "active_server": active,
+        "candidates_told": candidates_told,
+        "colluding_clients": colluding,
         "few_victims": records < FEW_RECORDS or seeds < FEW_SEEDS,
         "few_uploads": uploads < FEW_UPLOADS,
         "ceiling_exceeded": identified is not None and identified.low > ceiling,

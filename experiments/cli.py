@@ -7,19 +7,17 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from experiments.bars import progress_bars
 from experiments.listing import Listed, rows
 from simulator.errors import FedpeekError, SpecError
 
@@ -39,9 +37,10 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
   fedpeek list attacks                        what there is; also defenses, data, models, metrics, specs
   fedpeek run my.toml --out my-run            your own experiment; copy one of `fedpeek list specs` to start
   fedpeek attack my-run/transcript/none-seed0 --attack dlg
+  fedpeek audit my-run                        does any attack beat a guarantee's ceiling? then the guarantee is wrong
   fedpeek claims --list                       every number that README and docs print; `fedpeek claims ID` measures it again
 
-[bold]Exit codes[/bold]  0 all well · 1 error, or a claim that does not hold · 2 bad input, nothing written
+[bold]Exit codes[/bold]  0 all well · 1 error, or a claim or guarantee that does not hold · 2 bad input, nothing written
 3 finished, but something was lost · 130 Ctrl-C
 """
 
@@ -73,6 +72,8 @@ def run(
         str, typer.Option(metavar="N|ray[:HOST:PORT]", help="Worker processes; 0 means one for each core. ray sends the tasks over Ray.")
     ] = "0",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; it must have the same spec.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Check the spec and say what there is to do; run nothing.")] = False,
+    audit: Annotated[bool, typer.Option("--audit", help="Then audit the run's guarantees, as `fedpeek audit` does.")] = False,
 ) -> None:
     """Run an experiment: federate, record, attack, compare; print the table and write the report.
 
@@ -80,22 +81,41 @@ def run(
     Ctrl-C leaves a run that --resume completes.
     """
     from experiments import spec as specs
+    from experiments.estimate import plan
     from experiments.run import run as run_experiment
-    from experiments.workers import parse
+    from experiments.workers import cores, parse
 
     if resume and out is None:
         raise SpecError("--resume must come with --out, got none. Name the directory of the run.")
-    experiment, slug = specs.load(spec, assign or ()), specs.slug
+    experiment, slug, at_once = specs.load(spec, assign or ()), specs.slug, parse(workers)
+    if estimate:
+        specs.check(experiment)
+        _say(plan(experiment).sentence(at_once if isinstance(at_once, int) and at_once else cores()))
+        raise typer.Exit(OK)
     out = out or Path("fedpeek-out") / f"{slug(experiment.name)}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
-        with _progress(len(experiment.arms) * len(experiment.seeds)) as (notify, advance):
-            failures = run_experiment(experiment, out, workers=parse(workers), resume=resume, notify=notify, done=advance)
+        with progress_bars(errors, len(experiment.arms) * len(experiment.seeds)) as (notify, advance):
+            failures = run_experiment(experiment, out, workers=at_once, resume=resume, notify=notify, done=advance, begun=_say)
     except KeyboardInterrupt:
         errors.print(f"\nInterrupted. Nothing that was finished is lost; go on with the same command and --out {out} --resume")
         raise typer.Exit(INTERRUPTED) from None
     for failure in failures:
         errors.print(f"[red]failed[/red] {escape(failure.task.arm)}, seed {failure.task.seed}: {escape(failure.failure)}")
-    raise typer.Exit(_conclude(out, bool(failures)))
+    code = _conclude(out, bool(failures))
+    if audit:
+        _audit(out)
+    raise typer.Exit(code)
+
+
+@app.command("audit")
+def audit_(directory: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
+    """Hold what attacks identified against what (ε, δ) allows; exits with 1 where a guarantee is refuted.
+
+    One record of each upload counts, so that trials are independent. A limit above its ceiling, after Holm's correction, means that the
+    defense or its accounting is broken. That nothing fails proves nothing. `candidate_identification` (threat.candidates = true)
+    comes nearest to the ceilings.
+    """
+    _audit(directory)
 
 
 @app.command()
@@ -122,7 +142,7 @@ def attack(
     """
     from experiments.replay import replay
 
-    with _progress(1) as (notify, _):
+    with progress_bars(errors, 1) as (notify, _):
         written, table, missing = replay(transcript, attack, assign or (), round, out, notify, lambda line: errors.print(escape(line)))
     console.print(table)
     console.print(f"Written to {written}")
@@ -150,7 +170,7 @@ def claims(
     if not as_json:
         console.print(heading(), style="bold", highlight=False, soft_wrap=True)
     try:
-        with _progress(len(chosen), unit="claims") as (notify, advance):
+        with progress_bars(errors, len(chosen), unit="claims") as (notify, advance):
             for claim in chosen:
                 with progress.listening(partial(notify, claim.id)):
                     outcome = Outcome(claim, {}) if as_filed else check(claim)
@@ -194,6 +214,22 @@ def main() -> None:
         sys.exit(ERROR)
 
 
+def _say(sentence: str) -> None:
+    errors.print(escape(sentence), highlight=False, soft_wrap=True)
+
+
+def _audit(directory: Path) -> None:
+    from experiments.auditing import audit_run
+
+    verdicts, unaudited = audit_run(directory)
+    for verdict in verdicts:
+        console.print(escape(verdict.sentence), style="bold red" if verdict.failed else "", highlight=False, soft_wrap=True)
+    for sentence in unaudited:
+        console.print(escape(sentence), style="dim", highlight=False, soft_wrap=True)
+    if any(verdict.failed for verdict in verdicts):
+        raise typer.Exit(ERROR)
+
+
 def _conclude(directory: Path, failed: bool) -> int:
     from experiments.conclude import conclude
 
@@ -203,36 +239,3 @@ def _conclude(directory: Path, failed: bool) -> int:
         errors.print(f"[yellow]warning[/yellow] {escape(warning)}")
     console.print(f"Report: {report_path}")
     return INCOMPLETE if failed or warnings else OK
-
-
-@contextmanager
-def _progress(tasks: int, unit: str = "arms × seeds") -> Iterator[tuple[Any, Any]]:
-    """A bar for the whole run and one for each task under way; yields what tells it of ticks, and of finished tasks."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=errors, transient=True) as bars:
-        whole = bars.add_task("run", total=tasks, note=unit)
-        lines: dict[str, Any] = {}
-
-        def notify(task: Any, what: str, done: int, total: int, note: str) -> None:
-            label = _label(task)
-            if label not in lines:
-                lines[label] = bars.add_task(label, total=total, note="")
-            bars.update(lines[label], description=f"{escape(label)}: {escape(what)}", completed=done, total=total, note=escape(note))
-
-        def advance(task: Any) -> None:
-            line = lines.pop(_label(task), None)
-            if line is not None:
-                bars.remove_task(line)
-            bars.advance(whole)
-
-        yield notify, advance
-
-
-def _label(task: Any) -> str:
-    return f"{task.arm}, seed {task.seed}" if hasattr(task, "arm") else str(task)

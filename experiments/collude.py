@@ -14,6 +14,7 @@ from torch import nn
 
 from clients.local import local_upload
 from clients.secure import private_vector
+from defenses.channel.enclave import SimulatedEnclave
 from defenses.channel.secure_aggregation import SecureAggregation
 from simulator.rng import stream
 from simulator.types import Broadcast, Observation, Tensors, Update, Upload
@@ -42,12 +43,14 @@ def told_by(client: int, world: World, model: nn.Module, broadcast: Broadcast) -
     """What a colluding client sent, as it entered the sum: with its own noise and its own rounding, which it knows."""
     channel, cohort = world.channel, world.federation.cohort_size
     upload = local_upload(world, model, broadcast, client)
+    if isinstance(channel, SimulatedEnclave):
+        return channel.as_summed(upload)
     if not isinstance(channel, SecureAggregation) or str(channel.mode) == "plain":
         return upload
     return channel.decode(
         private_vector(world, model, client, broadcast, channel, cohort),
         kind=upload.update.kind, template=broadcast.parameters, buffer_template=broadcast.buffers, senders=frozenset({client}),
-        cohort=cohort, max_examples=channel.largest_upload(world),
+        cohort=cohort, max_examples=channel.largest_upload(world), noisy=channel.noised(world),
     )  # fmt: skip
 
 

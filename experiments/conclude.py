@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
-from safetensors.torch import load_file
 
+from experiments.gallery import gallery
 from experiments.report import html
 from experiments.report.table import table as terminal_table
 from experiments.result import Trial
-from experiments.run import FACTS, HOW, PICTURES, SPEC, TRANSCRIPTS, read_facts, read_trials
+from experiments.run import FACTS, HOW, SPEC, TRANSCRIPTS, read_facts, read_trials
 from experiments.spec import Arm, Experiment
 from experiments.summary import summarize
 from simulator import config
@@ -48,6 +47,7 @@ def conclude(out: Path) -> tuple[Table, Path, list[str]]:
     summary = summarize(
         trials, facts, candidates=candidates(experiment), control_arm=control.name if control else None,
         environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
+        stacks={arm.name: stack(arm) for arm in experiment.arms}, colluding=experiment.threat.colluding > 0,
     )  # fmt: skip
     (out / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     public_spec = "\n".join(line for line in spec.splitlines() if not line.startswith("secret = "))
@@ -76,14 +76,14 @@ def _require_whole(experiment: Experiment, trials: Sequence[Trial], finished: se
         FedpeekError: lines are missing from results.jsonl.
     """
     found = {(trial.arm, trial.seed, trial.attack) for trial in trials}
-    lacking = sorted((arm, seed, a.name) for arm, seed in finished for a in experiment.attacks if (arm, seed, a.name) not in found)
+    lacking = sorted((arm, seed, a.name) for arm, seed in finished for a in experiment.rungs if (arm, seed, a.name) not in found)
     if lacking:
         raise FedpeekError(f"results.jsonl must hold trials of every finished task, got none of {lacking[0]}. Run it again elsewhere.")
 
 
 def in_order(experiment: Experiment, trials: Sequence[Trial]) -> list[Trial]:
     """The trials in the spec's order of arms and attacks: workers finish in any."""
-    arms, attacks = [arm.name for arm in experiment.arms], [attack.name for attack in experiment.attacks]
+    arms, attacks = [arm.name for arm in experiment.arms], [attack.name for attack in experiment.rungs]
     return sorted(trials, key=lambda trial: (arms.index(trial.arm), attacks.index(trial.attack), trial.seed, trial.round, trial.senders))
 
 
@@ -93,37 +93,10 @@ def candidates(experiment: Experiment) -> int:
     return min(experiment.evaluation.candidates or records, records)
 
 
-def gallery(experiment: Experiment, trials: Sequence[Trial], out: Path) -> Iterator[html.Picture]:
-    """The best, the median and the worst victim of each arm and attack, by PSNR."""
-    for arm in experiment.arms:
-        for attack in experiment.attacks:
-            shown = list(_pictures(arm, attack.name, experiment.seeds, trials, out))
-            ranked = sorted(shown, key=lambda item: -item[0].records[item[1]].psnr_db)
-            if not ranked:
-                continue
-            for which, place in (("best", 0), ("median", len(ranked) // 2), ("worst", len(ranked) - 1)):
-                trial, index, private, guess = ranked[place]
-                record = trial.records[index]
-                yield html.Picture(
-                    arm=arm.name, attack=attack.name, which=which, private=private, reconstructed=guess, psnr_db=record.psnr_db,  # type: ignore[arg-type]
-                    identified=record.identified, caption=f"client {record.client}, round {trial.round}, seed {trial.seed}",
-                )  # fmt: skip
-
-
-def _pictures(
-    arm: Arm, attack: str, seeds: Sequence[int], trials: Sequence[Trial], out: Path
-) -> Iterator[tuple[Trial, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    for seed in seeds:
-        path = out / PICTURES / f"{arm.slug}-seed{seed}-{attack}.safetensors"
-        if not path.is_file():
-            continue
-        pictures = load_file(path)
-        mine = [trial for trial in trials if (trial.arm, trial.attack, trial.seed) == (arm.name, attack, seed)]
-        if any(trial.answered == "labels" for trial in mine):
-            continue  # it guessed no pictures
-        places = [(trial, index) for trial in mine for index in range(len(trial.records))]
-        for (trial, index), private, guess in zip(places, pictures["private"], pictures["guess"], strict=False):
-            yield trial, index, private.permute(1, 2, 0).squeeze(-1).numpy(), guess.permute(1, 2, 0).squeeze(-1).numpy()
+def stack(arm: Arm) -> tuple[str, ...]:
+    """The names of an arm's defenses; a changed recipe counts as one."""
+    changed = (f"training: {', '.join(arm.training)}",) if arm.training else ()
+    return (*(defense.name or type(defense).__name__ for defense in arm.defenses), *changed)
 
 
 def threat(experiment: Experiment) -> dict[str, object]:
@@ -131,6 +104,7 @@ def threat(experiment: Experiment) -> dict[str, object]:
     planted = {} if experiment.tampering.method == "none" else {"tampering": experiment.tampering.method}
     rounds, batch_size, dumped = list(experiment.evaluation.rounds), experiment.training.batch_size, config.dump(experiment.threat)
     used = {"rounds_it_may_use": "all that it recorded"} if dumped.pop("rounds") == "all" else {}
+    dumped = {name: granted for name, granted in dumped.items() if granted or name not in ("colluding", "candidates")}
     return {**dumped, **planted, **used, "rounds": rounds, "batch_size": batch_size}
 
 

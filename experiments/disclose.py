@@ -10,6 +10,7 @@ from torch import nn
 from simulator import config
 from simulator.adversary import Knowledge, ThreatModel
 from simulator.dataset import Splits
+from simulator.defense import overrides
 from simulator.network import network
 from simulator.types import Batch, Observation, Upload
 from simulator.world import World
@@ -54,6 +55,7 @@ def disclose(
         label_counts=torch.bincount(truth.labels, minlength=classes) if threat.labels != "none" else None,
         public=splits.public if threat.public_data else None,
         defenses=tuple((defense.name, config.dump(defense)) for defense in world.defenses),
+        encoded=any(overrides(defense, "on_batch") for defense in world.defenses),
         adversary=threat.adversary,
         history=tuple(sorted(others, key=lambda seen: seen.broadcast.round)) if threat.rounds == "all" else (),
     )

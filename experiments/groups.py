@@ -71,7 +71,16 @@ class Group:
     @property
     def labels_only(self) -> bool:
         """Whether no trial that ended well guessed inputs; one that did makes the others' mid-gray pictures its failures."""
-        return {trial.answered for trial in self.trials if trial.status == "ok"} == {"labels"}
+        return self._answers == {"labels"}
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the trials that ended well named candidates, which says nothing of pictures."""
+        return self._answers == {"candidates"}
+
+    @property
+    def _answers(self) -> set[str]:
+        return {trial.answered for trial in self.trials if trial.status == "ok"}
 
 
 def interval_of(values: Sequence[float], scored: Sequence[Scored]) -> Interval:

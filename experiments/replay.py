@@ -20,8 +20,9 @@ from experiments.run import RESULTS, SPEC
 from experiments.spec import Arm, Experiment, check_budget
 from experiments.trial import attack_victims, find_victims, outlook
 from experiments.workers import Notify
-from simulator import config, progress
+from simulator import config, lookup, progress
 from simulator.adversary import Knowledge
+from simulator.defense import Defense
 from simulator.errors import FedpeekError, SpecError
 from simulator.rng import stream
 from simulator.transcript import LINES, Record, read
@@ -167,8 +168,13 @@ def _public_knowledge(record: Record, training: LocalTraining, num_examples: int
     defenses = tuple((defense["name"], defense) for defense in facts.get("defenses", []))
     return Knowledge(
         model=model, schema=schema, training=training, num_examples=num_examples, defenses=defenses,
-        adversary="active" if "tampering" in facts else "honest-but-curious",
+        adversary="active" if "tampering" in facts else "honest-but-curious", encoded=any(_encodes(name) for name, _ in defenses),
     )  # fmt: skip
+
+
+def _encodes(name: str) -> bool:
+    """Whether the defense of this name changes records before training; one that is not installed here might."""
+    return name not in lookup.names("defenses") or lookup.get("defenses", name).on_batch is not Defense.on_batch
 
 
 def _write_pair(path: Path, private: torch.Tensor, guess: torch.Tensor) -> None:

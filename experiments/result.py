@@ -23,9 +23,9 @@ T = TypeVar("T")
 Status = Literal["ok", "failed", "unsupported", "diverged"]
 """``unsupported`` says before running why not; ``failed`` raised; ``diverged`` ended in values that are not finite."""
 
-
-Answered = Literal["inputs", "labels"]
-"""What the attack gave back: a guess of the private inputs, or of their labels alone, which is not to be judged as pictures."""
+Answered = Literal["inputs", "labels", "candidates"]
+"""What the attack gave back: a guess of the private inputs, of their labels alone, or which of the candidates they are that it was
+handed. The last two are not to be judged as pictures."""
 
 SINCE = {"optional": True}
 """Metadata of a field that lines of an older version lack; they are read with its default."""
@@ -85,7 +85,7 @@ class Trial:
         flags: warnings of this trial, names of :data:`experiments.checks.FLAGS`.
         predicted: records that the identifiability of the view says can be exact, before any attack; None where it was not asked.
         answered: ``labels`` where the attack ended well and guessed no inputs; the records' image scores are then those of the
-            mid-gray image and mean nothing.
+            mid-gray image and mean nothing. ``candidates`` where every guess is one of those disclosed: only who was named counts.
     """
 
     arm: str
@@ -146,12 +146,15 @@ class ArmFacts:
         delta: of the claim; None without one.
         epsilon_for: adversary, unit, adjacency and sampling of the claim, as a sentence.
         ceiling: the most that identification can reach under (ε, δ), in [0, 1]; 1 without a claim.
+        psnr_ceiling_db, mse_floor: the most and the least that an attack without a prior reaches, see :class:`defenses.bounds.Ceilings`;
+            None where they do not apply.
         client_failures: one sentence for each client that did not answer as it should.
         upload_bytes: mean over clients and rounds; ``download_bytes`` likewise.
+        upload_bytes_formula: of one client and round under an efficient coding, see :meth:`simulator.defense.Defense.upload_bytes`.
         client_seconds: CPU seconds that a client works in a round, the median over clients and rounds; None where none were noted.
         server_seconds: CPU seconds that the server works in a round, the mean over rounds; None in lines of an older version.
         peak_bytes: the most memory of the process in which server and clients ran, that of Python and its libraries included.
-        quantization_error: largest absolute difference to the exact aggregate; None without quantization.
+        quantization_error: rms difference of a coordinate to the exact aggregate, in the update's unit; None without quantization.
         train_seconds: wall-clock time of the federation.
     """
 
@@ -171,6 +174,9 @@ class ArmFacts:
     client_seconds: float | None = field(default=None, metadata=SINCE)
     server_seconds: float | None = field(default=None, metadata=SINCE)
     peak_bytes: int | None = field(default=None, metadata=SINCE)
+    upload_bytes_formula: float | None = field(default=None, metadata=SINCE)
+    psnr_ceiling_db: float | None = field(default=None, metadata=SINCE)
+    mse_floor: float | None = field(default=None, metadata=SINCE)
 
     def to_json(self) -> str:
         """Return the facts as one line."""

@@ -1,7 +1,7 @@
 """Runs an experiment: every arm and seed is one task, done in a worker process of its own and written down when it ends.
 
-A killed run loses only the tasks under way: ``--resume`` reads what is there and does the rest. Nothing here changes a number:
-each task runs on one thread, whoever runs it. Only an attack that its budget of CPU seconds stops depends on the machine.
+A killed run loses at most the attack under way in each task: ``--resume`` reads what is there and does the rest. Nothing here changes
+a number: each task runs on one thread, whoever runs it. Only an attack that its budget of CPU seconds stops depends on the machine.
 
 Longer than our usual, so that what a kill may cut, and how it is mended, stands in one place.
 """
@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import secrets
 import shlex
 import shutil
@@ -32,15 +31,11 @@ import torch
 from safetensors.torch import save_file
 
 from clients.app import app as client_app
-from clients.cost import seconds_of_a_round
-from clients.private import splits
-from defenses.channel.secure_aggregation import SecureAggregation
-from experiments import cluster, isolated
-from experiments.guarantee import guarantee_of
+from experiments import cluster, estimate, isolated, parts
+from experiments.facts import gather, peak_bytes, reset_peak
 from experiments.result import ArmFacts, Trial
 from experiments.spec import Experiment, check
-from experiments.trial import Outcome, Victim, attack_victims, find_victims, foreseen
-from experiments.utility import accuracy
+from experiments.trial import Outcome, attack_victims, find_victims, foreseen
 from experiments.workers import Notify, cores, each
 from server.app import app as server_app
 from simulator import config, engine
@@ -62,12 +57,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a task produced; or, if it could not be carried out, the reason."""
+    """What a task produced, in so many seconds; or, if it could not be carried out, the reason."""
 
     task: Task
     trials: tuple[Trial, ...] = ()
     facts: ArmFacts | None = None
     failure: str = ""
+    seconds: float = 0.0
 
 
 def run(
@@ -77,7 +73,8 @@ def run(
     workers: int | str = 0,
     resume: bool = False,
     notify: Notify | None = None,
-    done: Callable[[Task], None] | None = None,
+    done: Callable[[Task, str], None] | None = None,
+    begun: Callable[[str], None] | None = None,
 ) -> list[Finished]:
     """Run what is not done yet, appending to ``out``; return the tasks that failed.
 
@@ -87,7 +84,8 @@ def run(
         workers: processes; 0 means one for each core. A text is the address of a Ray cluster, "" that of one to be started here.
         resume: go on with the run in ``out``, which must have the same spec.
         notify: hears of progress, from every worker.
-        done: hears of every task that ended.
+        begun: hears what there is to do, in words.
+        done: hears of every task that ended, and how long the others may take, in words.
 
     Raises:
         SpecError: the experiment cannot run, or ``out`` holds something else.
@@ -104,12 +102,19 @@ def run(
     finished_before = {(facts.arm, facts.seed) for facts in read_facts(out)}
     tasks = [Task(arm.name, seed) for seed in experiment.seeds for arm in experiment.arms if (arm.name, seed) not in finished_before]
     _forget_halves(out, tasks)
-    failures = []
+    at_once = cores() if isinstance(workers, str) else workers or cores()
+    if begun is not None and tasks:
+        before = f" {len(finished_before)} federations are done." if finished_before else ""
+        begun(estimate.plan(experiment).sentence(at_once) + before)
+    failures, spent, waiting = [], [], [task.arm for task in tasks]
     job = partial(_job, config.dump(experiment), out)
     ended = cluster.each(tasks, job, workers, notify) if isinstance(workers, str) else each(tasks, job, workers or cores(), notify)
     for task, finished, death in ended:
+        waiting.remove(task.arm)
+        spent += [(task.arm, finished.seconds)] if finished is not None and finished.seconds else []
         if done is not None:
-            done(task)
+            seconds = estimate.left(spent, waiting, at_once)
+            done(task, estimate.span(seconds) if seconds else "")
         if finished is None or finished.facts is None:
             failures.append(finished or Finished(task, failure=death))
             continue
@@ -117,6 +122,7 @@ def run(
             lines.writelines(f"{trial.to_json()}\n" for trial in finished.trials)
         with (out / FACTS).open("a", encoding="utf-8") as lines:  # last: a task without this line is done again
             lines.write(f"{finished.facts.to_json()}\n")
+        parts.forget(out, _slug(experiment, task))
     return failures
 
 
@@ -124,22 +130,35 @@ def run_task(experiment: Experiment, task: Task, out: Path) -> Finished:
     """Run one federation, then every attack on its transcript."""
     torch.set_num_threads(1)
     arm = next(arm for arm in experiment.arms if arm.name == task.arm)
-    world, slug = experiment.world(arm, task.seed), f"{arm.slug}-seed{task.seed}"
+    world, slug = experiment.world(arm, task.seed), _slug(experiment, task)
     trials: list[Trial] = []
+    started = time.perf_counter()
     try:
-        isolated.warm(experiment.attacks)  # it gets ready while the federation trains
-        record, seconds = _federate(experiment, world, out / TRANSCRIPTS / slug)
+        isolated.warm(experiment.rungs)  # it gets ready while the federation trains
+        record, spent = _federate(experiment, world, out / TRANSCRIPTS / slug, partial(parts.forget, out, slug))
         victims = foreseen(find_victims(experiment, world, record), task.seed)
-        for attack in experiment.attacks:
-            outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
-            trials += outcome.trials
-            _save_pictures(outcome, out / PICTURES / f"{slug}-{attack.name}.safetensors")
-        return Finished(task, tuple(trials), _facts(experiment, task, world, record, victims, seconds, out / TRANSCRIPTS / slug))
+        if not victims:
+            return Finished(task, failure="attacked uploads must hold records, got empty Poisson samples only. Attack more rounds.")
+        for attack in experiment.rungs:
+            if (done_before := parts.load(out, slug, attack.name)) is None:
+                outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
+                _save_pictures(outcome, out / PICTURES / f"{slug}-{attack.name}.safetensors")
+                parts.save(out, slug, attack.name, outcome.trials)  # last: an attack without it is run again
+            trials += outcome.trials if done_before is None else done_before
+        facts = gather(
+            world, record, out / TRANSCRIPTS / slug, victims, arm=task.arm, candidates=experiment.evaluation.candidates,
+            delta=experiment.evaluation.delta, train_seconds=spent["seconds"], peak_bytes=spent.get("peak_bytes"),
+        )  # fmt: skip
+        return Finished(task, tuple(trials), facts, seconds=time.perf_counter() - started)
     except FedpeekError as error:
         return Finished(task, failure=str(error))
     except Exception as error:  # one task must not take the others with it, however many workers there are
         logging.getLogger("fedpeek").exception("%s, seed %d", task.arm, task.seed)
         return Finished(task, failure=f"{type(error).__name__}: {error}")
+
+
+def _slug(experiment: Experiment, task: Task) -> str:
+    return f"{next(arm.slug for arm in experiment.arms if arm.name == task.arm)}-seed{task.seed}"
 
 
 def _job(spec: Mapping[str, Any], out: Path, task: Task) -> Finished:
@@ -161,54 +180,25 @@ def read_facts(out: Path) -> list[ArmFacts]:
     return [ArmFacts.from_json(line) for line in _lines(out / FACTS)]
 
 
-def _federate(experiment: Experiment, world: World, directory: Path) -> tuple[Record, float]:
-    """The transcript of the world's federation: the one on disk if it is whole, else a new one."""
+def _federate(experiment: Experiment, world: World, directory: Path, anew: Callable[[], None]) -> tuple[Record, dict[str, float]]:
+    """The transcript of the world's federation, the one on disk if it is whole, else a new one; and seconds and memory that it took.
+
+    ``anew`` is called before a new one: nothing that was found on another transcript counts any more.
+    """
     timing = directory.with_name(f"{directory.name}.seconds.json")  # with_suffix would cut a name at its last dot
     if directory.exists():
         try:
-            return read(directory), float(json.loads(timing.read_text()))
+            spent = json.loads(timing.read_text())
+            return read(directory), spent if isinstance(spent, dict) else {"seconds": float(spent)}
         except (TranscriptError, OSError, ValueError):
             shutil.rmtree(directory)  # cut short by a kill
+    anew()
+    reset_peak()
     started = time.perf_counter()
     engine.run(world, directory, server_app, client_app, experiment.driver)
-    seconds = time.perf_counter() - started
-    timing.write_text(json.dumps(seconds))
-    return read(directory), seconds
-
-
-def _facts(
-    experiment: Experiment, task: Task, world: World, record: Record, victims: Sequence[Victim], seconds: float, directory: Path
-) -> ArmFacts:
-    evaluation = experiment.evaluation
-    records = len(world.data.load().records)
-    guesses = max(len(victim.truth) for victim in victims)  # the truth assigns k guesses, so that chance is up to k/N
-    candidates = max(1, min(evaluation.candidates or records, records) // guesses)
-    guarantee, ceiling = guarantee_of(world, delta=evaluation.delta, candidates=candidates)
-    assert record.released is not None
-    return ArmFacts(
-        arm=task.arm, seed=task.seed, accuracy=accuracy(world, splits(world), record.released),
-        epsilon=guarantee.epsilon, delta=guarantee.delta, epsilon_for=guarantee.sentence, ceiling=ceiling,
-        client_failures=tuple(f"round {round}: {reason}" for round, _, reason in record.lost),
-        upload_bytes=float(record.end["upload_bytes"]), train_seconds=seconds,
-        quantization_error=rounding_error(world, record), download_bytes=float(record.end["download_bytes"]),
-        client_seconds=seconds_of_a_round(directory), server_seconds=float(record.end["server_seconds"]), peak_bytes=peak_bytes(),
-    )  # fmt: skip
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def rounding_error(world: World, record: Record) -> float | None:
-    """Expected rms rounding error of a coordinate of the aggregate, in the update's unit; None without a channel that rounds."""
-    if not isinstance(world.channel, SecureAggregation):
-        return None
-    (upload,), bound = record.observations[0].uploads, world.channel.largest_upload(world)
-    return world.channel.rounding_rms(
-        cohort=world.federation.cohort_size, senders=len(upload.senders), num_examples=upload.num_examples, max_examples=bound
-    )
+    spent = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
+    timing.write_text(json.dumps(spent))
+    return read(directory), spent
 
 
 def _save_pictures(outcome: Outcome, path: Path) -> None:

@@ -11,15 +11,19 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 
-from attacks.strongest import Strongest
 from clients.private import partition, records_held, splits
 from defenses.accounting import guarantee
+from defenses.channel.ckks import CKKSAggregation
+from defenses.client.distributed_dp import DistributedDP
+from experiments.ladder import rungs
 from experiments.stack import misplaced
 from server.active import refusal
 from simulator import config
@@ -31,6 +35,12 @@ from simulator.types import LocalTraining
 from simulator.world import Federation, Split, Tampering, World
 
 DEMO = "demo"
+
+UNDEFENDED = "none"
+"""Name of the arm without any layer."""
+
+MOST_LAYERS = 6
+"""64 arms."""
 
 
 def slug(name: str) -> str:
@@ -46,11 +56,13 @@ class Arm:
         defenses: in the order in which they act.
         training: settings of the recipe that this arm changes: a larger batch and more local steps are defenses, too. A record is
             compared with the control where both attack it.
+        federation: settings of the federation that this arm changes: with fewer or more senders, a sum hides less or more.
     """
 
     name: str
     defenses: Annotated[tuple[Defense, ...], Plugin("defenses")] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    federation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -60,6 +72,29 @@ class Arm:
     def slug(self) -> str:
         """The name as a directory."""
         return slug(self.name)
+
+
+def lattice(layers: Sequence[Arm]) -> tuple[Arm, ...]:
+    """Every subset of the layers as one arm, smaller ones first: their defenses one after the other, in the layers' order.
+
+    Raises:
+        ValueError: more than six layers, or two of them change the same setting of the recipe.
+    """
+    if len(layers) > MOST_LAYERS:
+        raise ValueError(f"layers must be at most {MOST_LAYERS}, got {len(layers)}: every subset is a federation. Drop some.")
+    changed = [name for layer in layers for name in (*layer.training, *layer.federation)]
+    if len(set(changed)) != len(changed):
+        raise ValueError(f"layers must change different settings, got {changed}. Drop one.")
+    subsets = [subset for size in range(len(layers) + 1) for subset in combinations(layers, size)]
+    return tuple(
+        Arm(
+            name=" + ".join(layer.name for layer in subset) or UNDEFENDED,
+            defenses=tuple(defense for layer in subset for defense in layer.defenses),
+            training={name: value for layer in subset for name, value in layer.training.items()},
+            federation={name: value for layer in subset for name, value in layer.federation.items()},
+        )
+        for subset in subsets
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +133,9 @@ class Experiment:
     """Everything that ``fedpeek run`` needs; see ``fedpeek list specs`` for examples.
 
     Attributes:
-        attacks: on each arm; the strongest that applies, unless the spec names others.
+        arms: the stacks of defenses that are compared.
+        layers: instead of arms: every subset of them is one, from no defense to all of them, each in this order.
+        attacks: on each arm; none means :attr:`rungs`, the ladder of attackers that the threat model allows.
         seeds: one federation for each arm and seed; a seed fixes victims and initial weights, the same in every arm.
         secret: see :class:`simulator.world.World`; drawn for each run unless the spec gives it. The resolved spec holds it, so that
             running that file again gives the same bits.
@@ -106,8 +143,9 @@ class Experiment:
 
     data: Annotated[Any, Plugin("data")]
     model: Annotated[Any, Plugin("models")]
-    attacks: Annotated[tuple[Any, ...], Plugin("attacks")] = (Strongest(),)
-    arms: tuple[Arm, ...]
+    attacks: Annotated[tuple[Any, ...], Plugin("attacks")] = ()
+    arms: tuple[Arm, ...] = ()
+    layers: tuple[Arm, ...] = ()
     name: str = "experiment"
     description: str = ""
     split: Split = field(default_factory=Split)
@@ -121,7 +159,11 @@ class Experiment:
     driver: Literal["inprocess", "simulation", "deployment"] = "inprocess"
 
     def __post_init__(self) -> None:
-        for what, values in (("seeds", self.seeds), ("arms", self.arms), ("attacks", self.attacks)):
+        if self.layers and self.arms not in ((), lattice(self.layers)):
+            raise ValueError(f"arms must not be given beside layers, got {[arm.name for arm in self.arms]}. Every subset of layers is one.")
+        if self.layers:
+            object.__setattr__(self, "arms", lattice(self.layers))
+        for what, values in (("seeds", self.seeds), ("arms", self.arms)):
             if not values:
                 raise ValueError(f"{what} must hold at least one, got none. Add one to the spec.")
         names = [attack.name for attack in self.attacks]
@@ -133,10 +175,15 @@ class Experiment:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must differ, got {list(self.seeds)}. A repeated seed adds no information.")
 
+    @cached_property
+    def rungs(self) -> tuple[Any, ...]:
+        """The attacks that run on each arm."""
+        return self.attacks or rungs(self.threat, defended=any(arm.defenses for arm in self.arms))
+
     @property
     def control(self) -> Arm | None:
         """The undefended arm, against which every other is judged."""
-        return next((arm for arm in self.arms if not arm.defenses and not arm.training), None)
+        return next((arm for arm in self.arms if not (arm.defenses or arm.training or arm.federation)), None)
 
     def recipe(self, arm: Arm) -> LocalTraining:
         """The recipe with what the arm changes.
@@ -148,9 +195,11 @@ class Experiment:
 
     def world(self, arm: Arm, seed: int) -> World:
         """The world of one arm and seed; it keeps the tensors of the attacked rounds, or of all where the adversary may use them."""
-        kept = self.federation.record_rounds or (() if self.threat.rounds == "all" else tuple(sorted(self.evaluation.rounds)))
+        table = {**config.dump(self.federation), **arm.federation}
+        federation = config.build(Federation, table, f"arm {arm.name!r}, federation.")
+        kept = federation.record_rounds or (() if self.threat.rounds == "all" else tuple(sorted(self.evaluation.rounds)))
         return World(
-            data=self.data, model=self.model, split=self.split, federation=replace(self.federation, record_rounds=kept),
+            data=self.data, model=self.model, split=self.split, federation=replace(federation, record_rounds=kept),
             training=self.recipe(arm), defenses=arm.defenses, tampering=self.tampering, seed=seed, secret=self.secret,
         )  # fmt: skip
 
@@ -204,7 +253,7 @@ def check(experiment: Experiment) -> None:
         raise SpecError(
             f"federation.record_rounds must lie in 1..{federation.rounds}, got {list(federation.record_rounds)}. Drop the others."
         )
-    for attack in experiment.attacks:
+    for attack in experiment.rungs:
         check_budget(attack)
     _check_knowledge(experiment)
     _check_tampering(experiment)
@@ -215,10 +264,20 @@ def check(experiment: Experiment) -> None:
         if (reason := misplaced(arm.defenses)) is not None:
             raise SpecError(f"arm {arm.name!r}: {reason}")
         world = experiment.world(arm, experiment.seeds[0])
+        if experiment.threat.colluding and isinstance(world.channel, CKKSAggregation) and world.channel.secret_key == "clients":
+            raise SpecError(
+                f"arm {arm.name!r}, ckks_aggregation: threat.colluding must be 0 with secret_key = 'clients', got "
+                f"{experiment.threat.colluding}. A single client that colludes gives the server the key: set secret_key = 'colluder'."
+            )
         for defense in arm.defenses:
             reason = defense.refuses(world)
             if reason is not None:
                 raise SpecError(f"arm {arm.name!r}, {defense.name}: {reason}")
+            if isinstance(defense, DistributedDP) and experiment.threat.colluding > defense.colluding:
+                raise SpecError(
+                    f"arm {arm.name!r}: colluding of distributed_dp must be ≥ threat.colluding = {experiment.threat.colluding}, got "
+                    f"{defense.colluding}: a sum without their noise has less than it claims. Set it."
+                )
         guarantee(world, records_held=records_held(world), delta=evaluation.delta)  # refuses a δ that means nothing
 
 
@@ -255,9 +314,13 @@ def _check_knowledge(experiment: Experiment) -> None:
     world = experiment.world(experiment.arms[0], experiment.seeds[0])
     parts, threat, wanted = splits(world), experiment.threat, experiment.evaluation.candidates
     recorded = len(world.federation.record_rounds) or world.federation.rounds
-    if threat.colluding >= world.federation.cohort_size:
+    smallest = min(experiment.world(arm, experiment.seeds[0]).federation.cohort_size for arm in experiment.arms)
+    if threat.colluding >= smallest:
+        raise SpecError(f"threat.colluding must be < the cohort of {smallest}, got {threat.colluding}. Leave one client to attack.")
+    if threat.labels != "none" and any(experiment.recipe(arm).sampling == "poisson" for arm in experiment.arms):
         raise SpecError(
-            f"threat.colluding must be < the cohort of {world.federation.cohort_size}, got {threat.colluding}. Leave one client to attack."
+            f"threat.labels must be 'none' with training.sampling = 'poisson', got {threat.labels!r}: labels say how many records were "
+            "drawn, and the guarantee rests on that being secret. Withhold them, or use sampling = 'shuffled'."
         )
     if threat.rounds == "all" and recorded < 2:
         raise SpecError(f"threat.rounds must be 'one' where {recorded} round is recorded, got 'all'. Raise federation.rounds.")

@@ -18,7 +18,9 @@ import numpy as np
 from experiments.checks import flags_for
 from experiments.comparison import compare, correct
 from experiments.controls import best_floor, label_floor
+from experiments.facts import columns
 from experiments.groups import Group, Row, Scored, Upload, bounds, interval_of, mean, rate_of
+from experiments.ladder import BEST, best_per_victim
 from experiments.metrics import chance
 from experiments.result import ArmFacts, Trial, plain
 from experiments.statistics import Interval, Rate
@@ -38,6 +40,8 @@ def summarize(
     environment: Mapping[str, object],
     version: str,
     by_round: bool = False,
+    stacks: Mapping[str, Sequence[str]] | None = None,
+    colluding: bool = False,
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``, in the order in which arms and attacks first appear.
 
@@ -47,13 +51,17 @@ def summarize(
         candidates: N, the records among which the true one must be the nearest.
         control_arm: name of the undefended arm; None where there is none.
         by_round: one row for each attacked round, to see the initial beside the trained model, instead of one for all.
+        stacks: the names of each arm's defenses, by which the report finds arms of one family.
+        colluding: whether clients told the server what they sent.
 
     Raises:
         ValueError: a victim was scored twice by the same attack under the same arm.
     """
-    groups = _groups(trials, by_round)
+    groups = _groups([*trials, *best_per_victim(trials)], by_round)
     rows = [
-        _row(group, _control(group, groups, control_arm), [fact for fact in facts if fact.arm == group.arm], candidates) for group in groups
+        _row(group, _control(group, groups, control_arm), [fact for fact in facts if fact.arm == group.arm], candidates, colluding)
+        | {"stack": list((stacks or {}).get(group.arm, ()))}
+        for group in groups
     ]
     correct(rows)
     return {"schema": SCHEMA, "fedpeek": version, "environment": plain(environment), "rows": plain(rows)}
@@ -64,6 +72,9 @@ def _groups(trials: Sequence[Trial], by_round: bool) -> list[Group]:
     for trial in trials:
         named.setdefault((trial.arm, trial.attack, trial.view, trial.round if by_round else None), []).append(trial)
     groups = [Group(*name, tuple(members)) for name, members in named.items()]
+    for best in [group for group in groups if group.attack == BEST]:  # beside the others of its arm
+        groups.remove(best)
+        groups.insert(1 + max(place for place, group in enumerate(groups) if (group.arm, group.round) == (best.arm, best.round)), best)
     for group in groups:
         twice = [key for key, count in Counter(scored.key for scored in group.scored).items() if count > 1]
         if twice:
@@ -80,32 +91,35 @@ def _control(group: Group, groups: Sequence[Group], control_arm: str | None) -> 
     return next((other for other in groups if (other.arm, other.attack, other.round) == wanted), None)
 
 
-def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candidates: int) -> Row:
+def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candidates: int, colluding: bool) -> Row:
     scored, uploads, seeds = group.scored, {item.upload for item in group.scored}, {trial.seed for trial in group.trials}
     statuses = {"ok": 0} | Counter(trial.status for trial in group.trials)
-    pictured = [] if group.labels_only else scored
+    pictured = [] if group.labels_only or group.chosen else scored
+    named = [] if group.labels_only else scored
     gain = interval_of([item.gain_db for item in pictured], pictured) if pictured else None
-    identified = rate_of([item.record.identified for item in pictured], pictured) if pictured else None
+    identified = rate_of([item.record.identified for item in named], named) if named else None
     comparison = compare(pictured, control.scored) if pictured and control and control is not group else None
     certified_wrong = sum(bool(item.record.certificate) and not item.record.exact for item in scored)
     foreseen = [trial for trial in group.trials if trial.predicted is not None and trial.answered == "inputs"]
     exact_there = sum(record.exact for trial in foreseen for record in trial.records)
-    epsilon, ceiling = max((fact.epsilon for fact in facts), default=math.inf), max((fact.ceiling for fact in facts), default=1.0)
+    one_guess = group.attack != BEST  # the ceiling is for one guess, the best of several attacks had several
     flags = flags_for(
         statuses=statuses,
         records=len(scored),
         seeds=len(seeds),
         uploads=len(uploads),
         unconverged=sum(trial.status == "ok" and not trial.converged for trial in group.trials),
-        gain=_above_floor(group),
+        gain=_above_floor(group, candidates),
         controlled=control is not None and not {item.key for item in scored}.isdisjoint(item.key for item in control.scored),
-        control_gain=_above_floor(control) if control else None,
+        control_gain=_above_floor(control, candidates) if control else None,
         difference=comparison.interval if comparison else None,
-        identified=identified,
-        epsilon=epsilon,
-        ceiling=ceiling,
+        identified=identified if one_guess else None,
+        epsilon=max((fact.epsilon for fact in facts), default=math.inf),
+        ceiling=max((fact.ceiling for fact in facts), default=1.0),
         oracle=any("oracle_used" in trial.flags for trial in group.trials),
         active=any("active_server" in trial.flags for trial in group.trials),
+        candidates_told=group.chosen,
+        colluding=colluding,
         clients_lost=any(fact.client_failures for fact in facts),
         certified_wrong=certified_wrong > 0,
         prediction_missed=any(sum(record.exact for record in trial.records) < (trial.predicted or 0) for trial in foreseen),
@@ -114,7 +128,7 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candida
         "defense": group.arm,
         "attack": group.attack,
         "view": group.view,
-        "answered": "labels" if group.labels_only else "inputs",
+        "answered": "labels" if group.labels_only else "candidates" if group.chosen else "inputs",
         "control": control is group,
         "rounds": sorted({trial.round for trial in group.trials}),
         "victims": len(scored),
@@ -139,33 +153,23 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candida
             for name in dict.fromkeys(item.record.solver for item in scored if item.record.solver)
         },
         "identifiability": {"uploads": len(foreseen), "predicted": sum(trial.predicted or 0 for trial in foreseen), "exact": exact_there},
-        "epsilon": epsilon,
-        "delta": max((fact.delta for fact in facts if fact.delta is not None), default=None),
-        "epsilon_for": "; ".join(dict.fromkeys(fact.epsilon_for for fact in facts if fact.epsilon_for)),
-        "ceiling": ceiling,
-        "accuracy": mean([fact.accuracy for fact in facts if math.isfinite(fact.accuracy)]),
-        "accuracy_by_seed": {str(fact.seed): fact.accuracy if math.isfinite(fact.accuracy) else None for fact in facts},
         "seconds": mean([trial.seconds for trial in group.trials if trial.status != "unsupported"]),
-        "train_seconds": mean([fact.train_seconds for fact in facts]),
-        "upload_bytes": mean([fact.upload_bytes for fact in facts] or [float(trial.upload_bytes) for trial in group.trials]),
-        "cost": {
-            name: mean([value for fact in facts if (value := getattr(fact, name)) is not None])
-            for name in ("upload_bytes", "download_bytes", "client_seconds", "server_seconds", "peak_bytes")
-        },
-        "quantization_error": max((fact.quantization_error for fact in facts if fact.quantization_error is not None), default=None),
-        "client_failures": [failure for fact in facts for failure in fact.client_failures],
+        **columns(facts, [float(trial.upload_bytes) for trial in group.trials]),
         "flags": flags + sorted({flag for trial in group.trials for flag in trial.flags} - set(flags)),
     }
 
 
-def _above_floor(group: Group) -> Interval | None:
-    """What the attack reached over its floor, in dB of PSNR or as a share of labels; None without scores.
+def _above_floor(group: Group, candidates: int) -> Interval | None:
+    """What the attack reached over its floor: in dB of PSNR, as a share of labels, or as a rate over chance; None without scores.
 
     Labels without a known floor are taken to be worth nothing: the tool claims no leakage that it cannot compare.
     """
     scored = group.scored
     if not scored:
         return None
+    if group.chosen:
+        identified, chance = rate_of([item.record.identified for item in scored], scored), _chance(scored, candidates) or 0.0
+        return Interval(identified.rate - chance, identified.low - chance, identified.high - chance)
     if not group.labels_only:
         return interval_of([item.gain_db for item in scored], scored)
     labels = _labels(group)
@@ -179,12 +183,12 @@ def _scores(group: Group) -> Row:
     for name in SCORES:
         values = [getattr(item.record, name) for item in scored]
         if None not in values:
-            row[name] = None if group.labels_only else _distribution(values, scored)
+            row[name] = None if group.labels_only or group.chosen else _distribution(values, scored)
     labels = _labels(group)
     if labels:
         accuracy = labels.accuracy
         row["label_accuracy"] = {"mean": accuracy.rate, "low": accuracy.low, "high": accuracy.high, "floor": labels.floor}
-    row["exact"] = None if group.labels_only else bounds(rate_of([item.record.exact for item in scored], scored))
+    row["exact"] = None if group.labels_only or group.chosen else bounds(rate_of([item.record.exact for item in scored], scored))
     return row
 
 

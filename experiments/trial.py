@@ -22,7 +22,7 @@ from experiments.collude import colluders, reduced
 from experiments.disclose import architecture, disclose
 from experiments.isolated import Answer, Question, Refused
 from experiments.perceptual import load_lpips
-from experiments.result import RecordResult, Status, Trial
+from experiments.result import Answered, RecordResult, Status, Trial
 from experiments.spec import Evaluation, Experiment
 from simulator import config, progress
 from simulator.adversary import Knowledge, Reconstruction
@@ -89,10 +89,14 @@ def find_victims(experiment: Experiment, world: World, record: Record) -> list[V
             view = observation.only(index)
             senders = sorted(view.upload.senders)
             ids = [private_record_ids(world, client, round) for client in senders]
+            if not sum(map(len, ids)):
+                continue  # an empty Poisson sample: there is nothing to reconstruct
             truth = take(parts.private, torch.cat(ids))
             clients = tuple(client for client, own in zip(senders, ids, strict=True) for _ in own)
             knowledge = disclose(experiment.threat, world, parts, truth, view.upload, model, others=others)
-            found.append(Victim(view, knowledge, truth, torch.cat(ids), clients))
+            victim = Victim(view, knowledge, truth, torch.cat(ids), clients)
+            asked = experiment.evaluation.candidates
+            found.append(with_candidates(victim, parts, asked, world.seed) if experiment.threat.candidates else victim)
     return found
 
 
@@ -102,6 +106,8 @@ def foreseen(victims: Sequence[Victim], seed: int) -> list[Victim]:
     One stands for all, since it takes as long as a quick attack. Under noise that known defenses added nothing is exact, and nothing
     is asked.
     """
+    if not victims:
+        return []
     first, *others = victims
     found = outlook(first.view, first.knowledge, seed)
     if found is None:
@@ -111,8 +117,8 @@ def foreseen(victims: Sequence[Victim], seed: int) -> list[Victim]:
 
 
 def outlook(view: Observation, knowledge: Knowledge, seed: int) -> Identifiability | None:
-    """What an update can tell; None where it cannot be used, or holds noise that the adversary knows of."""
-    if unusable(view, knowledge) or noise_level(view, knowledge) > EXACT_UP_TO:
+    """What an update can tell; None where it cannot be used, or holds noise that the adversary knows of, or was made of changed records."""
+    if knowledge.encoded or unusable(view, knowledge) or noise_level(view, knowledge) > EXACT_UP_TO:
         return None
     return identify(view, knowledge, rng=stream(seed, "identifiability"))
 
@@ -150,7 +156,7 @@ def score(
     perceptual, _ = load_lpips()
     scores = metrics.evaluate(guess, truth, assignment, guess_labels=labels, true_labels=victim.truth.labels, perceptual=perceptual)
     candidates, true_index = candidate_set(victim, parts, evaluation.candidates, seed)
-    found = metrics.identify(guess, assignment, candidates, true_index)
+    found = metrics.identify(guess, assignment, candidates.inputs, true_index)
     records = torch.cat([parts.private.inputs, parts.test.inputs, parts.public.inputs])
     rng = stream(seed, "floors", victim.round, victim.senders)
     floors = controls.floors(truth, records, victim.record_ids, rng=rng)
@@ -172,7 +178,7 @@ def score(
     return trial, _in_order(guess, assignment, truth)
 
 
-def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tuple[Tensor, Int[Tensor, " batch"]]:
+def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tuple[Batch, Int[Tensor, " batch"]]:
     """The N records among which the true ones must be found: them first, then distractors of the same data set.
 
     A distractor that the adversary's knowledge rules out is none, and would put identification above its chance k/N without any
@@ -189,7 +195,15 @@ def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tupl
     rng = stream(seed, "candidates", victim.round, victim.senders)
     count = max(0, (wanted or len(records)) - len(victim.record_ids))
     drawn = others[torch.randperm(len(others), generator=rng)[:count]]
-    return records[torch.cat([victim.record_ids, drawn])], torch.arange(len(victim.record_ids))
+    chosen = torch.cat([victim.record_ids, drawn])
+    return Batch(records[chosen], labels[chosen]), torch.arange(len(victim.record_ids))
+
+
+def with_candidates(victim: Victim, parts: Splits, wanted: int, seed: int) -> Victim:
+    """The victim whose adversary is handed the candidates, in an order that says nothing."""
+    candidates, _ = candidate_set(victim, parts, wanted, seed)
+    rng = stream(seed, "candidates", "order", victim.round, victim.senders)
+    return replace(victim, knowledge=replace(victim.knowledge, candidates=take(candidates, torch.randperm(len(candidates), generator=rng))))
 
 
 def _unsupported(answer: Answer) -> TypeGuard[Refused]:
@@ -245,6 +259,13 @@ def _judge(answer: Answer) -> tuple[Status, str, Tensor | None]:
     return "ok", "", answer.inputs.detach()
 
 
+def _all_among(guess: Tensor | None, candidates: Batch | None) -> bool:
+    """Whether every guess is, bit by bit, a record that the attack was handed."""
+    if guess is None or candidates is None:
+        return False
+    return bool((guess[:, None] == candidates.inputs[None]).flatten(2).all(2).any(1).all())
+
+
 def _of_guess(answer: Answer, what: Literal["certificate", "solver"], assignment: Tensor | None, place: int) -> str:
     """What the attack said of the guess which is matched to the record at ``place``: its proof, or who produced it."""
     if not isinstance(answer, Reconstruction) or assignment is None or assignment[place] == matching.UNMATCHED:
@@ -276,7 +297,9 @@ def _trial(
     )  # fmt: skip
     if not isinstance(answer, Reconstruction):
         return trial
-    answered: Literal["inputs", "labels"] = "labels" if status == "ok" and answer.inputs is None else "inputs"
+    answered: Answered = "labels" if status == "ok" and answer.inputs is None else "inputs"
+    if status == "ok" and _all_among(answer.inputs, told.candidates):
+        answered = "candidates"
     return replace(
         trial, answered=answered, objective=answer.objective, converged=answer.converged, trace=answer.trace, seconds=answer.seconds,
     )  # fmt: skip

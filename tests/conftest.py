@@ -1,4 +1,4 @@
-"""Test set-up: slow tests only with --slow; one torch thread, as every fedpeek worker has; Ctrl-C reaches tests in the background, too."""
+"""Test set-up: slow and nightly tests only on demand; one torch thread, as every fedpeek worker has; Ctrl-C reaches tests in the background, too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,9 +20,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    skip = pytest.mark.skip(reason="slow; run with --slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for kind in ("slow", "nightly"):
+        if config.getoption(f"--{kind}"):
+            continue
+        skip = pytest.mark.skip(reason=f"{kind}; run with --{kind}")
+        for item in items:
+            if item.get_closest_marker(kind):
+                item.add_marker(skip)

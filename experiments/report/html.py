@@ -13,14 +13,15 @@ import numpy as np
 from markupsafe import Markup
 
 from experiments.checks import INFORMATION
+from experiments.report import costs, front, limits, pareto, plots, values, words
 from experiments.report import pictures as pixels
-from experiments.report import plots, values, words
-from experiments.report.rows import SCORES, Line, lines, name, rows_of, strongest
+from experiments.report.headline import laddered, name, rows_of, strongest
+from experiments.report.rows import SCORES, Line, lines, main_lines
 from experiments.report.values import estimate
 from experiments.report.verdict import Verdict
 
 FOLDER = Path(__file__).parent
-PLOT = "leakage-vs-accuracy.png"
+PLOT, FRONT = "leakage-vs-accuracy.png", "pareto.svg"
 PIXELATED_BELOW = 128  # pixels; a smaller picture is enlarged without smoothing, so that a reader sees what the adversary has
 ORDER = {"best": 0, "median": 1, "worst": 2}
 
@@ -48,24 +49,32 @@ def write(
     rows = rows_of(summary)
     light, dark = (plots.png(plots.leakage_vs_accuracy(rows, theme)) for theme in (plots.LIGHT, plots.DARK))
     (directory / PLOT).write_bytes(light)
-    all_lines = lines(summary)
-    galleries = _galleries(pictures, all_lines)
+    fronts = _fronts(rows, directory / FRONT)
+    main, details = main_lines(summary), lines(summary)
+    galleries = _galleries(pictures, main if laddered(rows) else details)
     _write_pairs(directory / "pictures", galleries)
     page = _template().render(
         css=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         answer=words.answer(summary, threat),
         no_better=words.no_better(summary),
         facts=words.facts(summary),
-        lines=all_lines,
-        chances=list(dict.fromkeys(values.percent(line.chance) for line in all_lines if line.chance is not None)),
-        several=len({line.attack for line in all_lines}) > 1,
-        sentences=list(dict.fromkeys(line.sentence for line in all_lines if line.sentence)),
-        flags=[(flag, words.explain(flag)) for flag in dict.fromkeys(flag for line in all_lines for flag in line.flags)],
-        shown=[place for place in range(len(SCORES)) if any(line.scores[place].mean != values.MISSING for line in all_lines)],
+        lines=main,
+        details=details,
+        ladder=laddered(rows),
+        costs=costs.lines(rows),
+        limits=limits.lines(rows),
+        chances=list(dict.fromkeys(values.percent(line.chance) for line in main if line.chance is not None)),
+        several=len({line.attack for line in details}) > 1,
+        sentences=list(dict.fromkeys(line.sentence for line in main if line.sentence)),
+        flags=[(flag, words.explain(flag)) for flag in dict.fromkeys(flag for line in (*main, *details) for flag in line.flags)],
+        shown=[place for place in range(len(SCORES)) if any(line.scores[place].mean != values.MISSING for line in details)],
         information=INFORMATION,
         galleries=galleries,
         plot=(pixels.data_uri(light), pixels.data_uri(dark)),
         plot_text=_plot_text(rows),
+        front=fronts,
+        front_text=pareto.text(rows),
+        front_says=front.sentences(rows),
         threat=words.threat_card(threat, summary),
         glossary=words.GLOSSARY,
         verdicts=words.verdicts(),
@@ -76,6 +85,15 @@ def write(
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _fronts(rows: Sequence[Mapping[str, object]], path: Path) -> list[str]:
+    """Write the Pareto plot as an SVG file, and return it for the page, light and dark; none where no arm can be compared with another."""
+    if max(len(front.panel(rows, which)) for which in front.PANELS) < 2:
+        return []
+    light, dark = (pareto.pareto(rows, theme) for theme in (plots.LIGHT, plots.DARK))
+    path.write_text(pareto.svg(light), encoding="utf-8")
+    return [pixels.data_uri(plots.png(drawn)) for drawn in (light, dark)]
 
 
 def _template() -> jinja2.Template:

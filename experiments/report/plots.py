@@ -19,13 +19,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from experiments.report.rows import name, strongest
+from experiments.report.headline import name, strongest
 from experiments.report.values import Estimate, estimate, lookup, number
 from experiments.report.verdict import Level, level
 
 MARKERS = {"aggregate": "s"}
 VACUOUS = 0.9995  # a ceiling this close to 1 rules nothing out and is not drawn
 LONGEST_NAME = 30
+CROWDED = 24
+"""Of more points than this none is named: the table does, and the Pareto plot names those that matter."""
 
 
 def leakage_vs_accuracy(rows: Sequence[Mapping[str, object]], theme: Theme | None = None) -> Figure:
@@ -40,8 +42,8 @@ def leakage_vs_accuracy(rows: Sequence[Mapping[str, object]], theme: Theme | Non
     arms = [(row, estimate(row, "accuracy")) for row in strongest(rows)]
     gains = [_point(row, x, estimate(row, "gain", "psnr_db")) for row, x in arms]
     rates = [_point(row, x, estimate(row, "identified"), scale=100.0) for row, x in arms]
-    _axes(left, "PSNR gain over the best floor, dB", theme)
-    _axes(right, "Identified victims, %", theme)
+    axes_style(left, "PSNR gain over the best floor, dB", theme)
+    axes_style(right, "Identified victims, %", theme)
     for axes, points in ((left, gains), (right, rates)):
         _intervals(axes, [point for point in points if point is not None], theme)
     left.axhline(0, color=theme.rule, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
@@ -60,7 +62,8 @@ def leakage_vs_accuracy(rows: Sequence[Mapping[str, object]], theme: Theme | Non
         warnings.simplefilter("ignore")
         canvas.draw()  # type: ignore[no-untyped-call]
         for axes, points, levels in ((left, gains, {0.0}), (right, rates, set(chances))):
-            _label(axes, [point for point in points if point is not None], levels, canvas, theme)
+            there = [point for point in points if point is not None]
+            label_points(axes, there if len(there) <= CROWDED else [], levels, canvas, theme)
     return figure
 
 
@@ -89,10 +92,11 @@ def _point(row: Mapping[str, object], accuracy: Estimate, leak: Estimate, *, sca
     )
 
 
-def _axes(axes: Axes, title: str, theme: Theme) -> None:
+def axes_style(axes: Axes, title: str, theme: Theme, *, across: str = "Test accuracy of the trained model, %") -> None:
+    """Give a panel its title, its grid and its colours; ``across`` names the horizontal axis."""
     axes.set_facecolor(theme.paper)
     axes.set_title(title, loc="left", fontsize=10.5, color=theme.ink, pad=12, fontweight="bold")
-    axes.set_xlabel("Test accuracy of the trained model, %", fontsize=9.5, color=theme.quiet)
+    axes.set_xlabel(across, fontsize=9.5, color=theme.quiet)
     axes.tick_params(colors=theme.quiet, labelsize=9, length=0, pad=6)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -164,7 +168,7 @@ def _legend(figure: Figure, points: Sequence[Point], *, ceilings: bool, theme: T
         text.set_parse_math(False)
 
 
-def _label(axes: Axes, points: Sequence[Point], lines: Iterable[float], canvas: FigureCanvasAgg, theme: Theme) -> None:
+def label_points(axes: Axes, points: Sequence[Point], lines: Iterable[float], canvas: FigureCanvasAgg, theme: Theme) -> None:
     """Write each arm's name beside its point, at the nearest place where it covers nothing; a thin line leads to it when that is far."""
     renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
     unit = renderer.points_to_pixels(1.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from experiments.ladder import BEST
 from experiments.report import values
+from experiments.report.headline import control_of, headlines, laddered, name, rows_of, strongest, texts_of
 from experiments.report.values import Estimate, estimate, lookup, number
 from experiments.report.verdict import Verdict, verdict
 
@@ -19,55 +21,27 @@ SCORES = {
 }
 
 
-def rows_of(summary: Mapping[str, object]) -> list[Mapping[str, object]]:
-    """Return the summary's rows; whatever is not a mapping is not a row."""
-    rows = summary.get("rows")
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, Sequence) and not isinstance(rows, str) else []
-
-
-def control_of(row: Mapping[str, object], rows: Iterable[Mapping[str, object]]) -> Mapping[str, object] | None:
-    """Return the undefended row of the same attack on the same rounds: the one that says so, else the first that is compared with none."""
-    same = [other for other in rows if (other.get("attack"), other.get("rounds")) == (row.get("attack"), row.get("rounds"))]
-    return next((other for other in same if other.get("control", not other.get("difference_to_control"))), None)
-
-
-def strongest(rows: Iterable[Mapping[str, object]]) -> list[Mapping[str, object]]:
-    """Return one row for each arm, in order: that of the attack which identified most, then gained most, then got most labels right."""
-    best: dict[str, Mapping[str, object]] = {}
-    for row in rows:
-        arm = name(row, "defense")
-        if arm not in best or _strength(row) > _strength(best[arm]):
-            best[arm] = row
-    return list(best.values())
-
-
-def name(row: Mapping[str, object], key: str) -> str:
-    """Return a name from a row; a missing one is an em dash."""
-    value = row.get(key)
-    return values.MISSING if value is None or value == "" else str(value)
-
-
 def flags_of(row: Mapping[str, object]) -> tuple[str, ...]:
     """Return the row's flags by name."""
     return tuple(dict.fromkeys(texts_of(row, "flags")))
 
 
-def texts_of(row: Mapping[str, object], key: str) -> list[str]:
-    """Return a list of texts from a row; a single text is a list of one, and what is no list is empty."""
-    value = row.get(key)
-    if isinstance(value, str):
-        return [value] if value else []
-    return [str(text) for text in value] if isinstance(value, Sequence) else []
+def main_lines(summary: Mapping[str, object]) -> list[Line]:
+    """Return the main table ready to print: one line for each arm where a ladder of attacks ran, else every row."""
+    return _lines(headlines(rows_of(summary)), rows_of(summary))
 
 
 def lines(summary: Mapping[str, object]) -> list[Line]:
     """Return every row of the summary ready to print, in the summary's order."""
-    rows = rows_of(summary)
+    return _lines(rows_of(summary), rows_of(summary))
+
+
+def _lines(rows: Sequence[Mapping[str, object]], everything: Sequence[Mapping[str, object]]) -> list[Line]:
     gains = [estimate(row, "gain", "psnr_db") for row in rows]
     span = _span(gains)
     sentences = list(dict.fromkeys(str(row["epsilon_for"]) for row in rows if row.get("epsilon_for")))
-    several = len({name(row, "attack") for row in rows}) > 1
-    best = strongest(rows)
+    several = len({name(row, "attack") for row in rows}) > 1 and not laddered(everything)
+    best = strongest(rows) if several else []
     by_round = len({tuple(texts_of(row, "rounds")) for row in rows}) > 1
     return [
         Line(
@@ -75,12 +49,16 @@ def lines(summary: Mapping[str, object]) -> list[Line]:
             attack=name(row, "attack"),
             rounds=_rounds(row) if by_round else "",
             view=name(row, "view"),
-            verdict=verdict(row, control_of(row, rows)),
-            strongest=several and any(row is other for other in best),
+            verdict=verdict(row, control_of(row, everything)),
+            solved=_solved(row),
+            strongest=any(row is other for other in best),
             victims=_victims(row),
             labels=estimate(row, "scores", "label_accuracy") if row.get("answered") == "labels" else None,
             label_floor=values.percent(number(lookup(row, "scores", "label_accuracy", "floor"))),
             identified=estimate(row, "identified"),
+            identified_by=str(row.get("identified_by") or ""),
+            chosen=row.get("answered") == "candidates",
+            candidates=f"{number(lookup(row, 'identified', 'candidates')) or 0:.0f}",
             chance=number(lookup(row, "identified", "chance")),
             identified_bar=_bar(estimate(row, "identified"), (0.0, 1.0), number(lookup(row, "identified", "chance"))),
             gain=gain,
@@ -106,17 +84,21 @@ def lines(summary: Mapping[str, object]) -> list[Line]:
     ]
 
 
-def _strength(row: Mapping[str, object]) -> tuple[float, ...]:
-    found = (lookup(row, *path) for path in (("identified",), ("gain", "psnr_db"), ("scores", "label_accuracy")))
-    return tuple(float("-inf") if (value := number(entry)) is None else value for entry in found)
-
-
 def _victims(row: Mapping[str, object]) -> str:
     """Count the victims, and every status that is not ok."""
     total, statuses = number(row.get("victims")), row.get("statuses")
     failed = {str(key): number(count) for key, count in statuses.items() if key != "ok"} if isinstance(statuses, Mapping) else {}
     words = [values.MISSING if total is None else f"{total:.0f}"]
     return ", ".join(words + [f"{count:.0f} {key}" for key, count in failed.items() if count])
+
+
+def _solved(row: Mapping[str, object]) -> str:
+    """Which attack gave how many victims, where each victim counts with its strongest."""
+    solvers = row.get("solvers")
+    if row.get("attack") != BEST or not isinstance(solvers, Mapping):
+        return ""
+    counts = {str(attack): int(number(lookup(entry, "records")) or 0) for attack, entry in solvers.items()}
+    return " · ".join(f"{attack} {count}" for attack, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _rounds(row: Mapping[str, object]) -> str:
@@ -197,8 +179,9 @@ class Score:
 class Line:
     """One row, ready to print; estimates stay numbers where page and terminal print them differently.
 
-    ``labels`` is the share of right labels where the attack answered nothing else, else None. ``proven`` says how many records
-    carry a certificate, and which solver produced how many.
+    ``solved`` says which attack gave how many victims, where each counts with its strongest; ``identified_by`` names the attack that
+    said who it was, where that was not the picture. ``labels`` is the share of right labels where the attack answered nothing else,
+    else None. ``proven`` says how many records carry a certificate, and which solver produced how many.
     """
 
     defense: str
@@ -206,11 +189,15 @@ class Line:
     rounds: str
     view: str
     verdict: Verdict
+    solved: str
     strongest: bool
     victims: str
     labels: Estimate | None
     label_floor: str
     identified: Estimate
+    identified_by: str
+    chosen: bool
+    candidates: str
     chance: float | None
     identified_bar: Bar | None
     gain: Estimate

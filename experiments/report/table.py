@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.report import values
-from experiments.report.rows import Line, lines
+from experiments.report.headline import laddered, rows_of
+from experiments.report.rows import Line, lines, main_lines
 from experiments.report.verdict import Level
 from experiments.report.words import explain
 
@@ -24,10 +25,11 @@ STYLES: Mapping[Level, str] = {
 
 def table(summary: Mapping[str, object]) -> Table:
     """Return the summary's rows for the terminal; letters in the last column are explained below the table."""
-    rows = lines(summary)
-    several = len({line.attack for line in rows}) > 1
+    rows, ladder = main_lines(summary), laddered(rows_of(summary))
+    several = ladder or len({line.attack for line in rows}) > 1
     letters = {flag: chr(ord("a") + place % 26) for place, flag in enumerate(dict.fromkeys(flag for line in rows for flag in line.flags))}
-    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_caption(rows, letters), caption_justify="left", caption_style="dim")
+    caption = _caption(rows, lines(summary), letters)
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left", caption_style="dim")
     result.add_column("defense", overflow="fold", min_width=12, max_width=24)
     result.add_column("view", no_wrap=True)
     for header in ("identified", "PSNR gain dB", "ε", "ceiling", "accuracy"):
@@ -36,10 +38,9 @@ def table(summary: Mapping[str, object]) -> Table:
     for line in rows:
         rate, gain = line.identified, line.gain
         style = STYLES.get(line.verdict.level, "")
+        below = (line.solved or line.attack if several else "", line.rounds)
         result.add_row(
-            Text("\n").join(
-                [Text(line.defense), *(Text(word, style="dim") for word in (line.attack if several else "", line.rounds) if word)]
-            ),
+            Text("\n").join([Text(line.defense), *(Text(word, style="dim") for word in below if word)]),
             Text(line.view),
             Text(_labels(line) or _with_range(values.percent(rate.value), values.percent_range(rate.low, rate.high)), style=style),
             Text(_with_range(values.fixed(gain.value, sign=True), values.fixed_range(gain.low, gain.high)), style=style),
@@ -64,12 +65,16 @@ def _labels(line: Line) -> str:
     return f"labels\n{_with_range(values.percent(found.value), values.percent_range(found.low, found.high))}\nfloor {line.label_floor}"
 
 
-def _caption(rows: list[Line], letters: Mapping[str, str]) -> Text:
+def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) -> Text:
     chances = sorted({line.chance for line in rows if line.chance is not None})
     chance_words = f"; chance {values.join([values.percent(chance) for chance in chances])}" if chances else ""
     parts = [f"[…] are 95 % intervals{chance_words}."]
+    if any(line.solved for line in rows):
+        parts.append("Each victim counts with its strongest attack, below the name: which, how often; each attack alone: report.html.")
+    if named := list(dict.fromkeys(line.identified_by for line in rows if line.identified_by)):
+        parts.append(f"Identified by {values.join(named)}, which was handed the candidates.")
     parts += [f"{letter}: {flag.replace('_', ' ')}. {explain(flag)}".strip() for flag, letter in letters.items()]
-    return Text("\n".join(parts + _unmeasured(rows)))
+    return Text("\n".join(parts + _unmeasured(details)))
 
 
 def _unmeasured(rows: list[Line]) -> list[str]:

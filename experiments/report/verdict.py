@@ -26,8 +26,8 @@ WORDS: Mapping[Level, str] = {
     "unmeasured": "not measured",
 }
 MEANING: Mapping[Level, str] = {
-    "recognizable": f"at least {percent(RECOGNIZABLE_RATE)} of the victims identified (lower end of the interval), and a mean PSNR gain of "
-    f"at least {decibel(RECOGNIZABLE_GAIN_DB)} whose interval lies above 0",
+    "recognizable": f"at least {percent(RECOGNIZABLE_RATE)} of the victims identified by their pictures (lower end of the interval), and a "
+    f"mean PSNR gain of at least {decibel(RECOGNIZABLE_GAIN_DB)} whose interval lies above 0",
     "partial": "identified more often than by chance, and a PSNR gain above 0 (both by their intervals), but not by as much as above",
     "identifiable": "identified more often than by chance, although the pictures are no closer to the truth than the best floor",
     "faint": "closer to the truth than the best floor, but not identified more often than by chance",
@@ -78,7 +78,8 @@ def level(row: Mapping[str, object]) -> Level:
     chance = number(lookup(row, "identified", "chance"))
     named = identified.low is not None and chance is not None and identified.low > chance
     closer = gain.low is not None and gain.low > 0
-    if closer and (gain.value or 0.0) >= RECOGNIZABLE_GAIN_DB and named and (identified.low or 0.0) >= RECOGNIZABLE_RATE:
+    seen = estimate(row, "identified_by_picture") if row.get("identified_by") else identified
+    if closer and (gain.value or 0.0) >= RECOGNIZABLE_GAIN_DB and named and (seen.low or 0.0) >= RECOGNIZABLE_RATE:
         return "recognizable"
     if closer and named:
         return "partial"

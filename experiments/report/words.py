@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.checks import EQUIVALENCE_DB, FLAGS
+from experiments.ladder import BEST
 from experiments.report import values
-from experiments.report.rows import control_of, name, rows_of, strongest
+from experiments.report.headline import control_of, name, rows_of, strongest
 from experiments.report.values import lookup, number
 from experiments.report.verdict import EQUAL, FAILED, MEANING, WORDS, Level, level, verdict
 
@@ -23,7 +24,8 @@ CLAUSES: Mapping[Level, str] = {
 GLOSSARY: Sequence[tuple[str, str]] = (
     (
         "Identified",
-        "How often the victim’s true picture is the one nearest to the reconstruction among N candidates. Chance is 1/N, and k/N for k "
+        "How often the victim’s true picture is the one nearest to the reconstruction among N candidates, or the one that an identifier "
+        "named which was handed them. Chance is 1/N, and k/N for k "
         "pictures that are rebuilt together from one aggregate. It is the most telling number: a blurred "
         "picture can still say who it is, a smooth one can score well and say nothing.",
     ),
@@ -80,7 +82,11 @@ GLOSSARY: Sequence[tuple[str, str]] = (
         "did. 100 % means that the guarantee rules nothing out.",
     ),
     ("Accuracy", "Test accuracy of the model that was trained under the same defense to the end: what the defense costs in utility."),
-    ("Upload, attack time", "Bytes that one client sends in one round, on average, and the attack’s wall-clock time for one upload."),
+    (
+        "Cost",
+        "Of one client in one round: bytes that it sends (↑) and gets (↓), and CPU time of the client and of the server. More, and what "
+        "an efficient coding would send, stands under “Cost”.",
+    ),
     (
         "Best, median, worst",
         "Victims ordered by PSNR from the adversary’s side: “best” is the client who lost most. A mean would hide that client.",
@@ -116,7 +122,7 @@ def facts(summary: Mapping[str, object]) -> list[str]:
     rows = rows_of(summary)
     victims = {int(count) for row in rows if (count := number(row.get("victims"))) is not None and abs(count) != float("inf")}
     candidates = {count for row in rows if (count := number(lookup(row, "identified", "candidates")))}
-    attacks = list(dict.fromkeys(name(row, "attack") for row in rows))
+    attacks = [attack for attack in dict.fromkeys(name(row, "attack") for row in rows) if attack != BEST]
     found = [_count(len(strongest(rows)), "arm")]
     if victims:
         found.append(_count(min(victims), "victim") if len(victims) == 1 else f"{min(victims)}–{max(victims)} victims")
@@ -144,12 +150,16 @@ def threat_card(threat: Mapping[str, object], summary: Mapping[str, object]) -> 
             "and reads them out. The architecture, the recipe and the sampling stay as agreed; the model learns little."
         )
     sees = [VIEWS.get(view, f"The view “{view}”.") for view in views if view != values.MISSING]
-    known = {"adversary", "tampering", "labels", "public_data", "who", "sees", "told", "cannot"}
+    known = {"adversary", "tampering", "labels", "public_data", "colluding", "candidates", "who", "sees", "told", "cannot"}
+    colluding = int(number(threat.get("colluding")) or 0)
+    if colluding:
+        sees.append(f"What {_count(colluding, 'client')} sent, who collude{'s' if colluding == 1 else ''} with it: {ACCOMPLICES}")
     told = [
         "The model, the broadcast parameters and the training recipe: it wrote them itself.",
         "Which defenses are on, with their settings (Kerckhoffs’ principle).",
         LABELS.get(str(threat.get("labels", "none")), f"Labels: {threat.get('labels')}."),
         "Public pictures of the same kind." if threat.get("public_data") else "No pictures of the same kind.",
+        *([_candidates(summary)] if threat.get("candidates") else []),
         *(f"{str(key).replace('_', ' ').capitalize()}: {_plain(value)}" for key, value in threat.items() if key not in known),
     ]
     cannot = [
@@ -171,6 +181,10 @@ LABELS = {
     "counts": "How many private records there are of each class, but not which is which.",
     "exact": "Each private label. A real server would have to recover them first.",
 }
+ACCOMPLICES = (
+    "they follow the protocol and tell it afterwards, noise and rounding included. It takes their part out of every sum. They are "
+    "no victims."
+)
 PLANTED = {
     "imprint": "thresholds of brightness planted in its first layer (imprint, Robbing the Fed)",
     "trap_weights": "trap weights planted in its first layer (Curious Abandon Honesty)",
@@ -181,6 +195,15 @@ VIEWS = {
     "model": "The trained models that are released, round after round.",
     "query": "Answers of the released model’s query interface.",
 }
+
+
+def _candidates(summary: Mapping[str, object]) -> str:
+    counts = {count for row in rows_of(summary) if (count := number(lookup(row, "identified", "candidates")))}
+    many = f"A list of {max(counts):.0f} records" if counts else "A list of records"
+    return (
+        f"{many} with their labels, the true ones among them: the identifier need only say which. It is the game that a ceiling bounds; "
+        "a server that cannot guess what a record might be knows less."
+    )
 
 
 def explain(flag: str) -> str:
@@ -201,11 +224,13 @@ def _adversary(threat: Mapping[str, object]) -> str:
     return adversary if adversary.endswith(("server", "client", "adversary")) else f"{adversary} server"
 
 
-def _enumeration(arms: Sequence[str]) -> list[tuple[str, bool]]:
+def _enumeration(arms: Sequence[str], most: int = 10) -> list[tuple[str, bool]]:
+    """Name the arms; of more than ``most`` the first ones, and how many more."""
     pieces: list[tuple[str, bool]] = []
-    for place, arm in enumerate(arms):
+    shown = arms if len(arms) <= most else arms[: most - 1]
+    for place, arm in enumerate(shown):
         pieces += [("" if place == 0 else " and " if place == len(arms) - 1 else ", ", False), (arm, True)]
-    return pieces
+    return pieces if shown is arms else [*pieces, (f" and {len(arms) - len(shown)} more arms", False)]
 
 
 def _count(count: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -153,7 +154,7 @@ def test_help_teaches() -> None:
     text = CliRunner().invoke(app, ["--help"]).output
     for word in ("fedpeek run", "fedpeek list attacks", "Exit codes", "honest-but-curious"):
         assert word in text
-    for command in ("run", "attack", "list", "report"):
+    for command in ("run", "attack", "audit", "list", "report"):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
@@ -192,16 +193,17 @@ def test_run_writes_what_it_promises_and_attack_and_report_go_on_from_there(spec
     assert row["epsilon"] == "inf"
     assert len((out / RESULTS).read_text().splitlines()) == 8
     (out / "report.html").unlink()
-    assert fedpeek("report", out).returncode == 0
+    invoke = CliRunner().invoke  # from here on in this process, which knows nothing of the run and has imported what the command needs
+    assert invoke(app, ["report", str(out)]).exit_code == 0
     assert (out / "report.html").is_file()
-    attacked = fedpeek("attack", out / "transcript" / "none-seed0", "--attack", "linear_leak")
-    assert attacked.returncode == 0, attacked.stderr
+    attacked = invoke(app, ["attack", str(out / "transcript" / "none-seed0"), "--attack", "linear_leak"])
+    assert attacked.exit_code == 0, attacked.stderr
     assert "yes" in attacked.stdout  # a linear model gives its inputs away: identified
     (lines,) = [path.read_text().splitlines() for path in out.glob("attacks/*/results.jsonl")]
     certified = [record for line in lines for record in json.loads(line)["records"]]
     assert [(record["certificate"], record["exact"]) for record in certified] == [("rank one", True)] * 4
     lone = shutil.copytree(out / "transcript" / "none-seed0", tmp_path / "elsewhere" / "deep" / "t")
-    blind = fedpeek("attack", lone, "--attack", "linear_leak", "--out", tmp_path / "blind")
+    blind = invoke(app, ["attack", str(lone), "--attack", "linear_leak", "--out", str(tmp_path / "blind")])
     assert "not scored" in blind.stdout
     assert len(list((tmp_path / "blind").glob("*.png"))) == 4
 
@@ -400,8 +402,9 @@ def test_interrupted_deployment_is_taken_down_by_its_workers(stop: signal.Signal
 
 
 def test_recovered_labels_are_judged_as_labels(spec: Path, tmp_path: Path) -> None:
-    done = fedpeek("run", spec, "--out", tmp_path / "out", "--set", 'attacks=["label_recovery"]', "--set", "federation.clients=40")
-    assert done.returncode == 0, done.stderr
+    words = ["run", spec, "--out", tmp_path / "out", "--set", 'attacks=["label_recovery"]', "--set", "federation.clients=40", "--workers", 1]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.stderr
     for row in json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]:
         assert row["gain"] is None
         assert row["identified"] is None
@@ -562,6 +565,14 @@ def test_ray_must_be_installed_and_the_driver_must_leave_it_alone(
     assert not out.exists()
 
 
+def test_a_worker_that_dies_takes_only_its_own_task_along() -> None:
+    from experiments.workers import each
+
+    assert sorted(each([3, 4, 5], math.factorial, 2)) == [(3, 6, ""), (4, 24, ""), (5, 120, "")]
+    deaths = list(each([5, 7, 9], os._exit, 2))
+    assert sorted(deaths) == [(code, None, f"its process died with exit code {code}") for code in (5, 7, 9)]
+
+
 def test_a_worker_for_each_core_that_may_be_used() -> None:
     from experiments.workers import cores
 
@@ -600,3 +611,19 @@ def _trials(out: Path) -> dict[tuple[object, ...], object]:
     trials = [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
     timed = ("seconds", "cpu_seconds")
     return {(t["arm"], t["attack"], *t["senders"]): {key: value for key, value in t.items() if key not in timed} for t in trials}
+
+
+def test_estimate_says_what_there_is_to_do_and_runs_nothing(spec: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["run", str(spec), "--estimate", "--out", str(tmp_path / "out")])
+    assert told.exit_code == 0
+    assert "2 arms × 1 seeds = 2 federations; 1 attacks × 8 uploads = 8 reconstructions" in told.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_may_be_audited_at_once(spec: Path, tmp_path: Path) -> None:
+    noise = 'arms.1.defenses=[{name="dp_sgd", clip_norm=1.0, noise_multiplier=1.0}]'
+    words = ["run", str(spec), "--out", str(tmp_path / "out"), "--workers", "1", "--audit", "--set", noise, "--set", "training.batch_size=1"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "within the ceiling of" in done.output
+    assert "none: not audited" in done.output

@@ -454,3 +454,37 @@ def test_each_flag_falls_at_its_threshold(changes: dict[str, Any], raised: list[
 def test_every_flag_is_explained_in_one_line() -> None:
     assert set(FLAGS) >= INFORMATION
     assert all(sentence and "\n" not in sentence for sentence in FLAGS.values())
+
+
+# the ladder
+
+
+def test_rows_tell_of_candidates_that_were_told_of_accomplices_and_of_the_stack() -> None:
+    gray = {"psnr_db": 7.0, "ssim": 0.0, "mse": 0.2}
+    named = [replace(each, attack="identifier", answered="candidates", records=tuple(replace(r, **gray) for r in each.records)) for each in arm("dp", 25.0)]
+    table = summarize(
+        [*arm("dp", 25.0), *arm("dp", 20.0, attack="other"), *named], [ArmFacts(arm="dp", seed=0, accuracy=0.8, epsilon=1.0, ceiling=0.2)],
+        candidates=100, control_arm="none", environment={}, version="0.1", stacks={"dp": ("dp_sgd", "clip")}, colluding=True,
+    )  # fmt: skip
+    flags = {each["attack"]: each["flags"] for each in table["rows"]}
+    assert "candidates_told" in flags["identifier"]
+    assert all("candidates_told" not in flags[other] for other in ("ig", "other", "best per victim"))
+    assert all("colluding_clients" in each for each in flags.values())
+    assert "ceiling_exceeded" in flags["identifier"]
+    assert "ceiling_exceeded" not in flags["best per victim"]  # the ceiling is for one guess
+    assert "ceiling_vacuous" not in flags["best per victim"]
+    assert {tuple(each["stack"]) for each in table["rows"]} == {("dp_sgd", "clip")}
+    assert {"candidates_told", "colluding_clients"} <= INFORMATION
+
+
+def test_ceilings_of_a_row_are_the_loosest_of_its_seeds_and_say_what_they_assume() -> None:
+    facts = [
+        ArmFacts(arm="none", seed=0, accuracy=1.0, ceiling=0.2, psnr_ceiling_db=9.0, mse_floor=0.2, upload_bytes_formula=100.0),
+        ArmFacts(arm="none", seed=1, accuracy=1.0, ceiling=0.3, psnr_ceiling_db=11.0, mse_floor=0.1, upload_bytes_formula=300.0),
+    ]
+    found = row(summary(arm("none", 25.0), *facts), "none")
+    assert (found["ceiling"], found["ceilings"]["no_prior_psnr_db"], found["ceilings"]["mse_floor"]) == (0.3, 11.0, 0.1)
+    assert [sentence.partition(":")[0] for sentence in found["ceilings"]["sentences"]] == ["Identification", "PSNR", "MSE"]
+    assert "prior" in found["ceilings"]["sentences"][1]
+    assert found["cost"]["upload_bytes_formula"] == 200.0
+    assert row(summary(arm("none", 25.0)), "none")["ceilings"]["sentences"] == []

@@ -1,0 +1,79 @@
+"""How long a run will take: what there is to do, before it starts, and how much is left, from the tasks that have ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.spec import Experiment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do.
+
+    Attributes:
+        arms, seeds: whose product is the number of federations.
+        attacks: run on each of them.
+        uploads: under attack by each attack, over all arms and seeds; fewer where a sample is empty.
+        shuffled: whether each attack runs on shuffled updates, too.
+        seconds: of CPU, after which budgets have stopped every attack; infinite where one has none.
+    """
+
+    arms: int
+    seeds: int
+    attacks: int
+    uploads: int
+    shuffled: bool
+    seconds: float
+
+    def sentence(self, workers: int) -> str:
+        """The plan in words, with the time on so many workers."""
+        federations, runs = self.arms * self.seeds, self.uploads * self.attacks
+        said = (
+            f"{self.arms} arms × {self.seeds} seeds = {federations} federations; {self.attacks} attacks × {self.uploads} uploads = {runs} "
+            f"reconstructions{', and as many on shuffled updates' if self.shuffled else ''}."
+        )
+        if math.isinf(self.seconds):
+            return f"{said} How long is said when the first arm has ended."
+        most = span(self.seconds / max(1, min(workers, federations)))
+        return f"{said} Budgets stop the attacks after {most} on {workers} workers at most."
+
+
+def plan(experiment: Experiment) -> Plan:
+    """What this experiment has to do from its start."""
+    evaluation, federation = experiment.evaluation, experiment.federation
+    senders = federation.cohort_size - experiment.threat.colluding
+    seen = [1 if any(defense.channel for defense in arm.defenses) else senders for arm in experiment.arms]
+    uploads = sum(min(evaluation.victims or count, count) for count in seen) * len(evaluation.rounds) * len(experiment.seeds)
+    budgets = [float(getattr(attack, "seconds", math.inf)) for attack in experiment.rungs]
+    return Plan(
+        arms=len(experiment.arms), seeds=len(experiment.seeds), attacks=len(budgets), uploads=uploads,
+        shuffled=evaluation.shuffled_control, seconds=sum(budgets) * uploads * (2 if evaluation.shuffled_control else 1),
+    )  # fmt: skip
+
+
+def left(spent: Sequence[tuple[str, float]], waiting: Sequence[str], workers: int) -> float | None:
+    """Return the seconds that the tasks still need on so many workers; None before any has ended.
+
+    Args:
+        spent: arm and seconds of each task that has ended.
+        waiting: the arm of each that has not; those under way count in full.
+        workers: at work at a time.
+    """
+    if not spent:
+        return None
+    typical = sum(seconds for _, seconds in spent) / len(spent)
+    by_arm = {arm: [seconds for other, seconds in spent if other == arm] for arm, _ in spent}
+    needed = [sum(by_arm[arm]) / len(by_arm[arm]) if arm in by_arm else typical for arm in waiting]
+    return max(sum(needed) / max(1, workers), max(needed, default=0.0))
+
+
+def span(seconds: float) -> str:
+    """A time to wait in the unit that a person would name: 40 s, 12 min, 3.4 h, 2.1 days."""
+    if seconds < 95:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 95 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,86 @@
+"""The ladder of attackers: which attacks a spec runs that names none, and the strongest of them for each victim.
+
+Every rung sees the same view. The non-adaptive one does not ask which defense acted, the adaptive one does, the learned one trains on
+defended updates of public records, and the identifier need only say which of N candidates it was (arXiv:2201.04845). A rung for which
+the threat model withholds what it needs is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from experiments.result import RecordResult, Trial
+from simulator import lookup
+from simulator.adversary import ThreatModel
+
+BEST = "best per victim"
+"""Name of the row that takes each victim's strongest attack."""
+
+
+def rungs(threat: ThreatModel, *, defended: bool) -> tuple[Any, ...]:
+    """The attacks on each arm: the strongest, which knows the defenses; one that does not, where there are any; and what is granted.
+
+    Args:
+        defended: whether any arm has a defense.
+    """
+    names = {"inverting_gradients": defended, "strongest": True, "learning_to_invert": threat.public_data}
+    names["candidate_identification"] = threat.candidates
+    return tuple(lookup.get("attacks", name)() for name, granted in names.items() if granted)
+
+
+def best_per_victim(trials: Sequence[Trial]) -> list[Trial]:
+    """One trial for each upload that several attacks rebuilt pictures of, with every record from the attack that came nearest to it.
+
+    Choosing it needs the truth: no single adversary reaches it, each reaches part of it. Its floors have the same freedom. It says who
+    was named among the candidates if the attack that does so ran, else by the chosen picture. Its seconds are those of all attacks.
+    """
+    found = []
+    ordered = sorted(trials, key=_upload)
+    for _, group in groupby(ordered, key=_upload):
+        tried = [trial for trial in group if trial.records]
+        drawn = [trial for trial in tried if trial.answered == "inputs"]
+        if len(drawn) > 1:
+            found.append(_best(drawn, next((trial for trial in tried if trial.answered == "candidates"), None)))
+    return found
+
+
+def _upload(trial: Trial) -> tuple[str, int, int, tuple[int, ...]]:
+    return trial.arm, trial.seed, trial.round, trial.senders
+
+
+def _best(trials: Sequence[Trial], named: Trial | None) -> Trial:
+    ended = [trial for trial in trials if trial.status == "ok"]
+    records = [_nearest(place, trials) for place in range(len(trials[0].records))]
+    if named is not None:
+        answers = {(record.client, record.record): record for record in named.records}
+        told = [answers[record.client, record.record] for record in records]
+        records = [replace(record, identified=who.identified, rank=who.rank) for record, who in zip(records, told, strict=True)]
+    return replace(
+        trials[0],
+        attack=BEST,
+        status="ok" if ended else trials[0].status,
+        reason="" if ended else trials[0].reason,
+        records=tuple(records),
+        converged=all(trial.converged for trial in ended),
+        trace=(),
+        seconds=sum(trial.seconds for trial in (*trials, *([named] if named else []))),
+        predicted=None,
+        flags=tuple(dict.fromkeys(flag for trial in trials for flag in trial.flags)),
+    )
+
+
+def _nearest(place: int, trials: Sequence[Trial]) -> RecordResult:
+    """The record at ``place`` as the best attack on it left it; ``solver`` says which that was."""
+    wanted = trials[0].records[place]
+    tries = [(trial, record) for trial in trials for record in trial.records if _who(record) == _who(wanted)]
+    trial, best = max(tries, key=lambda pair: pair[1].psnr_db)
+    offered = [(name, floor) for _, record in tries for name, floor in record.floors.items()]
+    floors = {name: max((floor for other, floor in offered if other == name), key=lambda floor: floor.psnr_db) for name, _ in offered}
+    return replace(best, floors=floors, solver=trial.attack)
+
+
+def _who(record: RecordResult) -> tuple[int, int]:
+    return record.client, record.record

@@ -1,0 +1,94 @@
+"""Which rows of a summary stand for an arm: with a ladder of attacks, its strongest per victim, and who the identifier named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from experiments.ladder import BEST
+from experiments.report import values
+from experiments.report.values import lookup, number
+
+Row = Mapping[str, object]
+
+ALARMS = ("ceiling_exceeded", "certificate_wrong", "clients_lost")
+"""Flags of any attack on an arm that its one line must not hide."""
+
+
+def rows_of(summary: Mapping[str, object]) -> list[Row]:
+    """Return the summary's rows; whatever is not a mapping is not a row."""
+    rows = summary.get("rows")
+    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, Sequence) and not isinstance(rows, str) else []
+
+
+def name(row: Row, key: str) -> str:
+    """Return a name from a row; a missing one is an em dash."""
+    value = row.get(key)
+    return values.MISSING if value is None or value == "" else str(value)
+
+
+def texts_of(row: Row, key: str) -> list[str]:
+    """Return a list of texts from a row; a single text is a list of one, and what is no list is empty."""
+    value = row.get(key)
+    if isinstance(value, str):
+        return [value] if value else []
+    return [str(text) for text in value] if isinstance(value, Sequence) else []
+
+
+def control_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """Return the undefended row of the same attack on the same rounds: the one that says so, else the first that is compared with none."""
+    same = [other for other in rows if (other.get("attack"), other.get("rounds")) == (row.get("attack"), row.get("rounds"))]
+    return next((other for other in same if other.get("control", not other.get("difference_to_control"))), None)
+
+
+def laddered(rows: Iterable[Row]) -> bool:
+    """Whether several attacks were judged together, or one named candidates, so that an arm is one line and each attack a detail."""
+    return any(row.get("attack") == BEST or row.get("answered") == "candidates" for row in rows)
+
+
+def headlines(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of the main table: each one as it is, or with a ladder one for each arm, view and attacked rounds.
+
+    That one is the best per victim, or the strongest attack where fewer than two rebuilt pictures. Who was identified is the
+    identifier's word if it ran; ``identified_by_picture`` keeps the best rate that a picture alone gave.
+    """
+    rows = list(rows)
+    if not laddered(rows):
+        return rows
+    arms: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        arms.setdefault((row.get("defense"), row.get("view"), tuple(texts_of(row, "rounds"))), []).append(row)
+    return [_headline(members) for members in arms.values()]
+
+
+def strongest(rows: Iterable[Row]) -> list[Row]:
+    """Return one row for each arm, in order: that of the attack which identified most, then gained most, then got most labels right."""
+    best: dict[str, Row] = {}
+    for row in headlines(rows):
+        arm = name(row, "defense")
+        if arm not in best or _strength(row) > _strength(best[arm]):
+            best[arm] = row
+    return list(best.values())
+
+
+def _headline(rows: Sequence[Row]) -> Row:
+    identifier = max((row for row in rows if row.get("answered") == "candidates"), key=_strength, default=None)
+    drawn = [row for row in rows if row is not identifier and row.get("attack") != BEST]
+    best = next((row for row in rows if row.get("attack") == BEST), None) or max(drawn, key=_strength, default=rows[0])
+    alarms = [flag for flag in ALARMS if any(flag in texts_of(row, "flags") for row in rows)]
+    flags = [*alarms, *(flag for flag in texts_of(best, "flags") if flag not in alarms)]
+    if identifier is None or best is identifier:
+        return {**best, "flags": flags}
+    flags += [flag for flag in texts_of(identifier, "flags") if flag == "candidates_told" and flag not in flags]
+    seen = max((row for row in drawn if row.get("identified")), key=lambda row: _strength(row)[0], default=None)
+    return {
+        **best,
+        "flags": flags,
+        "identified": identifier.get("identified"),
+        "identified_by": identifier.get("attack"),
+        "identified_by_picture": seen.get("identified") if seen else None,
+    }
+
+
+def _strength(row: Row) -> tuple[float, ...]:
+    found = (lookup(row, *path) for path in (("identified",), ("gain", "psnr_db"), ("scores", "label_accuracy")))
+    return tuple(float("-inf") if (value := number(entry)) is None else value for entry in found)

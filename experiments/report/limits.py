@@ -1,0 +1,46 @@
+"""The ceilings of each arm, one line an arm, each with what it assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from experiments.report import values
+from experiments.report.headline import name, texts_of
+from experiments.report.values import estimate, lookup, number
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What theory allows under one arm, beside what was measured, as text; ``words`` says what each ceiling assumes."""
+
+    defense: str
+    identification: str
+    named: str
+    psnr: str
+    reached: str
+    error: str
+    words: tuple[str, ...]
+
+
+def lines(rows: Sequence[Mapping[str, object]]) -> list[Limits]:
+    """Return the arms that have any ceiling, in order; measured is what the attack did that identified most, and came nearest."""
+    found = []
+    for arm in dict.fromkeys(name(row, "defense") for row in rows):
+        members = [row for row in rows if name(row, "defense") == arm]
+        words = tuple(texts_of({"words": lookup(members[0], "ceilings", "sentences")}, "words"))
+        if not words:
+            continue
+        rates = [rate for row in members if (rate := estimate(row, "identified").value) is not None]
+        psnrs = [psnr for row in members if (psnr := number(lookup(row, "scores", "psnr_db", "median"))) is not None]
+        limit = Limits(
+            defense=arm,
+            identification=values.percent(number(members[0].get("ceiling"))),
+            named=values.percent(max(rates, default=None)),
+            psnr=values.decibel(number(lookup(members[0], "ceilings", "no_prior_psnr_db"))),
+            reached=values.decibel(max(psnrs, default=None)),
+            error=values.significant(number(lookup(members[0], "ceilings", "mse_floor")), 2),
+            words=words,
+        )
+        found.append(limit)
+    return found

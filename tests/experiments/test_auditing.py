@@ -1,0 +1,82 @@
+"""An audit of a real run: it passes a guarantee that holds, and refutes one whose noise is half of what it claims."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from defenses.client import dp_sgd
+from experiments.auditing import audit_run, measured
+from experiments.cli import main
+from experiments.result import ArmFacts
+from experiments.run import run
+from experiments.spec import Experiment
+from simulator import config
+from simulator.errors import SpecError
+from tests.experiments.test_summary import arm, record, trial
+
+SPEC: dict[str, Any] = {
+    "name": "audit",
+    "secret": "the same noise in every run of this test",
+    "data": "digits",
+    "model": {"name": "mlp"},
+    "federation": {"clients": 60},
+    "training": {"batch_size": 1},
+    "threat": {"candidates": True},
+    "evaluation": {"candidates": 20, "shuffled_control": False},
+    "attacks": ["candidate_identification"],
+    "arms": [
+        {"name": "none"},
+        {"name": "DP-SGD", "defenses": [{"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 1.0}]},
+    ],
+}
+
+
+def federation(out: Path) -> Path:
+    assert run(config.build(Experiment, SPEC), out, workers=1) == []
+    return out
+
+
+def test_a_guarantee_that_holds_passes_and_halved_noise_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (kept,), left_out = audit_run(federation(tmp_path / "as-claimed"))
+    assert not kept.failed
+    assert kept.measured.trials == 60
+    assert left_out == ["none: not audited: nothing is certified against this adversary."]
+    honest = dp_sgd.add_gaussian
+    monkeypatch.setattr(dp_sgd, "add_gaussian", lambda tensors, sigma, rng: honest(tensors, sigma / 2, rng))
+    (refuted,), _ = audit_run(federation(tmp_path / "halved"))
+    assert refuted.failed
+    assert refuted.low > refuted.measured.ceiling == kept.measured.ceiling
+    for directory, code in (("as-claimed", 0), ("halved", 1)):
+        monkeypatch.setattr("sys.argv", ["fedpeek", "audit", str(tmp_path / directory)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == code
+        assert ("AUDIT FAILED" in capsys.readouterr().out) == bool(code)
+
+
+def test_one_record_an_upload_counts_and_what_is_not_audited_is_said() -> None:
+    facts = [ArmFacts(arm="dp", seed=seed, accuracy=1.0, ceiling=most) for seed, most in enumerate((0.2, 0.3))]
+    facts.append(ArmFacts(arm="none", seed=0, accuracy=1.0))
+    batch = trial(arm="dp", seed=0, records=(record(0, 0), record(0, 1, identified=False)), answered="candidates")
+    later = trial(arm="dp", seed=0, round=2, records=(record(0, 0, identified=False), record(0, 1)), answered="candidates")
+    rows, left_out = measured([batch, later, *arm("none", 25.0)], facts, one_round=True)
+    (row,) = rows
+    assert (row.name, row.successes, row.trials, row.ceiling) == ("dp, ig", 1, 2, 0.3)  # the highest ceiling of the seeds
+    assert left_out == ["none: not audited: nothing is certified against this adversary."]
+    (together,), _ = measured([batch, later], facts, one_round=False)  # it used both rounds: they are one trial
+    assert (together.successes, together.trials) == (1, 1)
+    told = trial(arm="dp", records=(record(0, 0), record(0, 1)), flags=("oracle_used",))
+    assert measured([told], facts, one_round=True)[0] == []
+    assert "labels that were told" in measured([told], facts, one_round=True)[1][-1]
+    unsupported = trial(arm="dp", status="unsupported", records=(), reason="no dense layer")
+    assert "it named nobody" in measured([unsupported], facts, one_round=True)[1][-1]
+
+
+def test_a_directory_that_is_no_run_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="must be that of a run"):
+        audit_run(tmp_path)

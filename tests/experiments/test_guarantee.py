@@ -1,0 +1,94 @@
+"""The ceilings of an arm are those of its mechanism, against closed forms; where the formula does not hold there are none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chi2, norm
+
+from clients.private import private_record_ids, splits
+from experiments.disclose import architecture, disclose
+from experiments.guarantee import clipping_and_noise, guarantee_of, leakage
+from experiments.trial import Victim
+from simulator.adversary import ThreatModel
+from simulator.dataset import take
+from simulator.network import tensors
+from simulator.types import Broadcast, Observation, Update, Upload
+from simulator.world import World
+from tests.federations import world
+
+
+def victims(of: World) -> list[Victim]:
+    """Uploads of three clients; their tensors play no part in a ceiling."""
+    parts = splits(of)
+    model = architecture(of, parts)
+    parameters, buffers = tensors(model)
+    found = []
+    for client in range(3):
+        ids = private_record_ids(of, client, 1)
+        upload = Upload(frozenset({client}), Update("gradient", parameters), buffers, len(ids))
+        view = Observation(Broadcast(1, parameters, buffers, of.training), (upload,))
+        truth = take(parts.private, ids)
+        found.append(Victim(view, disclose(ThreatModel(), of, parts, truth, upload, model), truth, ids, (client,) * len(ids)))
+    return found
+
+
+def defended(*defenses: Any, **training: Any) -> World:
+    return world(model={"name": "linear"}, federation={"rounds": 1}, training={"batch_size": 1, **training}, defenses=list(defenses))
+
+
+def test_ceilings_of_dp_sgd() -> None:
+    of = defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0})
+    attacked = victims(of)
+    _, found = guarantee_of(of, delta=1e-5, candidates=100, victims=attacked)
+    assert found.identification == pytest.approx(norm.cdf(norm.ppf(0.01) + 0.5), abs=1e-6)
+    seen = sorted(float((victim.truth.inputs - 0.5).norm()) for victim in attacked)
+    mse = (seen[1] * 2.0) ** 2 * chi2.ppf(0.5, 64) / 64
+    assert found.no_prior_psnr_db == pytest.approx(-10 * math.log10(mse))
+
+
+def test_the_fisher_information_of_a_linear_model_is_its_closed_form() -> None:
+    of = defended({"name": "gaussian_noise", "sigma": 0.1})
+    attacked = victims(of)
+    model, record, label = attacked[0].knowledge.model, attacked[0].truth.inputs, attacked[0].truth.labels
+    parameters, buffers = tensors(model)
+
+    def gradient(pixels: torch.Tensor) -> torch.Tensor:
+        outputs = torch.func.functional_call(model, {**parameters, **buffers}, (pixels,))
+        loss = torch.nn.functional.cross_entropy(outputs, label)
+        return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(wanted.values()), create_graph=True)])
+
+    wanted = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
+    parameters = wanted
+    jacobian = torch.autograd.functional.jacobian(gradient, record).flatten(1)
+    expected = math.sqrt(float(jacobian.square().sum()) / 64) / 0.1
+    assert leakage(of, attacked)[0] == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [
+        (defended(), None),
+        (defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0}), (0.5, 1.0)),
+        (defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 0.0}), None),
+        (defended({"name": "gaussian_noise", "sigma": 0.1}, batch_size=4), (math.inf, 0.4)),
+        (defended({"name": "clip", "clip_norm": 2.0}, {"name": "gaussian_noise", "sigma": 0.1}), (2.0, 0.1)),
+        (defended({"name": "clip", "clip_norm": 2.0}, {"name": "gaussian_noise", "sigma": 0.1}, batch_size=4), None),
+        (defended({"name": "gaussian_noise", "sigma": 0.1}, "secure_aggregation"), None),
+        (defended({"name": "gaussian_noise", "sigma": 0.1}, algorithm="fedavg"), None),
+    ],
+)
+def test_the_mechanism_is_read_off_the_stack(of: World, expected: tuple[float, float] | None) -> None:
+    assert clipping_and_noise(of) == (expected if expected is None else pytest.approx(expected))
+
+
+def test_no_ceiling_without_victims_or_with_batch_statistics() -> None:
+    of = defended({"name": "gaussian_noise", "sigma": 0.1})
+    assert leakage(of, []) == []
+    attacked = victims(of)
+    normed = torch.nn.Sequential(torch.nn.BatchNorm2d(1), attacked[0].knowledge.model)
+    assert leakage(of, [replace(attacked[0], knowledge=replace(attacked[0].knowledge, model=normed))]) == []

@@ -1,0 +1,104 @@
+"""The ladder of attackers, and the strongest of them for each victim."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from experiments.ladder import BEST, best_per_victim, rungs
+from experiments.metrics import ImageScores
+from experiments.result import ArmFacts
+from simulator.adversary import ThreatModel
+from tests.experiments.test_summary import arm, record, row, summary, trial
+
+
+@pytest.mark.parametrize(
+    ("threat", "defended", "names"),
+    [
+        (ThreatModel(), False, ["strongest"]),
+        (ThreatModel(), True, ["inverting_gradients", "strongest"]),
+        (ThreatModel(public_data=True), True, ["inverting_gradients", "strongest", "learning_to_invert"]),
+        (
+            ThreatModel(public_data=True, candidates=True), True,
+            ["inverting_gradients", "strongest", "learning_to_invert", "candidate_identification"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_rung_is_there_where_the_threat_model_grants_what_it_needs(threat: ThreatModel, defended: bool, names: list[str]) -> None:
+    assert [attack.name for attack in rungs(threat, defended=defended)] == names
+
+
+def test_each_victim_counts_with_its_strongest_attack_and_its_highest_floors() -> None:
+    high, low = record(0, 0, psnr_db=30.0), record(0, 0, psnr_db=20.0, identified=False)
+    other = record(1, 5, psnr_db=11.0)
+    lucky = replace(record(1, 5, psnr_db=13.0), floors={"mean_image": ImageScores(12.9, 0.3, 0.05)})
+    trials = [
+        trial(attack="first", records=(high, other), senders=(0, 1), seconds=1.0),
+        trial(attack="second", records=(low, lucky), senders=(0, 1), seconds=2.0),
+    ]
+    (best,) = best_per_victim(trials)
+    assert best.attack == BEST
+    assert [(item.psnr_db, item.solver) for item in best.records] == [(30.0, "first"), (13.0, "second")]
+    assert best.records[1].floors["mean_image"].psnr_db == 12.9
+    assert best.records[1].floors["random_guess"].psnr_db == 7.0
+    assert best.seconds == 3.0
+    assert best.converged
+
+
+def test_a_failure_of_one_attack_leaves_the_others() -> None:
+    failed = trial(
+        attack="second", status="failed", reason="it raised", records=(record(0, 0, psnr_db=7.0, identified=False),), converged=False
+    )
+    (best,) = best_per_victim([trial(attack="first"), failed])
+    assert best.status == "ok"
+    assert best.converged
+    assert best.records[0].solver == "first"
+
+
+def test_one_attack_has_no_row_of_the_best() -> None:
+    assert best_per_victim(arm("none", 25.0)) == []
+    assert best_per_victim([trial(attack="ig"), trial(attack="labels", answered="labels", records=(record(identified=False),))]) == []
+
+
+def test_who_was_named_is_said_by_the_attack_that_names_candidates() -> None:
+    """Pictures of the others are kept, exactness of the named record is no reconstruction."""
+    chosen = trial(attack="candidate_identification", answered="candidates", records=(record(psnr_db=60.0, exact=True, identified=True),))
+    missed = [trial(attack=name, records=(record(psnr_db=15.0, identified=False, rank=40),)) for name in ("first", "second")]
+    (best,) = best_per_victim([*missed, chosen])
+    assert best.records[0].psnr_db == 15.0
+    assert best.records[0].identified
+    assert not best.records[0].exact
+
+
+def test_the_row_of_the_best_is_compared_with_that_of_the_undefended_arm() -> None:
+    arms = [
+        *arm("none", 30.0, attack="a"),
+        *arm("none", 20.0, attack="b"),
+        *arm("noise", 15.0, attack="a"),
+        *arm("noise", 18.0, attack="b"),
+    ]
+    table = summary(arms)
+    assert row(table, "none", BEST)["scores"]["psnr_db"]["mean"] == pytest.approx(row(table, "none", "a")["scores"]["psnr_db"]["mean"])
+    best = row(table, "noise", BEST)
+    assert best["difference_to_control"]["psnr_db"]["mean"] == pytest.approx(-12.0)
+    assert best["solvers"] == {"b": {"records": 16, "certified": 0}}
+    assert [item["defense"] for item in table["rows"]] == ["none"] * 3 + ["noise"] * 3
+
+
+def test_named_candidates_have_a_rate_and_no_pictures_and_meet_their_ceiling() -> None:
+    """Sixteen of sixteen named where (ε, δ) allows a fifth of them: the guarantee is broken, and that is said."""
+    fact = ArmFacts(arm="dp", seed=0, accuracy=0.9, epsilon=1.0, delta=1e-5, ceiling=0.2)
+    named = [
+        trial(arm="dp", attack="candidate_identification", answered="candidates", seed=seed, senders=(client,), records=(record(client, client),))
+        for seed in (0, 1) for client in range(8)
+    ]  # fmt: skip
+    found = row(summary(named, fact), "dp", "candidate_identification")
+    assert found["answered"] == "candidates"
+    assert found["identified"]["rate"] == 1.0
+    assert found["scores"]["psnr_db"] is None
+    assert found["gain"] is None
+    assert "ceiling_exceeded" in found["flags"]
+    allowed = row(summary(named, ArmFacts(arm="dp", seed=0, accuracy=0.9, epsilon=math.inf)), "dp", "candidate_identification")
+    assert "ceiling_exceeded" not in allowed["flags"]

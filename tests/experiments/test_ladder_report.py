@@ -1,0 +1,171 @@
+"""With a ladder of attacks an arm is one line, whose identification is the identifier's; and what protection costs is drawn and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.ladder import BEST
+from experiments.report import costs, front, limits, pareto, plots, words
+from experiments.report.headline import headlines, laddered, rows_of, strongest
+from experiments.report.rows import lines, main_lines
+from experiments.report.verdict import level
+from tests.experiments.test_report import Page, difference, no_plot, row, terminal, write  # noqa: F401
+
+NOTHING = {"gain": None, "floor": None, "difference_to_control": None, "scores": {"psnr_db": None, "exact": None}}
+
+
+def rate(value: float, spread: float = 0.05) -> dict[str, float]:
+    return {"rate": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread), "chance": 0.01, "candidates": 100}
+
+
+def gain(value: float) -> dict[str, object]:
+    return {"psnr_db": {"mean": value, "low": value - 1, "high": value + 1}}
+
+
+def arm(name: str, stack: list[str], *, accuracy: float, named: float, seen: float = 0.0, gained: float = 4.0, **more: object) -> list[dict[str, object]]:
+    """The rows of one arm: two attacks that rebuild pictures, the best of them, and the identifier."""
+    known = {"stack": stack, "accuracy": accuracy, "control": not stack, **more}
+    solvers = {"strongest": {"records": 25, "certified": 3}, "inverting_gradients": {"records": 7, "certified": 0}}
+    return [
+        row(name, attack="inverting_gradients", identified=rate(seen / 2), gain=gain(gained - 2), **known),
+        row(name, attack="strongest", identified=rate(seen), gain=gain(gained), **known),
+        row(name, attack=BEST, identified=rate(named), gain=gain(gained), solvers=solvers, **known),
+        row(name, attack="candidate_identification", answered="candidates", identified=rate(named), **(NOTHING | known | {"flags": ["candidates_told"]})),
+    ]
+
+
+def ladder() -> dict[str, object]:
+    rows = [
+        *arm("none", [], accuracy=0.94, named=1.0, seen=0.95, gained=12.0),
+        *arm("noise 1", ["gaussian_noise"], accuracy=0.90, named=0.8, seen=0.1),
+        *arm("noise 2", ["gaussian_noise"], accuracy=0.80, named=0.5),
+        *arm("DP-SGD", ["dp_sgd"], accuracy=0.88, named=0.3, epsilon=8.0, ceiling=0.4),
+        *arm("top-k", ["top_k"], accuracy=0.85, named=0.9, seen=0.4, gained=7.0),
+        *arm("sign", ["sign_sgd"], accuracy=0.92, named=0.35),
+    ]
+    return {"schema": 1, "fedpeek": "0.1.0", "environment": {}, "rows": rows}
+
+
+def test_each_arm_is_one_line_and_each_attack_a_detail() -> None:
+    main, details = main_lines(ladder()), lines(ladder())
+    assert [line.defense for line in main] == ["none", "noise 1", "noise 2", "DP-SGD", "top-k", "sign"]
+    assert len(details) == 24
+    assert {line.attack for line in main} == {BEST}
+    assert main[0].solved == "strongest 25 · inverting_gradients 7"
+    assert {line.identified_by for line in main} == {"candidate_identification"}
+    assert all("candidates_told" in line.flags for line in main)
+    assert not any(line.strongest for line in details)
+
+
+def test_one_line_for_an_arm_of_one_attack_and_an_identifier() -> None:
+    rows = [each for each in rows_of(ladder()) if each["attack"] in ("strongest", "candidate_identification")]
+    (first, *_) = headlines(rows)
+    assert (first["attack"], first["identified_by"]) == ("strongest", "candidate_identification")
+    assert first["identified"] == rate(1.0)
+    assert first["gain"] == gain(12.0)
+
+
+def test_without_ladder_every_row_stays() -> None:
+    rows = [row("none", attack="a"), row("none", attack="b")]
+    assert not laddered(rows)
+    assert headlines(rows) == rows
+
+
+def test_pictures_are_recognizable_by_themselves_and_not_because_an_identifier_named_them() -> None:
+    by_name = {str(each["defense"]): each for each in strongest(rows_of(ladder()))}
+    assert level(by_name["none"]) == "recognizable"
+    assert level(by_name["noise 1"]) == "partial"  # 4 dB and 80 % named, but 10 % by the picture
+    assert level({**by_name["noise 1"], "identified_by": ""}) == "recognizable"
+
+
+def test_an_alarm_of_any_attack_reaches_the_line_of_its_arm() -> None:
+    rows = arm("DP-SGD", ["dp_sgd"], accuracy=0.9, named=0.9)
+    rows[-1]["flags"] = ["ceiling_exceeded"]
+    rows[0]["flags"] = ["certificate_wrong", "not_converged"]
+    (line,) = main_lines({"rows": rows})
+    assert line.flags == ("ceiling_exceeded", "certificate_wrong")
+
+
+def test_the_terminal_shows_one_line_an_arm_and_says_who_named() -> None:
+    text = terminal(ladder())
+    assert text.count("DP-SGD") == 1
+    assert "Identified by candidate_identification, which was handed the candidates." in " ".join(text.split())
+    assert "Each victim counts with its strongest attack" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_who_is_dominated_and_by_whom() -> None:
+    arms = {each.name: each for each in front.panel(rows_of(ladder()), "identified")}
+    assert arms["none"].drop == 0
+    assert arms["top-k"].drop == pytest.approx(9.0)
+    assert arms["DP-SGD"].leak == pytest.approx(35.0)
+    assert arms["top-k"].dominated_by == ("noise 1", "DP-SGD", "sign")
+    assert arms["sign"].dominated_by == ()
+    assert arms["noise 2"].dominated_by == ("DP-SGD", "sign")
+    assert [each.name for each in arms.values() if each.baseline] == ["noise 1", "noise 2", "DP-SGD"]
+    first, *_ = front.sentences(rows_of(ladder()))
+    assert first == "By identified victims: dominated by a baseline: top-k; not dominated by one: sign."
+
+
+def test_a_run_without_baselines_says_so_and_one_without_control_draws_nothing() -> None:
+    rows = [each for each in rows_of(ladder()) if each["defense"] in ("none", "top-k")]
+    assert front.sentences(rows) == ["No baseline: this run has no arm of plain Gaussian noise and DP-SGD alone, which a heuristic must beat."]
+    assert front.panel([each for each in rows if each["defense"] != "none"], "gain") == []
+
+
+def test_the_plot_marks_baselines_families_and_dominated_arms() -> None:
+    figure = pareto.pareto(rows_of(ladder()), plots.LIGHT)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[:5] == ["no defense", "baseline: plain Gaussian noise", "baseline: DP-SGD", "top_k", "sign_sgd"]
+    assert "hollow: dominated" in legend
+    left = figure.axes[0]
+    names = {text.get_text() for text in left.texts}
+    assert {"none", "noise 1", "noise 2", "DP-SGD", "top-k", "sign"} <= names
+    hollow = sum(tuple(bubble.get_facecolor()[0][:3]) == (1.0, 1.0, 1.0) for bubble in left.collections)
+    assert hollow == 3  # top-k and both noises, which signs dominate
+    dashed = [line for line in left.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2 and line.get_linewidth() > 1.5]
+    assert len(dashed) == 1  # the two strengths of noise
+    assert pareto.svg(figure).startswith("<?xml")
+    assert "no defense" not in pareto.text(rows_of(ladder()))
+    assert "top-k: 9.0 points, 95.0 %" in pareto.text(rows_of(ladder()))
+
+
+def test_the_page_holds_the_front_the_costs_and_the_ceilings(tmp_path: Path, no_plot: None) -> None:  # noqa: F811
+    summary = ladder()
+    cost = {"upload_bytes": 4e5, "upload_bytes_formula": 1e4, "download_bytes": 5e5, "client_seconds": 0.012, "server_seconds": 0.003, "peak_bytes": 2.5e8}
+    ceilings = {"no_prior_psnr_db": 9.5, "mse_floor": 0.02, "sentences": ["PSNR: attacker has no prior."]}
+    for each in summary["rows"]:  # type: ignore[union-attr]
+        each["cost"] = cost
+        if each["defense"] == "DP-SGD":
+            each["ceilings"] = ceilings
+    source = write(tmp_path, summary=summary, pictures=[], threat={"colluding": 2, "candidates": True})
+    page = Page(source)
+    text = " ".join(page.text.split())
+    assert (tmp_path / "pareto.svg").is_file()
+    for words_ in ("12 ms", "3 ms", "10 kB", "500 kB", "250 MB", "9.5 dB", "attacker has no prior", "What the protection costs"):
+        assert words_.replace(" ", "\u00a0", 1) in text or words_ in text, words_
+    assert "What 2 clients sent, who collude with it" in text
+    assert "A list of 100 records with their labels" in text
+    assert costs.lines(rows_of(summary))["top-k"].formula == "10\u00a0kB"
+    (limit,) = limits.lines(rows_of(summary))
+    assert (limit.defense, limit.identification, limit.psnr, limit.reached) == ("DP-SGD", "40\u00a0%", "9.5\u00a0dB", "26.5\u00a0dB")
+
+
+def test_many_arms_are_counted_and_not_all_named() -> None:
+    rows = [row(f"arm {number}") for number in range(40)]
+    said = "".join(piece for piece, _ in words.answer({"rows": rows}, {}))
+    assert said.endswith("arm 8 and 31 more arms.")
+
+
+def test_an_arm_without_an_upper_limit_dominates_none_and_says_so() -> None:
+    rows = rows_of(ladder())
+    for each in rows:
+        if each["defense"] == "sign" and each["gain"]:
+            each["gain"] = {"psnr_db": {"mean": 4.0, "low": None, "high": None}}  # type: ignore[index]
+    arms = {each.name: each for each in front.panel(rows, "gain")}
+    assert (arms["sign"].unbounded, arms["sign"].leak) == (True, 4.0)
+    assert all("sign" not in other.dominated_by for other in arms.values())
+    legend = [text.get_text() for text in pareto.pareto(rows).legends[0].get_texts()]
+    assert "mean; too few uploads for an upper limit" in legend

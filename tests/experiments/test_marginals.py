@@ -1,0 +1,78 @@
+"""Every subset of the layers is an arm, and a layer's worth is the difference of the arms that differ by it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiments import spec
+from experiments.marginals import marginals, table
+from simulator import config
+from simulator.errors import SpecError
+
+LAYERS = [
+    {"name": "clip", "defenses": ["clip"]},
+    {"name": "noise", "defenses": ["gaussian_noise"]},
+    {"name": "batch", "training": {"batch_size": 4}},
+]
+
+
+def experiment(**changes: Any) -> spec.Experiment:
+    return config.build(spec.Experiment, {"data": "digits", "model": "mlp", "layers": LAYERS, **changes})
+
+
+def row(defense: str, rate: float, psnr: float, accuracy: float, size: float) -> dict[str, Any]:
+    return {
+        "defense": defense, "attack": "a", "answered": "inputs", "identified": {"rate": rate}, "scores": {"psnr_db": {"mean": psnr}},
+        "accuracy": accuracy, "cost": {"upload_bytes": size, "client_seconds": None},
+    }  # fmt: skip
+
+
+def test_every_subset_is_an_arm_in_the_order_of_the_layers() -> None:
+    found = experiment()
+    assert [arm.name for arm in found.arms] == [
+        "none", "clip", "noise", "batch", "clip + noise", "clip + batch", "noise + batch", "clip + noise + batch",
+    ]  # fmt: skip
+    assert [defense.name for defense in found.arms[-1].defenses] == ["clip", "gaussian_noise"]
+    assert found.arms[-1].training == {"batch_size": 4}
+    assert found.control is found.arms[0]
+    spec.check(found)
+    assert config.build(spec.Experiment, config.dump(found)) == found
+
+
+def test_arms_beside_layers_and_illegal_stacks_are_refused() -> None:
+    with pytest.raises(SpecError, match="arms must not be given beside layers"):
+        experiment(arms=[{"name": "other"}])
+    with pytest.raises(SpecError, match="layers must be at most 6, got 7"):
+        experiment(layers=[{"name": str(i)} for i in range(7)])
+    with pytest.raises(SpecError, match="must change different settings"):
+        experiment(layers=[LAYERS[2], {**LAYERS[2], "name": "again"}])
+    with pytest.raises(SpecError, match="clip must come before noise"):
+        spec.check(experiment(layers=[LAYERS[1], LAYERS[0]]))
+
+
+def test_a_layer_is_worth_what_changes_with_it_alone() -> None:
+    """Two layers that each halve what is left: alone 50 points, on top of the other 25, on average 37.5."""
+    rows = [row("none", 1.0, 40, 0.9, 100), row("a", 0.5, 30, 0.8, 100), row("b", 0.5, 20, 0.9, 300), row("a + b", 0.25, 15, 0.7, 300)]
+    first, second = marginals([spec.Arm(name="a"), spec.Arm(name="b")], rows)
+    assert first["alone"]["identified"] == pytest.approx(-0.5)
+    assert first["on_top_of_all"]["identified"] == pytest.approx(-0.25)
+    assert first["mean"]["identified"] == pytest.approx(-0.375)
+    assert first["mean"]["psnr_db"] == pytest.approx((-10 - 5) / 2)
+    assert first["on_top_of_all"]["accuracy"] == pytest.approx(-0.2)
+    assert second["alone"]["upload_bytes"] == pytest.approx(3.0)
+    assert second["mean"]["client_seconds"] is None
+    text = io.StringIO()
+    Console(file=text, width=140).print(table([first, second]))
+    assert "-50.0 % / -37.5 % / -25.0 %" in text.getvalue()
+    assert "×3.00" in text.getvalue()
+
+
+def test_an_arm_that_did_not_run_leaves_its_differences_out() -> None:
+    rows = [row("none", 1.0, 40, 0.9, 100), row("a", 0.5, 30, 0.8, 100), row("b", 0.5, 20, 0.9, 300)]
+    first, _ = marginals([spec.Arm(name="a"), spec.Arm(name="b")], rows)
+    assert first["on_top_of_all"]["identified"] is None
+    assert first["mean"]["identified"] == pytest.approx(-0.5)

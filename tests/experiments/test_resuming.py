@@ -1,0 +1,155 @@
+"""A kill costs one attack on one arm at most; how long a run will take is said before and while it runs; costs by formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from defenses.client.dp_sgd import DPSGD
+from defenses.client.gaussian_noise import GaussianNoise
+from defenses.client.qsgd import QSGD
+from defenses.client.sign_sgd import SignSGD
+from defenses.client.top_k import TopK
+from experiments import facts, parts
+from experiments import run as runs
+from experiments.cost import upload_bytes
+from experiments.estimate import left, plan, span
+from experiments.result import Trial
+from experiments.run import FACTS, RESULTS, read_trials, run
+from experiments.spec import Experiment
+from simulator import config
+from simulator.defense import Defense
+from tests.federations import world
+
+SPEC: dict[str, Any] = {
+    "name": "tiny",
+    "secret": "the same in both runs",
+    "data": "digits",
+    "model": {"name": "linear"},
+    "federation": {"clients": 3},
+    "attacks": ["random_guess", "linear_leak"],
+    "arms": [{"name": "none"}, {"name": "clip", "defenses": [{"name": "clip", "clip_norm": 1.0}]}],
+}
+
+
+def tiny(**changes: Any) -> Experiment:
+    return config.build(Experiment, SPEC | changes)
+
+
+def without_seconds(trials: list[Trial]) -> list[Trial]:
+    return [replace(trial, seconds=0.0, objective=0.0) for trial in trials]
+
+
+def test_a_kill_loses_one_attack_and_the_rest_is_as_it_would_have_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tiny(), tmp_path / "whole", workers=1) == []
+    done: list[tuple[str, str]] = []
+    attack_victims = runs.attack_victims
+
+    def killed_at(last: int) -> Callable[..., Any]:
+        def attack(attack: Any, victims: Any, evaluation: Any, world: Any, arm: str) -> Any:
+            if len(done) == last:
+                raise KeyboardInterrupt
+            done.append((arm, attack.name))
+            return attack_victims(attack, victims, evaluation, world, arm)
+
+        return attack
+
+    monkeypatch.setattr(runs, "attack_victims", killed_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), tmp_path / "killed", workers=1)
+    assert (tmp_path / "killed" / parts.PARTS / "clip-seed0" / "random_guess.jsonl").is_file()
+    assert len(read_trials(tmp_path / "killed")) == 6  # the first arm is written down
+    monkeypatch.setattr(runs, "attack_victims", killed_at(-1))
+    said: list[str] = []
+    assert run(tiny(), tmp_path / "killed", workers=1, resume=True, begun=said.append) == []
+    assert done == [("none", "random_guess"), ("none", "linear_leak"), ("clip", "random_guess"), ("clip", "linear_leak")]
+    assert said[0].endswith("1 federations are done.")
+    assert without_seconds(read_trials(tmp_path / "killed")) == without_seconds(read_trials(tmp_path / "whole"))
+    assert not (tmp_path / "killed" / parts.PARTS).exists()
+
+
+def test_what_was_found_on_another_transcript_does_not_count(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(tiny(), out, workers=1) == []
+    trials = read_trials(out)
+    parts.save(out, "clip-seed0", "random_guess", [replace(trial, arm="clip", attack="random_guess", round=7) for trial in trials[:1]])
+    lines = [line for line in (out / FACTS).read_text().splitlines() if '"clip"' not in line]
+    (out / FACTS).write_text("".join(f"{line}\n" for line in lines))
+    (out / RESULTS).write_text((out / RESULTS).read_text())
+    (out / "transcript" / "clip-seed0.seconds.json").unlink()  # the federation was cut short: it is done again
+    assert run(tiny(), out, workers=1, resume=True) == []
+    assert without_seconds(read_trials(out)) == without_seconds(trials)
+
+
+def test_the_plan_counts_what_there_is_to_do() -> None:
+    secure = {"name": "secure aggregation", "defenses": ["secure_aggregation"]}
+    spec = tiny(
+        arms=[*SPEC["arms"], secure], seeds=[0, 1], attacks=["random_guess", "linear_leak"],
+        federation={"clients": 8, "rounds": 2}, threat={"colluding": 1}, evaluation={"rounds": [1, 2], "victims": 5},
+    )  # fmt: skip
+    planned = plan(spec)
+    assert (planned.arms, planned.seeds, planned.attacks, planned.shuffled) == (3, 2, 2, True)
+    assert planned.uploads == (5 + 5 + 1) * 2 * 2
+    assert math.isinf(planned.seconds)
+    assert planned.sentence(2) == (
+        "3 arms × 2 seeds = 6 federations; 2 attacks × 44 uploads = 88 reconstructions, and as many on shuffled updates. "
+        "How long is said when the first arm has ended."
+    )
+    limited = replace(planned, seconds=7200.0)
+    assert limited.sentence(2).endswith("Budgets stop the attacks after 60 min on 2 workers at most.")
+
+
+def test_time_left_follows_the_tasks_that_have_ended() -> None:
+    assert left([], ["a"], 2) is None
+    assert left([("a", 10.0), ("b", 30.0)], ["a", "b", "c", "c"], 2) == pytest.approx((10 + 30 + 20 + 20) / 2)
+    assert left([("a", 10.0)], ["a"], 8) == 10.0  # more workers than tasks do not help
+    assert [span(seconds) for seconds in (0.2, 40, 600, 3 * 3600, 5 * 86400)] == ["1 s", "40 s", "10 min", "3.0 h", "5.0 days"]
+
+
+@dataclass(frozen=True)
+class Channel(Defense):
+    channel: ClassVar[bool] = True
+
+    def upload_bytes(self, numbers: int, world: Any) -> float:
+        return 5.0 * numbers
+
+
+@pytest.mark.parametrize(
+    ("stack", "expected"),
+    [
+        ((), 4000),
+        ((TopK(pruned=0.99),), 80),  # ten numbers and their places
+        ((TopK(pruned=0.5),), 2125),  # half of the numbers and a bit for each
+        ((SignSGD(),), 125),
+        ((QSGD(levels=15, bucket=500),), 633),  # five bits each and two norms
+        ((TopK(pruned=0.5), SignSGD()), 125),
+        ((TopK(pruned=0.9), GaussianNoise(0.1)), 4000),  # noise fills what was left out
+        ((GaussianNoise(0.1), TopK(pruned=0.99)), 80),
+        ((TopK(pruned=0.99), Channel()), 5000),
+        ((DPSGD(), TopK(pruned=0.99)), 80),
+    ],
+)
+def test_bytes_by_formula(stack: tuple[Defense, ...], expected: float) -> None:
+    assert upload_bytes(stack, 1000, world()) == pytest.approx(expected)
+
+
+def test_formulas_of_channels_are_near_what_they_send(tmp_path: Path) -> None:
+    spec = tiny(model={"name": "mlp"}, attacks=["random_guess"], arms=[{"name": "secure", "defenses": ["secure_aggregation"]}])
+    assert run(spec, tmp_path / "run", workers=1) == []
+    (found,) = runs.read_facts(tmp_path / "run")
+    assert found.upload_bytes_formula is not None
+    assert found.upload_bytes_formula == pytest.approx(found.upload_bytes, rel=0.1)
+
+
+def test_the_peak_is_of_what_came_after_the_reset() -> None:
+    before = facts.peak_bytes()
+    large = bytearray(200_000_000)
+    assert facts.peak_bytes() >= before + 150_000_000
+    del large
+    facts.reset_peak()
+    assert facts.peak_bytes() < before + 150_000_000
