@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from collections.abc import Mapping
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from simulator.adversary import Knowledge
 from simulator.types import LocalTraining, Observation, Tensors
 
 PER_RECORD = ("dp_sgd",)
-CLIPPING = ("clip", "client_dp", "central_dp", *PER_RECORD)
-"""Defenses that scale an update, or each record's gradient, down to a norm which is a setting of theirs."""
+CLIPPING = ("clip", "client_dp", "central_dp", "local_dp", "distributed_dp", "adaptive_clipping", "simulated_enclave", *PER_RECORD)
+"""Defenses that scale an update, or each record's gradient, down to a norm which is a setting of theirs, or was broadcast."""
+
+LOSSY = ("top_k", "random_pruning", "sign_sgd", "qsgd", "soteria", "outpost", "censor")
+"""Heuristic defenses after which an update is no longer a multiple of what the client computed, nor that plus small noise."""
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -118,7 +122,7 @@ def maybe_clipped(view: Observation, knowledge: Knowledge) -> bool:
     """
     if not keeps_sizes(view, knowledge):
         return True
-    limits = [(name, float(str(settings["clip_norm"]))) for name, settings in knowledge.defenses if name in CLIPPING]
+    limits = [(name, clip_limit(view, name, settings)) for name, settings in knowledge.defenses if name in CLIPPING]
     limits = [(name, limit) for name, limit in limits if isfinite(limit)]
     each = knowledge.training.max_grad_norm if view.upload.update.kind == "delta" else 0.0
     if len(view.upload.senders) > 1 or any(name in PER_RECORD for name, _ in limits):
@@ -132,6 +136,15 @@ def maybe_clipped(view: Observation, knowledge: Knowledge) -> bool:
     if each and norm(mean_gradient(view, knowledge)) + lost > (1 - NEAR) * (each - 1e-6):
         return True
     return any(norm(update) + slack > (1 - NEAR) * limit for _, limit in limits)
+
+
+def clip_limit(view: Observation, name: str, settings: Mapping[str, object]) -> float:
+    """The norm that a clipping defense keeps to; one that adapts was told which. Clipping in L1 keeps the L2 norm to an unknown part."""
+    if name == "adaptive_clipping" and (told := view.broadcast.buffers.get("adaptive_clip_norm")) is not None:
+        return float(told)
+    if name == "simulated_enclave" and not float(str(settings["noise_multiplier"])):
+        return inf
+    return 0.0 if settings.get("mechanism") == "laplace" else float(str(settings["clip_norm"]))
 
 
 def norm(tensors: Tensors) -> float:
@@ -148,11 +161,17 @@ def rounding(tensors: Tensors) -> float:
     return relative * norm(tensors) + smallest * float(size**0.5)
 
 
+def lossy(knowledge: Knowledge) -> tuple[str, ...]:
+    """The known defenses of :data:`LOSSY`: what is exact of the uploaded update is then not exact of the records."""
+    return tuple(name for name, _ in knowledge.defenses if name in LOSSY)
+
+
 def noise_level(view: Observation, knowledge: Knowledge) -> float:
     """Norm of the noise that known defenses added before the upload, relative to the norm of the upload; 0 without any.
 
-    The setting tells one upload's noise: sigma of gaussian_noise, z·C of client_dp, z·C/n of dp_sgd's mean gradient; for a delta of
-    dp_sgd the steps' noises add up. Senders' noises average out.
+    The setting tells one upload's noise: sigma of gaussian_noise, b·√2 of laplace_noise, z·C of client_dp, z·2C of local_dp, z·C/n of
+    dp_sgd's mean gradient; for a delta of dp_sgd the steps' noises add up. Senders' noises average out; those of distributed_dp, z·C in
+    all, are made for that.
     """
     update, senders = view.upload.update, len(view.upload.senders)
     records, steps = records_per_sender(view, knowledge), steps_taken(view, knowledge)
@@ -161,8 +180,16 @@ def noise_level(view: Observation, knowledge: Knowledge) -> float:
         told = {key: float(str(value)) for key, value in settings.items() if key in ("sigma", "clip_norm", "noise_multiplier")}
         if name == "gaussian_noise":
             square += told["sigma"] ** 2
+        if name == "laplace_noise":
+            square += 2 * float(str(settings["scale"])) ** 2
+        if name == "local_dp" and told["noise_multiplier"]:
+            square += (2 * told["noise_multiplier"] * told["clip_norm"]) ** 2 * (2 if settings["mechanism"] == "laplace" else 1)
+        if name == "distributed_dp" and told["noise_multiplier"]:
+            square += (told["noise_multiplier"] * told["clip_norm"]) ** 2 / senders
         if name == "client_dp":
             square += (told["noise_multiplier"] * told["clip_norm"]) ** 2 if told["noise_multiplier"] else 0.0
+        if name == "simulated_enclave" and told["noise_multiplier"]:  # once, on the sum
+            square += (told["noise_multiplier"] * told["clip_norm"]) ** 2 / senders
         if name == "dp_sgd" and told["noise_multiplier"]:
             batch = min(knowledge.training.batch_size or records, records)
             scale = 1.0 if update.kind == "gradient" else knowledge.training.learning_rate * steps**0.5

@@ -10,10 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attacks._dropout import layers, with_read_mask
-from attacks._gradient import maybe_clipped, mean_gradient, steps_taken
+from attacks._gradient import lossy, maybe_clipped, mean_gradient, steps_taken
 from attacks._layers import all_buffers
+from attacks._matching.latents import bottlenecks, prepare_told
 from attacks._matching.priors import roughness
-from attacks._matching.simulate import prepare, simulate
+from attacks._matching.simulate import simulate
+from attacks._matching.stack import known_stack
 from simulator.adversary import Knowledge
 from simulator.training import mean_gradient as gradient_of
 from simulator.types import Batch, Observation, Update
@@ -26,15 +28,17 @@ def mismatch(view: Observation, knowledge: Knowledge, guess: Batch) -> tuple[flo
     """How badly a guess explains the update, and how unlikely it is: (angle in radians, angle plus weighted roughness).
 
     The angle is that between the observed update and the one that the client's recipe makes of the guess; it is blind to scale, so
-    that a clipped update is judged like any other. Dropout whose masks are not read off is simulated without them: the angle is then
-    only a rough judge, and no longer small at the truth.
+    that a clipped update is judged like any other, and to what known defenses left out. Dropout whose masks are not read off is
+    simulated without them: the angle is then only a rough judge, and no longer small at the truth.
     """
-    victim = prepare(view, replace(knowledge, labels=guess.labels))
+    told = replace(knowledge, labels=guess.labels)
+    victim, defended = prepare_told(view, told), known_stack(view, told).distance
     trial = simulate(
         victim.model, victim.parameters, victim.buffers, guess.inputs, guess.labels,
         recipe=victim.recipe, order=victim.order, names=victim.names,
     ).double()  # fmt: skip
     target = victim.target.double()
+    trial, target = defended.compared(trial, target, victim.spans)
     angle = float((trial / trial.norm() - target / target.norm()).norm())
     if angle != angle:
         return torch.inf, torch.inf
@@ -42,10 +46,11 @@ def mismatch(view: Observation, knowledge: Knowledge, guess: Batch) -> tuple[flo
 
 
 def separable(view: Observation, knowledge: Knowledge) -> bool:
-    """Whether the update is the mean of gradients that each depend on one record alone, at a known scale and without unknown masks."""
+    """Whether the update is the mean of gradients of one record each, at a known scale, whole, and without unknown masks or noise."""
     joint = any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in knowledge.model.modules())
     dropped = bool(layers(with_read_mask(view, knowledge)[0]))
-    return steps_taken(view, knowledge) == 1 and not joint and not dropped and not maybe_clipped(view, knowledge)
+    altered = bool(lossy(knowledge)) or bool(bottlenecks(knowledge.model))
+    return steps_taken(view, knowledge) == 1 and not joint and not dropped and not altered and not maybe_clipped(view, knowledge)
 
 
 def without(view: Observation, knowledge: Knowledge, proven: Batch) -> tuple[Observation, Knowledge]:

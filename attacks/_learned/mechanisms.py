@@ -8,24 +8,36 @@ drawn here: its deviation is handed on, since an estimator that knows it average
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vmap
 
 from simulator.adversary import Knowledge
+from simulator.mechanisms.censor import orthogonal_update
+from simulator.mechanisms.outpost import perturbed, risks
+from simulator.mechanisms.qsgd import drawn_uniform, qsgd
+from simulator.mechanisms.random_pruning import drawn_masks, masked
+from simulator.mechanisms.top_k import top_k
 from simulator.types import Tensors, Update
 
 Stack = Float[Tensor, "pairs coordinates"]
 Settings = Mapping[str, object]
 
-SIMULATED = ("clip", "client_dp", "gaussian_noise", "dp_sgd")
+COMPRESSING = ("top_k", "random_pruning", "sign_sgd", "qsgd", "soteria", "outpost", "censor")
+"""Heuristics that are simulated by :mod:`simulator.mechanisms`."""
+
+SIMULATED = ("clip", "client_dp", "local_dp", "gaussian_noise", "laplace_noise", "dp_sgd", *COMPRESSING)
 """Defenses that change an upload's values and are simulated."""
 
-HARMLESS = ("central_dp", "model_inspection", "secure_aggregation")
-"""Defenses that leave an honest server's view as it is, or change only how many senders one upload has."""
+HARMLESS = (
+    "central_dp", "model_inspection", "secure_aggregation", "ckks_aggregation",
+    "precode", "no_first_bias", "group_norm", "frozen_first_layer",
+)  # fmt: skip
+"""Defenses that leave an honest server's view as it is, change only how many senders one upload has, or are part of the model."""
 
 FEWEST = 32
 """Coordinates below which a tensor's values show no pattern of compression."""
@@ -36,10 +48,12 @@ PRUNED = 0.5
 
 @dataclass(frozen=True)
 class Step:
-    """One thing done to a client's whole update: scaled down to a norm, or noised with this deviation on each coordinate."""
+    """One thing done to a client's whole update: scaled down to a norm, noised with this deviation, or a heuristic with its settings."""
 
     clip_norm: float = float("inf")
     sigma: float = 0.0
+    heuristic: str = ""
+    settings: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,11 @@ class Chain:
     last: float = 0.0
     unknown: tuple[str, ...] = ()
 
+    @property
+    def heuristics(self) -> tuple[Step, ...]:
+        """The heuristics among the steps."""
+        return tuple(step for step in self.steps if step.heuristic)
+
 
 def number(settings: Settings, name: str) -> float:
     """A setting as a number."""
@@ -85,23 +104,64 @@ def chain(knowledge: Knowledge) -> Chain:
                 steps.append(Step(sigma=times * number(settings, "clip_norm")))
         elif name == "gaussian_noise":
             steps.append(Step(sigma=number(settings, "sigma")))
+        elif name == "laplace_noise":  # of equal variance: what is learned is linear in the update but for a correction
+            steps.append(Step(sigma=2**0.5 * number(settings, "scale")))
+        elif name == "local_dp":
+            gaussian, times = settings["mechanism"] == "gaussian", number(settings, "noise_multiplier")
+            if gaussian:
+                steps.append(Step(clip_norm=number(settings, "clip_norm")))
+            scale = 2 * times * number(settings, "clip_norm") if times else 0.0
+            steps.append(Step(sigma=scale if gaussian else 2**0.5 * scale))
+        elif name in COMPRESSING:
+            steps.append(Step(heuristic=name, settings=settings))
         elif name not in HARMLESS:
             unknown.append(name)
-    steps = [step for step in steps if step.sigma or isfinite(step.clip_norm)]
+    steps = [step for step in steps if step.sigma or isfinite(step.clip_norm) or step.heuristic]
     last = 0.0
     while steps and steps[-1].sigma:
         last = (last**2 + steps.pop().sigma ** 2) ** 0.5
     return Chain(record, tuple(steps), last, tuple(unknown))
 
 
-def applied(steps: Sequence[Step], updates: Stack, rng: torch.Generator) -> Stack:
-    """The updates after these steps, with noise drawn from ``rng``."""
+def applied(steps: Sequence[Step], updates: Stack, rng: torch.Generator, *, parameters: Tensors, names: Sequence[str]) -> Stack:
+    """The updates of these tensors after these steps, with randomness drawn from ``rng``."""
     for step in steps:
+        if step.heuristic:
+            parts = torch.split(updates, [parameters[name].numel() for name in names], dim=1)
+            changed = heuristic(step, dict(zip(names, parts, strict=True)), rng, parameters)
+            updates = torch.cat([changed[name] for name in names], 1)
         if isfinite(step.clip_norm):
             updates = updates * (step.clip_norm / updates.norm(dim=1, keepdim=True).clamp(min=step.clip_norm))
         if step.sigma:
             updates = updates + step.sigma * torch.randn(updates.shape, generator=rng)
     return updates
+
+
+def heuristic(step: Step, stacks: Mapping[str, Stack], rng: torch.Generator, parameters: Tensors) -> dict[str, Stack]:
+    """Stacks of flat tensors, pair by pair after one heuristic, each pair with randomness of its own.
+
+    Soteria's own choice of features takes a backward pass for each; the whole weight is left out instead.
+    """
+    name, told = step.heuristic, step.settings
+    draw = {key: torch.randn(stack.shape, generator=rng) for key, stack in stacks.items()} if name in ("outpost", "censor") else {}
+    if name == "soteria":
+        return {key: torch.zeros_like(stack) if key == f"{told['layer']}.weight" else stack for key, stack in stacks.items()}
+    if name == "sign_sgd":
+        return {key: stack.sign() for key, stack in stacks.items()}
+    if name == "top_k":
+        return dict(vmap(lambda update: top_k(update, number(told, "pruned")))(dict(stacks)))
+    if name == "random_pruning":
+        return masked(stacks, drawn_masks(stacks, number(told, "pruned"), rng))
+    if name == "qsgd":
+        levels, bucket = int(number(told, "levels")), int(number(told, "bucket"))
+        return dict(
+            vmap(lambda update, uniform: qsgd(update, uniform, levels=levels, bucket=bucket))(dict(stacks), drawn_uniform(stacks, rng))
+        )
+    if name == "censor":
+        return dict(vmap(orthogonal_update)(draw, dict(stacks)))
+    risk = risks({key: parameters[key] for key in stacks})
+    pruned, noised, scale = (number(told, key) for key in ("pruned", "noised", "scale"))
+    return dict(vmap(lambda update, normal: perturbed(update, risk, normal, pruned=pruned, noised=noised, scale=scale))(dict(stacks), draw))
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import vmap
 
+from attacks._gradient import steps_taken
 from attacks._layers import all_buffers
-from attacks._learned.mechanisms import Chain, Compressed, PerRecord, Stack, applied, chain, compressed
+from attacks._learned.latents import in_turn, latent_values
+from attacks._learned.mechanisms import Chain, Compressed, PerRecord, Stack, applied, chain, compressed, unit_signs
+from attacks._matching.defended import struck
 from attacks._matching.simulate import flat
 from simulator.adversary import Knowledge
+from simulator.models.latent import noise_from
 from simulator.training import GradientRule, batch_indices, local_update, per_example_gradients
 from simulator.types import Batch, Observation, Tensors
 
@@ -69,22 +74,37 @@ class Sender:
         return bool(record.sigma) and self.knowledge.training.algorithm == "fedsgd" and not self.chain.steps
 
     @property
+    def compresses(self) -> bool:
+        """Whether compression shows that no known heuristic explains: it is imitated by its looks."""
+        return bool(self.seen) and not self.chain.heuristics
+
+    def comparable(self, tensors: Tensors) -> dict[str, Tensor]:
+        """An observed update as it is compared with simulated ones: without scale where it holds signs, without what Soteria touched."""
+        signs = any(step.heuristic == "sign_sgd" for step in self.chain.heuristics)
+        gone = {f"{step.settings['layer']}.weight" for step in self.chain.heuristics if step.heuristic == "soteria"}
+        plain = {name: tensor.sign() if signs else tensor for name, tensor in unit_signs(tensors, self.seen).items()}
+        return {name: torch.zeros_like(tensor) if name in gone else tensor for name, tensor in plain.items()}
+
+    @property
     def draws_all(self) -> bool:
         """Whether noise must be drawn, since compression comes after it."""
-        return bool(self.seen)
+        return self.compresses
 
 
 def sender(view: Observation, knowledge: Knowledge, seen: Mapping[str, Compressed]) -> Sender:
     """The client behind an upload, or the senders of an aggregate, which are assumed to hold equally many records."""
     count = len(view.upload.senders)
     least, more = divmod(knowledge.num_examples, count)
+    known = chain(knowledge)
+    if steps_taken(view, knowledge) > 1 or not struck(view.upload.update.tensors):  # no telling, or left alone
+        known = replace(known, steps=tuple(step for step in known.steps if step.heuristic != "outpost"))
     return Sender(
         knowledge,
         {name: tensor.detach() for name, tensor in view.broadcast.parameters.items()},
         all_buffers(knowledge.model, view.broadcast),
         tuple(name for name in view.broadcast.parameters if name in view.upload.update.tensors),
         tuple(least + (place < more) for place in range(count)),
-        chain(knowledge),
+        known,
         seen,
     )
 
@@ -106,10 +126,10 @@ def updates(of: Sender, images: Images, labels: Int[Tensor, "pairs batch"], rng:
 def uploaded(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) -> Stack:
     """What one sender uploads for each of these batches."""
     rows = trained(of, images, labels, rng)
-    rows = applied(of.chain.steps, rows, rng)
+    rows = applied(of.chain.steps, rows, rng, parameters=of.parameters, names=of.names)
     if of.draws_all and of.chain.last:
         rows = rows + of.chain.last * torch.randn(rows.shape, generator=rng)
-    if of.seen:
+    if of.compresses:
         parts = zip(of.names, torch.split(rows, of.numels, dim=1), strict=True)
         rows = torch.cat([compressed(part, of.seen.get(name, Compressed())) for name, part in parts], 1)
     return rows.to(getattr(torch, of.knowledge.training.upload_dtype)).float()
@@ -117,7 +137,7 @@ def uploaded(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) -
 
 def trained(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) -> Stack:
     """Local training on each batch, in an order of its own, with what the defenses do to each record's gradient."""
-    recipe, records = of.knowledge.training, images.shape[1]
+    recipe, records = replace(of.knowledge.training, sampling="shuffled"), images.shape[1]  # who is in a Poisson sample is not known
     schedule = [torch.arange(records)]
     if recipe.algorithm == "fedavg":
         schedule = batch_indices(records, recipe, rng)
@@ -128,10 +148,13 @@ def trained(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) ->
     noisy = of.chain.record if of.chain.record and of.chain.record.sigma and (of.draws_all or not of.late(of.chain.record)) else None
     coordinates = sum(of.numels)
 
-    def one(inputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
+    latents = latent_values(of.knowledge, of.parameters, of.buffers, sizes)
+
+    def one(inputs: Tensor, targets: Tensor, noise: Tensor, latent: Tensor) -> Tensor:
         batches = [Batch(x, y) for x, y in zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)]
         rule = None if of.chain.record is None else clipping(of, of.chain.record, sizes, noise)
-        update, _ = local_update(of.knowledge.model, of.parameters, of.buffers, batches, recipe, rule)
+        with noise_from(in_turn(latent)) if latents else nullcontext():
+            update, _ = local_update(of.knowledge.model, of.parameters, of.buffers, batches, recipe, rule)
         return flat(update.tensors, of.names)
 
     drawn = len(sizes) * coordinates if noisy else 0
@@ -141,7 +164,7 @@ def trained(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) ->
         for rows in torch.split(torch.arange(len(images)), at_once):
             inputs, targets = shuffled(images[rows], orders[rows]), shuffled(labels[rows], orders[rows])
             noise = torch.randn(len(rows), drawn, generator=rng) * (noisy.sigma if noisy else 0.0)
-            out.append(vmap(one)(inputs, targets, noise))
+            out.append(vmap(one)(inputs, targets, noise, torch.randn(len(rows), latents, generator=rng)))
     return torch.cat(out)
 
 

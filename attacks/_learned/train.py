@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from attacks._labels.counts import to_counts
 from attacks._learned.estimate import ALTERED, FOREIGN, PURE, WEIGHTS, Affine, Estimator, Pairs, affine, learn
 from attacks._learned.features import Basis, Shortened, basis, shortened
-from attacks._learned.mechanisms import Compressed, Stack, unit_signs, visible
+from attacks._learned.mechanisms import Compressed, Stack, visible
 from attacks._learned.pairs import Pool, Sender, drawn, pool, sender, updates
 from attacks._matching.simulate import flat
 from attacks.update.labels import known_or_recovered, unrecoverable
@@ -65,7 +65,7 @@ class Reading:
     def __call__(self, view: Observation) -> Float[Tensor, "one features"]:
         """The features of an observed upload."""
         tensors = {name: tensor.float() for name, tensor in view.upload.update.tensors.items()}
-        return self.basis(self.shorten(flat(unit_signs(tensors, self.of.seen), self.of.names)[None]))
+        return self.basis(self.shorten(flat(self.of.comparable(tensors), self.of.names)[None]))
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def compression(view: Observation, knowledge: Knowledge) -> dict[str, Compressed
     """The compression that shows in an upload beside simulated ones of random public records."""
     assert knowledge.public is not None
     of, rng = sender(view, knowledge, {}), torch.Generator().manual_seed(0)
+    of = replace(of, chain=replace(of.chain, steps=tuple(step for step in of.chain.steps if not step.heuristic)))
     rows = torch.randint(len(knowledge.public), (4, knowledge.num_examples), generator=rng)
     own = updates(of, knowledge.public.inputs[rows], knowledge.public.labels[rows], rng)
     tensors = {name: tensor.float() for name, tensor in view.upload.update.tensors.items()}

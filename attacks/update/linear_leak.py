@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusable
+from attacks._gradient import lossy, maybe_clipped, mean_gradient, several_steps, unusable
 from attacks._layers import Call, all_buffers, first_linear
 from attacks._rest import labels_left
 from attacks.update.labels import known_or_recovered
@@ -175,7 +175,8 @@ class LinearLeak:
         x, residual = one_record(weight, bias)
         if records == 1:
             image = as_images(affine.undo(x), knowledge)
-            proof = "rank one" if residual < self.tolerance and affine.whole else ""
+            whole = affine.whole and not lossy(knowledge)  # Soteria leaves a rank of one, with holes where it took columns out
+            proof = "rank one" if residual < self.tolerance and whole else ""
             return Reconstruction(image, labels, residual, certificate=(proof,), seconds=time.perf_counter() - start)
 
         groups = [(as_images(affine.undo(x[None]), knowledge)[0], rows) for x, rows in isolated_rows(weight, bias, self.tolerance)]
@@ -186,7 +187,7 @@ class LinearLeak:
         inside = ((quotients > -1e-3) & (quotients < 1 + 1e-3)).all(1)
         known = [candidate.image.flatten().double() for candidate in exact]
         guesses = best_guesses(quotients[inside] if inside.any() else quotients.clamp(0, 1), known, records)
-        certificate = ("isolated rows" if affine.whole else "",) * len(exact) + ("",) * (records - len(exact))
+        certificate = ("isolated rows" if affine.whole and not lossy(knowledge) else "",) * len(exact) + ("",) * (records - len(exact))
         return Reconstruction(
             as_images(torch.stack(guesses), knowledge),
             with_found_first([c.label for c in exact], labels) if knowledge.labels is None else labels,

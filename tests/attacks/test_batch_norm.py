@@ -77,8 +77,9 @@ def test_assumptions_leave_the_model_alone_and_share_one_copy() -> None:
     assert assumed([frozen], "estimated") == [frozen]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_batchs_own_statistics_help_inverting_gradients() -> None:
+    """Claim batch-norm-statistics."""
     truth = photos(1, 16, seed=3)
     view, knowledge = attack_surface(build("resnet20", (3, 16, 16), width=8).train(), [truth])
     with_them, without = (

@@ -169,10 +169,10 @@ def test_hybrid_says_what_it_needs() -> None:
     assert "neurons" in str(Hybrid().supports(view, knowledge))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("size", "hidden", "least", "most"), [(8, 256, 36, 12), (16, 512, 32, 25)])
 def test_hybrid_bar(size: int, hidden: int, least: float, most: float) -> None:
-    """B16 and B17: photographs, labels unknown; means over 5 seeds."""
+    """Claims B16, B17: photographs, labels unknown; means over 5 seeds."""
     means, lowest, seconds, right = [], [], [], []
     for seed in range(5):
         batch = photos(size, seed)

@@ -215,6 +215,10 @@ def test_under_noise_nothing_is_explained_exactly() -> None:
         (("dp_sgd", {"clip_norm": 3.0, "noise_multiplier": 0.2}), 0.6 / 6),
         (("dp_sgd", {"clip_norm": torch.inf, "noise_multiplier": 0.0}), 0.0),
         (("clip", {"clip_norm": 1.0}), 0.0),
+        (("laplace_noise", {"scale": 0.1}), 0.1 * 2**0.5),
+        (("local_dp", {"clip_norm": 2.0, "noise_multiplier": 0.1, "mechanism": "gaussian"}), 0.4),
+        (("local_dp", {"clip_norm": 2.0, "noise_multiplier": 0.1, "mechanism": "laplace"}), 0.4 * 2**0.5),
+        (("distributed_dp", {"clip_norm": 2.0, "noise_multiplier": 0.1, "colluding": 0}), 0.2),
     ):
         told = replace(knowledge, defenses=(defense,))
         assert noise_level(view, told) == pytest.approx(std * count**0.5 / norm, rel=1e-5)

@@ -1,0 +1,45 @@
+"""The simulated client of DP-SGD: each record's gradient is scaled down to a norm before they are averaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attacks._matching.client import Recipe, Trial
+from attacks._matching.simulate import flat
+from simulator.training import GradientRule, local_update, per_example_gradients, root
+from simulator.types import Batch, Tensors
+
+
+def clipping(clip_norm: float, label_smoothing: float) -> GradientRule:
+    """The mean of the records' gradients, each clipped to ``clip_norm``; differentiable."""
+
+    def rule(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
+        each = per_example_gradients(model, parameters, buffers, batch, label_smoothing=label_smoothing)
+        norms = root(torch.stack([tensor.flatten(1).square().sum(1) for tensor in each.values()]).sum(0))
+        scale = clip_norm / norms.clamp(min=clip_norm) / len(batch)
+        return {name: torch.tensordot(scale, tensor, 1) for name, tensor in each.items()}, buffers
+
+    return rule
+
+
+@dataclass(frozen=True)
+class PerRecord(Recipe):
+    """The recipe with clipping of each record's gradient.
+
+    Attributes:
+        clip_norm: largest L2 norm that one record's gradient keeps.
+    """
+
+    clip_norm: float
+
+    def simulate(self, trial: Trial) -> tuple[Float[Tensor, " coordinates"], Tensors]:
+        """Run the recipe."""
+        kin = trial.kin
+        batches = [Batch(trial.inputs[first:end], trial.labels[first:end]) for first, end in kin.order]
+        rule = clipping(self.clip_norm, kin.recipe.label_smoothing)
+        update, after = local_update(kin.model, trial.parameters, trial.buffers, batches, kin.recipe, rule)
+        return flat(update.tensors, kin.names), after
