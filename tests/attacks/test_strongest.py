@@ -239,9 +239,12 @@ def test_under_noise_nothing_is_explained_exactly() -> None:
     ],
 )
 def test_an_inverter_is_learned_where_the_update_is_hidden_and_only_there(upload: str, sigma: float, held: bool, learned: bool) -> None:
-    """Matching and the learned inverter exclude each other; faint noise is left to matching, which is far better there."""
+    """Matching and the learned inverter exclude each other; faint noise is left to matching, which is far better there.
+
+    It also is where many more values than unknowns are left, however small their share: in a large network.
+    """
     batch = digits(1)
-    view, knowledge = attack_surface(build("cnn", (1, 8, 8)), [batch])
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8), width=4, hidden=32), [batch])
     rng = stream(0)
 
     def defended(tensor: torch.Tensor) -> torch.Tensor:
@@ -257,7 +260,23 @@ def test_an_inverter_is_learned_where_the_update_is_hidden_and_only_there(upload
     knowledge = replace(knowledge, defenses=defenses, public=digits(40, offset=100) if held else None)
     names = {solver.name for solver in strongest.applicable(view, knowledge)}
     assert ("learning_to_invert" in names) == learned
-    assert ("inverting_gradients" in names) != learned
+    assert ("inverting_gradients" in names or "adaptive_matching" in names) != learned
+
+
+@pytest.mark.parametrize(("share", "hidden"), [(0.01, False), (0.001, True)])
+def test_what_is_left_counts_against_the_unknowns_and_not_as_a_share(share: float, hidden: bool) -> None:
+    """1440 values for 64 pixels are plenty, 144 are not."""
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8)), [digits(1)])
+
+    def largest(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.where(tensor.abs() >= tensor.abs().flatten().topk(max(1, int(share * tensor.numel()))).values[-1], tensor, 0.0)
+
+    tensors = {name: largest(tensor) for name, tensor in view.upload.update.tensors.items()}
+    view = replace(view, uploads=(replace(view.upload, update=Update("gradient", tensors)),))
+    told = replace(knowledge, defenses=(("top_k", {"pruned": 1 - share}),), public=digits(40, offset=100))
+    names = {solver.name for solver in strongest.applicable(view, told)}
+    assert ("learning_to_invert" in names) == hidden
+    assert ("adaptive_matching" in names) != hidden
 
 
 def test_no_proof_under_masks_that_are_not_known() -> None:
