@@ -16,7 +16,7 @@ from simulator.errors import BroadcastRefused
 from simulator.models.dropout import drawn_masks, masks_from
 from simulator.models.latent import drawn_noise, noise_from
 from simulator.network import floating
-from simulator.rng import stream
+from simulator.rng import secret_stream
 from simulator.types import Batch, Broadcast, LocalTraining, Tensors, Upload
 from simulator.world import World
 
@@ -28,19 +28,20 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
         BroadcastRefused: a defense does not trust the model.
     """
     batches = private_batches(world, client, broadcast.round)
-    rng = stream(world.seed, "defense", world.secret, client, broadcast.round)
+    rng = secret_stream(world.seed, world.secret, "defense", client, broadcast.round)
     recipe = broadcast.training
     expected = recipe.size_of_batch(records_held(world)[client]) if recipe.sampling == "poisson" else len(batches[0])
-    lasting = stream(world.seed, "lasting defense", world.secret, client)
+    lasting = secret_stream(world.seed, world.secret, "lasting defense", client)
     context = ClientContext(client, broadcast.round, expected, rng, lasting=lasting, buffers=broadcast.buffers)
+    shape = tuple(batches[0].inputs.shape[1:])
     for defense in world.defenses:
-        if (reason := defense.on_broadcast(broadcast, model, batches[0], context)) is not None:
+        if (reason := defense.on_broadcast(broadcast, model, shape, context)) is not None:
             raise BroadcastRefused(f"{defense.name} refuses this model: {reason}.")
     batches = encoded(world, batches, context)
     private = Private(model, broadcast, tuple(batches))
     rule = gradient_rule(world.defenses, context, private, recipe)
-    masks = drawn_masks(stream(world.seed, "dropout", world.secret, client, broadcast.round))
-    noise = drawn_noise(stream(world.seed, "latent", world.secret, client, broadcast.round))
+    masks = drawn_masks(secret_stream(world.seed, world.secret, "dropout", client, broadcast.round))
+    noise = drawn_noise(secret_stream(world.seed, world.secret, "latent", client, broadcast.round))
     with masks_from(masks), noise_from(noise):
         update, buffers = training.local_update(model, broadcast.parameters, broadcast.buffers, batches, recipe, rule)
     for defense in world.defenses:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simulator.dataset import Splits, split, take
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.training import batch_indices
 from simulator.types import Batch
 from simulator.world import Split, World
@@ -81,7 +81,7 @@ def round_indices(world: World, client: int, round: int) -> list[Tensor]:
     """
     held, recipe = len(partition(world)[client]), world.training
     if recipe.sampling == "poisson":
-        return batch_indices(held, recipe, stream(world.seed, "sample", world.secret, client, round))
+        return batch_indices(held, recipe, secret_stream(world.seed, world.secret, "sample", client, round))
     if recipe.algorithm == "fedavg":
         return batch_indices(held, recipe, stream(world.seed, "order", client, round))
     size = min(recipe.batch_size or held, held)

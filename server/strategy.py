@@ -25,7 +25,7 @@ from simulator.aggregate import mean_update
 from simulator.defense import Defense, ServerContext
 from simulator.errors import FederationError, WireError
 from simulator.network import network, tensors
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.types import Broadcast, Tensors, Upload
 from simulator.world import World
 
@@ -143,7 +143,7 @@ def step(world: World, broadcast: Broadcast, uploads: Sequence[Upload]) -> tuple
     """The next model: the mean update, through the server-side defenses, along the learning rates."""
     update, means = mean_update(uploads)
     answered = sum(len(upload.senders) for upload in uploads)
-    rng = stream(world.seed, "server-defense", world.secret, broadcast.round)
+    rng = secret_stream(world.seed, world.secret, "server-defense", broadcast.round)
     context = ServerContext(broadcast.round, answered, rng, broadcast.buffers)
     for defense in world.defenses:
         update, means = defense.on_aggregate(update, context), defense.on_mean_buffers(means, context)

@@ -32,7 +32,7 @@ from simulator.answer import checked
 from simulator.defense import ClientContext, Pool
 from simulator.models.latent import noise_from
 from simulator.network import network, tensors
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.types import Batch, Broadcast, Observation
 from simulator.world import World
 from tests.attacks.victims import psnr_db
@@ -60,7 +60,7 @@ def against(defense: Any, count: int = VICTIMS, seed: int = 0, **settings: Any) 
         upload = local_upload(of, model, sent, client)
         truth = private_records(of, client, 1)
         known = disclose(ThreatModel(), of, parts, truth, upload, told)
-        context = ClientContext(client, 1, 1, stream(of.seed, "defense", of.secret, client, 1))
+        context = ClientContext(client, 1, 1, secret_stream(of.seed, of.secret, "defense", client, 1))
         yield Case(Observation(sent, (upload,)), known, truth, encoded(of, private_batches(of, client, 1), context)[0])
 
 
@@ -215,7 +215,7 @@ def read_noise(case: Case) -> Tensor:
 
 def test_the_noise_is_read_off_one_records_update() -> None:
     for client, case in enumerate(against({"name": "precode"}, 5, model="lenet")):
-        drawn = torch.randn(1, 256, generator=stream(0, "latent", "", client, 1))
+        drawn = torch.randn(1, 256, generator=secret_stream(0, "", "latent", client, 1))
         torch.testing.assert_close(read_noise(case), drawn[0].double(), atol=2e-5, rtol=0)
 
 

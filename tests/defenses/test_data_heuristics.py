@@ -20,7 +20,7 @@ from defenses.client.mixup import MixUp
 from simulator.dataset import take
 from simulator.defense import ClientContext, Defense, Pool
 from simulator.network import network, tensors
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.training import loss, mean_gradient, per_example_gradients
 from simulator.types import Batch, Broadcast
 from simulator.world import World
@@ -302,7 +302,7 @@ def test_the_update_is_that_of_the_encoded_batch(table: dict[str, Any]) -> None:
     """By hand: the hook with the client's stream and pool, then the gradient of soft cross-entropy, unclamped."""
     of = world(training={"batch_size": 4}, defenses=[table])
     parts = splits(of)
-    rng = stream(of.seed, "defense", of.secret, 2, 1)
+    rng = secret_stream(of.seed, of.secret, "defense", 2, 1)
     mixing = ClientContext(2, 1, 4, rng, pool=Pool(held_by(of, 2), parts.public, 10))
     encoded = of.defenses[0].on_batch(private_batches(of, 2, 1)[0], mixing)
     built = network(of.architecture, parts.schema, of.training, of.seed)

@@ -32,7 +32,7 @@ from simulator.mechanisms.soteria import representation
 from simulator.mechanisms.top_k import kept, top_k
 from simulator.models.mlp import MLP
 from simulator.network import network, tensors
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.types import Batch, Broadcast, Tensors, Update
 from simulator.world import World
 from tests.defenses.tiny import TinyData, context, world
@@ -120,7 +120,7 @@ def test_every_client_and_round_has_a_draw_of_its_own(defense: Defense) -> None:
     update = Update("gradient", normal(w=(8, 9), b=(7,)) if not isinstance(defense, (Outpost, Censor)) else upload(world(training=SGD)))
 
     def draw(client: int, round: int) -> Tensors:
-        rng, lasting = stream(0, "defense", "", client, round), stream(0, "lasting defense", "", client)
+        rng, lasting = secret_stream(0, "", "defense", client, round), secret_stream(0, "", "lasting defense", client)
         now = replace(there, rng=rng, lasting=lasting, step=1)
         return defense.on_step(update.tensors, now) if isinstance(defense, Outpost) else defense.on_update(update, now).tensors
 
@@ -169,7 +169,7 @@ def test_settings_that_mean_nothing_are_refused(make: Any, message: str) -> None
 @BOTH
 def test_clip_then_noise_then_compression_act_in_the_order_of_the_stack(recipe: dict[str, Any]) -> None:
     stack = (Clip(0.5), GaussianNoise(0.1), TopK(0.5), QSGD(levels=3))
-    rng = stream(0, "defense", "", 0, 1)
+    rng = secret_stream(0, "", "defense", 0, 1)
     expected = add_gaussian(clip_to_norm(upload(world(training=recipe)), 0.5), 0.1, rng)
     expected = top_k(expected, 0.5)
     expected = qsgd(expected, drawn_uniform(expected, rng), levels=3, bucket=512)
