@@ -12,6 +12,7 @@ from pathlib import Path
 
 from defenses.audit import Measured, Verdict, audit
 from experiments.conclude import in_order
+from experiments.groups import independent, told_apart
 from experiments.result import ArmFacts, Trial
 from experiments.run import SPEC, read_facts, read_trials
 from experiments.spec import Experiment
@@ -48,16 +49,14 @@ def measured(trials: Sequence[Trial], facts: Sequence[ArmFacts], *, one_round: b
     for arm, attack in dict.fromkeys((trial.arm, trial.attack) for trial in trials):
         if ceilings.get(arm, 1.0) >= 1:
             continue
-        mine = [trial for trial in trials if (trial.arm, trial.attack) == (arm, attack) and trial.records and trial.answered != "labels"]
-        if any("oracle_used" in trial.flags and len(trial.records) > 1 for trial in mine):
+        mine = [trial for trial in trials if (trial.arm, trial.attack) == (arm, attack) and trial.answered != "labels"]
+        if told_apart(mine):
             skipped.append(f"{arm}, {attack}: not audited: labels that were told rule candidates out, which the ceiling does not know of.")
             continue
-        counted: dict[tuple[object, ...], Trial] = {}
-        for trial in mine:
-            counted.setdefault((trial.seed, trial.senders, *((trial.round,) if one_round else ())), trial)
+        counted = independent(mine, one_round=one_round)
         if not counted:
             skipped.append(f"{arm}, {attack}: not audited: it named nobody; see results.jsonl for the reason.")
             continue
-        hits = sum(trial.records[0].identified for trial in counted.values())
+        hits = sum(trial.records[0].identified for trial in counted)
         rows.append(Measured(f"{arm}, {attack}", hits, len(counted), ceilings[arm]))
     return rows, skipped

@@ -80,7 +80,7 @@ def flags_for(
         controlled: whether the undefended arm, or this row as such, has scores under this attack on the same victims.
         control_gain: ``gain`` of the undefended arm under this attack; None without a control.
         difference: PSNR minus that of the undefended arm in dB, paired; None for the control itself, and where none is left.
-        identified: share of identified records; None in a row without scores of images.
+        identified: share of uploads whose first record was named, as the audit counts; None where no ceiling bounds it.
         epsilon: ∞ without a claim.
         ceiling: the most that ``identified`` can be under the claim.
         oracle: whether the attack was told labels.

@@ -1,7 +1,9 @@
 """Clients that collude with the server: it knows what they sent, and takes it out of every aggregate that they are in.
 
 They follow the protocol and tell the server afterwards, so that neither drop-out nor a lower threshold betrays them. What is left
-of a sum over n clients with c of them is the sum over the n − c others: c = n − 1 undoes secure aggregation.
+of a sum over n clients with c of them is the sum over the n − c others: c = n − 1 undoes secure aggregation. So do c ≥ t, who can open
+every other client's secrets to the server, which would then see each upload by itself: more than is shown here, and refused
+(:func:`understated`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import nn
 
 from clients.local import local_upload
 from clients.secure import private_vector
+from defenses.channel._secagg.graph import most_corrupt
 from defenses.channel.enclave import SimulatedEnclave
 from defenses.channel.secure_aggregation import SecureAggregation
 from simulator.rng import stream
@@ -37,6 +40,28 @@ def reduced(observation: Observation, world: World, model: nn.Module, known: fro
         told = [told_by(client, world, model, observation.broadcast) for client in own]
         uploads.append(without(upload, told) if told else upload)
     return replace(observation, uploads=tuple(uploads))
+
+
+def understated(world: World, count: int) -> str | None:
+    """Why so many colluders show the server more than :func:`reduced` does, or None (must be / got / do)."""
+    channel, federation = world.channel, world.federation
+    if not isinstance(channel, SecureAggregation) or channel.mode == "plain":
+        return None
+    n = federation.cohort_size
+    plan = channel.plan_for(n)
+    if plan is None:
+        return None  # secure aggregation says so itself
+    limit = most_corrupt(n, plan.threshold, active=channel.active) if plan.complete else plan.corrupt + 1
+    in_a_cohort = range(max(0, count - (federation.clients - n)), min(count, n) + 1)
+    if not any(limit <= c < n - 1 for c in in_a_cohort):  # of n clients without n − 1 one is left: the sum is its upload
+        return None
+    with_whom = f"threshold = {plan.threshold}" if plan.complete else f"the {plan.degree}-regular graph certified for {plan.corrupt}"
+    alone = f" or {n - 1}" if federation.clients == n else ""
+    return (
+        f"threat.colluding must be below {limit}{alone} in a cohort of {n} with {with_whom}"
+        f"{' against an active server' if channel.active else ''}, got {count}. So many can open the others' uploads one by one, of which "
+        "an experiment would show the mean: attack the arm without a channel instead, or raise threshold or corrupt."
+    )
 
 
 def told_by(client: int, world: World, model: nn.Module, broadcast: Broadcast) -> Upload:

@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group, RenderableType
 
 from experiments.gallery import gallery
+from experiments.marginals import marginals
+from experiments.marginals import table as layers_table
 from experiments.report import html
 from experiments.report.table import table as terminal_table
 from experiments.result import Trial
@@ -26,8 +28,8 @@ from simulator.transcript import LINES
 SUMMARY = "summary.json"
 
 
-def conclude(out: Path) -> tuple[Table, Path, list[str]]:
-    """Write ``summary.json`` and ``report.html``; return the table, the report's path, and warnings of lost clients or tasks.
+def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
+    """Write ``summary.json`` and ``report.html``; return the tables, the report's path, and warnings of lost clients or tasks.
 
     Raises:
         SpecError: ``out`` is not the directory of a run.
@@ -48,7 +50,10 @@ def conclude(out: Path) -> tuple[Table, Path, list[str]]:
         trials, facts, candidates=candidates(experiment), control_arm=control.name if control else None,
         environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
         stacks={arm.name: stack(arm) for arm in experiment.arms}, colluding=experiment.threat.colluding > 0,
+        one_round=experiment.threat.rounds == "one",
     )  # fmt: skip
+    if experiment.layers:
+        summary["layers"] = marginals(experiment.layers, summary["rows"])
     (out / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     public_spec = "\n".join(line for line in spec.splitlines() if not line.startswith("secret = "))
     report = html.write(
@@ -60,7 +65,10 @@ def conclude(out: Path) -> tuple[Table, Path, list[str]]:
     lost = [f"{fact.arm}, seed {fact.seed}: {failure}" for fact in facts for failure in fact.client_failures]
     planned = len(experiment.arms) * len(experiment.seeds)
     missing = [] if len(facts) == planned else [f"only {len(facts)} of {planned} arms × seeds are finished; go on with --resume"]
-    return terminal_table(summary), report, missing + failed + lost
+    shown: list[RenderableType] = [terminal_table(summary)]
+    if experiment.layers:
+        shown.append(layers_table(summary["layers"]))
+    return Group(*shown), report, missing + failed + lost
 
 
 def first_reason(row: Mapping[str, Any]) -> str:

@@ -83,6 +83,25 @@ class Group:
         return {trial.answered for trial in self.trials if trial.status == "ok"}
 
 
+def independent(trials: Sequence[Trial], *, one_round: bool) -> list[Trial]:
+    """The trials of one attack under one arm of which the first record counts against a ceiling: records of one upload share its noise.
+
+    Args:
+        trials: that named or could have named somebody.
+        one_round: whether the attack used one round alone; else the rounds of a client are one trial.
+    """
+    counted: dict[tuple[object, ...], Trial] = {}
+    for trial in trials:
+        if trial.records and trial.answered != "labels":
+            counted.setdefault((trial.seed, trial.senders, *((trial.round,) if one_round else ())), trial)
+    return list(counted.values())
+
+
+def told_apart(trials: Sequence[Trial]) -> bool:
+    """Whether labels that were told rule candidates out, which a ceiling does not know of."""
+    return any("oracle_used" in trial.flags and len(trial.records) > 1 for trial in trials)
+
+
 def interval_of(values: Sequence[float], scored: Sequence[Scored]) -> Interval:
     """The mean of one value a record, with its interval over whole uploads."""
     return bootstrap_mean(values, [item.upload for item in scored], rng=fixed_rng())

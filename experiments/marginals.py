@@ -25,6 +25,8 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
 }
 """What is compared, and where a row of the summary has it."""
 
+HEADINGS = ("identified", "PSNR dB", "accuracy", "upload", "client time")
+
 RATIOS = ("upload_bytes", "client_seconds")
 """Costs, which are compared as ratios."""
 
@@ -50,17 +52,24 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
     """The marginals as the terminal shows them."""
     result = Table(title="What each layer adds: alone / on average / on top of all others", title_justify="left", box=None, pad_edge=False)
     result.add_column("layer", overflow="fold")
-    for heading in ("identified", "PSNR dB", "accuracy", "upload", "client time"):
+    for heading in HEADINGS:
         result.add_column(heading, justify="right")
     for row in found:
-        cells = [" / ".join(_text(measure, row[where][measure]) for where in ("alone", "mean", "on_top_of_all")) for measure in MEASURES]
-        result.add_row(row["layer"], *cells)
+        result.add_row(row["layer"], *cells(row))
     return result
 
 
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """One layer's effect on each measure as text: alone / on average / on top of all others."""
+    return [" / ".join(_text(measure, row[where][measure]) for where in ("alone", "mean", "on_top_of_all")) for measure in MEASURES]
+
+
 def _strongest(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of the strongest attack on one arm, with the identification of the attack that names candidates, if it ran."""
     pictured = [row for row in rows if row.get("answered", "inputs") == "inputs"] or list(rows)
-    return next((row for row in pictured if row["attack"] == BEST), pictured[0])
+    found = next((row for row in pictured if row["attack"] == BEST), pictured[0])
+    named = next((row for row in rows if row.get("answered") == "candidates"), None)
+    return found if named is None else {**found, "identified": named["identified"]}
 
 
 def _effect(by_arm: Mapping[str, Mapping[str, Any]], order: Sequence[str], subset: Sequence[str], layer: str) -> dict[str, float | None]:

@@ -23,6 +23,7 @@ from clients.private import partition, records_held, splits
 from defenses.accounting import guarantee
 from defenses.channel.ckks import CKKSAggregation
 from defenses.client.distributed_dp import DistributedDP
+from experiments.collude import understated
 from experiments.ladder import rungs
 from experiments.stack import misplaced
 from server.active import refusal
@@ -270,7 +271,7 @@ def check(experiment: Experiment) -> None:
                 f"{experiment.threat.colluding}. A single client that colludes gives the server the key: set secret_key = 'colluder'."
             )
         for defense in arm.defenses:
-            reason = defense.refuses(world)
+            reason = defense.refuses(world) or (understated(world, experiment.threat.colluding) if defense.channel else None)
             if reason is not None:
                 raise SpecError(f"arm {arm.name!r}, {defense.name}: {reason}")
             if isinstance(defense, DistributedDP) and experiment.threat.colluding > defense.colluding:

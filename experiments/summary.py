@@ -19,7 +19,7 @@ from experiments.checks import flags_for
 from experiments.comparison import compare, correct
 from experiments.controls import best_floor, label_floor
 from experiments.facts import columns
-from experiments.groups import Group, Row, Scored, Upload, bounds, interval_of, mean, rate_of
+from experiments.groups import Group, Row, Scored, Upload, bounds, independent, interval_of, mean, rate_of, told_apart
 from experiments.ladder import BEST, best_per_victim
 from experiments.metrics import chance
 from experiments.result import ArmFacts, Trial, plain
@@ -42,6 +42,7 @@ def summarize(
     by_round: bool = False,
     stacks: Mapping[str, Sequence[str]] | None = None,
     colluding: bool = False,
+    one_round: bool = True,
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``, in the order in which arms and attacks first appear.
 
@@ -53,13 +54,21 @@ def summarize(
         by_round: one row for each attacked round, to see the initial beside the trained model, instead of one for all.
         stacks: the names of each arm's defenses, by which the report finds arms of one family.
         colluding: whether clients told the server what they sent.
+        one_round: whether attacks used one round alone, so that each round's upload counts against a ceiling.
 
     Raises:
         ValueError: a victim was scored twice by the same attack under the same arm.
     """
     groups = _groups([*trials, *best_per_victim(trials)], by_round)
     rows = [
-        _row(group, _control(group, groups, control_arm), [fact for fact in facts if fact.arm == group.arm], candidates, colluding)
+        _row(
+            group,
+            _control(group, groups, control_arm),
+            [fact for fact in facts if fact.arm == group.arm],
+            candidates=candidates,
+            colluding=colluding,
+            one_round=one_round,
+        )
         | {"stack": list((stacks or {}).get(group.arm, ()))}
         for group in groups
     ]
@@ -91,7 +100,7 @@ def _control(group: Group, groups: Sequence[Group], control_arm: str | None) -> 
     return next((other for other in groups if (other.arm, other.attack, other.round) == wanted), None)
 
 
-def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candidates: int, colluding: bool) -> Row:
+def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, candidates: int, colluding: bool, one_round: bool) -> Row:
     scored, uploads, seeds = group.scored, {item.upload for item in group.scored}, {trial.seed for trial in group.trials}
     statuses = {"ok": 0} | Counter(trial.status for trial in group.trials)
     pictured = [] if group.labels_only or group.chosen else scored
@@ -102,7 +111,10 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candida
     certified_wrong = sum(bool(item.record.certificate) and not item.record.exact for item in scored)
     foreseen = [trial for trial in group.trials if trial.predicted is not None and trial.answered == "inputs"]
     exact_there = sum(record.exact for trial in foreseen for record in trial.records)
-    one_guess = group.attack != BEST  # the ceiling is for one guess, the best of several attacks had several
+    counted = independent(group.trials, one_round=one_round)  # as in the audit
+    judged = group.attack != BEST and not told_apart(counted)  # the ceiling is for one guess, the best of several attacks had several
+    firsts = [Scored(trial, trial.records[0]) for trial in counted] if judged else []
+    against_ceiling = rate_of([item.record.identified for item in firsts], firsts) if firsts else None
     flags = flags_for(
         statuses=statuses,
         records=len(scored),
@@ -113,7 +125,7 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], candida
         controlled=control is not None and not {item.key for item in scored}.isdisjoint(item.key for item in control.scored),
         control_gain=_above_floor(control, candidates) if control else None,
         difference=comparison.interval if comparison else None,
-        identified=identified if one_guess else None,
+        identified=against_ceiling,
         epsilon=max((fact.epsilon for fact in facts), default=math.inf),
         ceiling=max((fact.ceiling for fact in facts), default=1.0),
         oracle=any("oracle_used" in trial.flags for trial in group.trials),

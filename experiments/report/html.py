@@ -6,12 +6,13 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from experiments import marginals
 from experiments.checks import INFORMATION
 from experiments.report import costs, front, limits, pareto, plots, values, words
 from experiments.report import pictures as pixels
@@ -63,6 +64,8 @@ def write(
         ladder=laddered(rows),
         costs=costs.lines(rows),
         limits=limits.lines(rows),
+        layers=[(row["layer"], marginals.cells(row)) for row in _listed(summary, "layers")],
+        layer_headings=marginals.HEADINGS,
         chances=list(dict.fromkeys(values.percent(line.chance) for line in main if line.chance is not None)),
         several=len({line.attack for line in details}) > 1,
         sentences=list(dict.fromkeys(line.sentence for line in main if line.sentence)),
@@ -85,6 +88,11 @@ def write(
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _listed(summary: Mapping[str, object], key: str) -> list[Mapping[str, Any]]:
+    found = summary.get(key)
+    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
 
 
 def _fronts(rows: Sequence[Mapping[str, object]], path: Path) -> list[str]:

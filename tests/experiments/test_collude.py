@@ -64,3 +64,38 @@ def test_somebody_must_be_left() -> None:
         spec.check(spec.config.build(spec.Experiment, {**TABLE, "threat": {"colluding": 4}}))
     with pytest.raises(SpecError, match="colluding must be ≥ 0"):
         spec.config.build(spec.Experiment, {**TABLE, "threat": {"colluding": -1}})
+
+
+@pytest.mark.parametrize(
+    ("channel", "clients", "colluding", "reason"),
+    [
+        ({}, 9, 6, None),
+        ({}, 9, 7, r"threat\.colluding must be below 7 or 8 in a cohort of 9 with threshold = 7, got 7"),
+        ({}, 9, 8, None),  # one client is left, and the sum is its upload
+        ({"mode": "quantized"}, 9, 7, "below 7 or 8"),
+        ({"mode": "plain"}, 9, 7, None),  # the party that adds up is trusted
+        ({"active": True}, 9, 4, None),
+        ({"active": True}, 9, 5, "below 5 or 8 in a cohort of 9 with threshold = 7 against an active server, got 5"),
+        ({"graph": "k-regular"}, 70, 14, None),
+        ({"graph": "k-regular"}, 70, 15, "below 15 or 69 in a cohort of 70 with the .*-regular graph certified for 14, got 15"),
+    ],
+)
+def test_more_colluders_than_the_protocol_stands_are_no_experiment(channel: dict, clients: int, colluding: int, reason: str | None) -> None:
+    """t of them open every other client's secrets: the server sees each upload, of which the report would show the mean."""
+    table = {
+        **TABLE, "federation": {"clients": clients}, "threat": {"colluding": colluding},
+        "arms": [{"name": "none"}, {"name": "secagg", "defenses": [{"name": "secure_aggregation", **channel}]}],
+    }  # fmt: skip
+    experiment = spec.config.build(spec.Experiment, table)
+    if reason is None:
+        spec.check(experiment)
+        return
+    with pytest.raises(SpecError, match=reason):
+        spec.check(experiment)
+
+
+def test_colluders_outside_of_a_cohort_may_be_too_many_inside() -> None:
+    """8 of 10 clients collude: 7, 8 or 6 of a cohort of 9 may be among them."""
+    table = {**TABLE, "federation": {"clients": 10, "cohort": 9}, "threat": {"colluding": 8}}
+    with pytest.raises(SpecError, match="below 7 in a cohort of 9"):
+        spec.check(spec.config.build(spec.Experiment, table))

@@ -71,6 +71,14 @@ def test_a_layer_is_worth_what_changes_with_it_alone() -> None:
     assert "×3.00" in text.getvalue()
 
 
+def test_who_was_named_is_said_by_the_identifier() -> None:
+    rows = [row("none", 0.9, 40, 0.9, 100), row("a", 0.1, 30, 0.8, 100)]
+    rows += [{**row(name, 1.0, 60, 0.9, 100), "attack": "candidate_identification", "answered": "candidates"} for name in ("none", "a")]
+    (found,) = marginals([spec.Arm(name="a")], rows)
+    assert found["alone"]["identified"] == 0.0
+    assert found["alone"]["psnr_db"] == pytest.approx(-10)
+
+
 def test_an_arm_that_did_not_run_leaves_its_differences_out() -> None:
     rows = [row("none", 1.0, 40, 0.9, 100), row("a", 0.5, 30, 0.8, 100), row("b", 0.5, 20, 0.9, 300)]
     first, _ = marginals([spec.Arm(name="a"), spec.Arm(name="b")], rows)
