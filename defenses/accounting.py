@@ -4,14 +4,15 @@
 
 It fails closed: what it does not know, or cannot certify for this adversary, has ε = ∞ and a reason. Several mechanisms in a row are
 each valid alone, since what follows a mechanism is post-processing (hooks are handed the update and nothing private) and what precedes
-it is part of what it bounds; their claims are not combined, the best one is the guarantee.
+it is part of what it bounds; their claims are not combined, the best one is the guarantee. Claims for different units or kinds of neighbors
+say different things: the best of each is kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dp_accounting import PoissonSampledDpEvent
@@ -19,7 +20,17 @@ from dp_accounting import PoissonSampledDpEvent
 from defenses.client.client_dp import gaussian_upload_claim
 from defenses.client.clip import Clip
 from defenses.client.gaussian_noise import GaussianNoise
-from defenses.privacy_loss import Accountant, epsilon, gaussian_dp_epsilon, gaussian_mu, leaves, unknown
+from defenses.distributed import epsilon_of, gaussian_curve
+from defenses.privacy_loss import (
+    Accountant,
+    epsilon,
+    gaussian_dp_epsilon,
+    gaussian_mu,
+    integer_curve,
+    leaves,
+    noise_multiplier,
+    unknown,
+)
 from defenses.refusal import batch_norm_in_train_mode
 from simulator.defense import Claim, overrides
 from simulator.errors import SpecError
@@ -47,6 +58,7 @@ class Guarantee:
         sentence: the guarantee, or why there is none, in words.
         closed_form: exact Gaussian-DP ε as a cross-check of the accountant; None where the event is not a plain Gaussian.
         claim: the claim that was certified: what ``bounds.reconstruction_ceiling`` takes.
+        others: the best guarantees for another unit or another kind of neighbor, whose ε say something else; the sentence names them.
     """
 
     epsilon: float
@@ -59,10 +71,16 @@ class Guarantee:
     sentence: str
     closed_form: float | None = None
     claim: Claim | None = None
+    others: tuple[Guarantee, ...] = ()
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What was certified for any unit: each bounds every attack."""
+        return tuple(one.claim for one in (self, *self.others) if one.claim is not None)
 
 
 def guarantee(world: World, *, records_held: Sequence[int], delta: float = 1e-5, adversary: Adversary = "server") -> Guarantee:
-    """The best guarantee of the world's defenses against ``adversary``, over the whole training.
+    """The best guarantee of the world's defenses against ``adversary``, over the whole training; with it those of other units.
 
     Args:
         world: the federation, its recipe and its defenses.
@@ -91,9 +109,13 @@ def guarantee(world: World, *, records_held: Sequence[int], delta: float = 1e-5,
             certified.append(certify(claim, delta, adversary))
         elif reason is not None:
             reasons.append(reason)
-    best = min(certified, key=lambda one: one.epsilon, default=None)
-    if best is not None and best.epsilon < math.inf:
-        return best
+    kinds: dict[tuple[str, str], Guarantee] = {}
+    for one in sorted(certified, key=lambda one: one.epsilon):
+        if one.epsilon < math.inf:
+            kinds.setdefault((one.unit, one.adjacency.split()[0]), one)
+    if kinds:
+        best, *others = kinds.values()
+        return replace(best, sentence=" ".join(one.sentence for one in (best, *others)), others=tuple(others))
     nothing = "the accountant finds no finite ε" if world.defenses else "no defense is in place"
     return no_guarantee(delta, adversary, reasons or [nothing])
 
@@ -138,7 +160,8 @@ def objection(claim: Claim, world: World, place: int, adversary: Adversary) -> s
     if claim.unit == "client" and any(isinstance(leaf, PoissonSampledDpEvent) for leaf, _ in leaves(claim.event)):
         return f"{name} claims amplification by sampling of clients, but the server draws the cohort"
     for position, other in enumerate(world.defenses):
-        before = position < place or claim.adversary == "outsider"
+        integers = overrides(world.defenses[place], "integer_noise")  # added after every hook: a report leaves without it wherever it is
+        before = position < place or claim.adversary == "outsider" or integers
         if claim.unit == "client" and before and other is not world.defenses[place] and overrides(other, "on_buffers"):
             return f"{other.name} reports on the update beside it, without the noise of {name}"
     acts_from = 0 if claim.unit == "record" else place  # on_step follows whatever acts on gradients
@@ -158,6 +181,11 @@ def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
     mu = gaussian_mu(claim.event)
     exact = None if mu is None else gaussian_dp_epsilon(mu, delta)
     check = "" if exact is None else f"; closed form {exact:.5g}"
+    if integer_curve(claim.event) is not None:
+        twin = math.sqrt(sum(count / noise_multiplier(leaf) ** 2 for leaf, count in leaves(claim.event)))
+        by_rdp, exactly = epsilon_of(gaussian_curve(1 / twin), delta), gaussian_dp_epsilon(twin, delta)
+        check = f"; Gaussian noise of that size {by_rdp:.5g} by RDP, {exactly:.5g} exactly"
+    viewer = claim.viewer if claim.viewer and adversary == "server" else VIEWER[adversary]
     return Guarantee(
         epsilon=value,
         delta=delta,
@@ -167,7 +195,7 @@ def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
         sampling=claim.sampling,
         accountant=accountant,
         sentence=(
-            f"ε = {value:.5g} at δ = {delta:g} for each {claim.unit} against {VIEWER[adversary]}, over the whole training. "
+            f"ε = {value:.5g} at δ = {delta:g} for each {claim.unit} against {viewer}, over the whole training. "
             f"Adjacency: {claim.adjacency}. Sampling: {claim.sampling}. Accountant: {accountant}{check}. Simulation-grade noise."
         ),
         closed_form=exact,

@@ -5,7 +5,7 @@ where the exact one-sided p-value, corrected for having looked at all rows, fall
 the lower Clopper–Pearson limit lying above the ceiling.
 
 Source: auditing by the lower confidence limit of an attack's success, Jagielski, Ullman and Oprea, 2020, arXiv:2006.07709; the exact
-binomial limit of Clopper and Pearson, 1934; the step-down correction of Holm, 1979.
+binomial limit of Clopper and Pearson, 1934; the step-down correction of Holm, 1979; Tarone, 1990, for rows that cannot fail.
 Deviations: success is that of naming one of N candidates and the ceiling is reconstruction robustness at 1/N, not ε by two
 hypotheses. Trials must be independent: one victim each, with its own noise.
 
@@ -19,14 +19,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from simulator.errors import FedpeekError
-
 CONFIDENCE = 0.95
 """Probability, at least, that an audit of correct rows fails none of them."""
-
-
-class AuditFailure(FedpeekError):
-    """Attacks succeeded more often than their ceilings allow."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +52,18 @@ class Verdict:
 
     Attributes:
         measured: the row.
-        low: one-sided lower limit of its success rate, Holm's correction included: the row fails where it lies above the ceiling.
-        p_value: adjusted by Holm, of a success rate at most the ceiling.
+        low: one-sided lower limit of its success rate, at the level to which Holm's procedure held the row: it fails where, and only
+            where, this lies above the ceiling.
+        p_value: adjusted by Holm, of a success rate at most the ceiling; 1 where the row could not fail.
         failed: whether the guarantee is refuted.
+        fails_from: successes from which on the row fails whatever the others measured; None where no number does.
     """
 
     measured: Measured
     low: float
     p_value: float
     failed: bool
+    fails_from: int | None = None
 
     @property
     def sentence(self) -> str:
@@ -75,8 +72,13 @@ class Verdict:
         rate = f"{row.successes} of {row.trials} ({row.successes / row.trials:.1%})"
         if row.ceiling >= 1:
             return f"{row.name}: {rate} named, nothing is claimed, nothing can fail."
+        if self.fails_from is None:
+            return f"{row.name}: {rate} named, cannot fail at {row.trials} trials beside a ceiling of {row.ceiling:.1%}."
         if not self.failed:
-            return f"{row.name}: {rate} named, at least {self.low:.1%} with confidence, within the ceiling of {row.ceiling:.1%}."
+            return (
+                f"{row.name}: {rate} named, at least {self.low:.1%} with confidence, within the ceiling of {row.ceiling:.1%}; fails from "
+                f"{self.fails_from / row.trials:.1%} on."
+            )
         return (
             f"{row.name}: AUDIT FAILED: {rate} named, at least {self.low:.1%} with confidence, above the ceiling of {row.ceiling:.1%} "
             f"(p = {self.p_value:.2g}): the implementation is broken or claims too much."
@@ -91,28 +93,36 @@ def lower_limit(successes: int, trials: int, confidence: float = CONFIDENCE) -> 
 def audit(rows: Sequence[Measured], *, confidence: float = CONFIDENCE) -> list[Verdict]:
     """Judge all rows together, by Holm's step-down: the smallest p-value is held to the strictest level.
 
+    Rows that could not fail whatever they had measured, because of few trials or a high ceiling, do not count among those looked at
+    (Tarone, 1990): that says nothing of what they measured.
+
     Args:
         rows: what was measured.
         confidence: probability, at least, that no correct row fails, however many there are.
     """
-    p_values = [float(stats.binom.sf(row.successes - 1, row.trials, row.ceiling)) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: p_values[place])
-    verdicts: dict[int, Verdict] = {}
-    largest = 0.0
-    for rank, place in enumerate(order):
-        remaining = len(rows) - rank
-        largest = max(largest, min(1.0, remaining * p_values[place]))
-        low = lower_limit(rows[place].successes, rows[place].trials, 1 - (1 - confidence) / remaining)
-        verdicts[place] = Verdict(rows[place], low, largest, largest < 1 - confidence)
+    alpha, smallest = 1 - confidence, [row.ceiling**row.trials for row in rows]
+    strictest = next((k for k in range(1, len(rows) + 1) if sum(p < alpha / k for p in smallest) <= k), 1)
+    able = [place for place in range(len(rows)) if smallest[place] < alpha / strictest]
+    p_values = {place: p_value(rows[place], rows[place].successes) for place in able}
+    verdicts = {
+        place: Verdict(row, lower_limit(row.successes, row.trials, 1 - alpha / strictest), 1.0, failed=False)
+        for place, row in enumerate(rows)
+    }
+    factor, largest = len(able), 0.0
+    for rank, place in enumerate(sorted(able, key=lambda place: p_values[place])):
+        if largest < alpha:
+            factor = len(able) - rank  # once a row has passed, those after it are held to its level
+        largest, row = max(largest, min(1.0, factor * p_values[place])), rows[place]
+        low = lower_limit(row.successes, row.trials, 1 - alpha / factor)
+        verdicts[place] = Verdict(row, low, largest, failed=largest < alpha, fails_from=fewest_that_fail(row, alpha / len(able)))
     return [verdicts[place] for place in range(len(rows))]
 
 
-def require_passed(verdicts: Sequence[Verdict]) -> None:
-    """Fail loudly if any row did.
+def p_value(row: Measured, successes: int) -> float:
+    """The probability of so many successes or more where the ceiling is the success rate."""
+    return float(stats.binom.sf(successes - 1, row.trials, row.ceiling))
 
-    Raises:
-        AuditFailure: with a sentence for each row that failed.
-    """
-    failed = [verdict.sentence for verdict in verdicts if verdict.failed]
-    if failed:
-        raise AuditFailure(" ".join(failed))
+
+def fewest_that_fail(row: Measured, level: float) -> int:
+    """The fewest successes whose p-value is below ``level``; all trials are enough."""
+    return next(count for count in range(row.trials + 1) if count == row.trials or p_value(row, count) < level)

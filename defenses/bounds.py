@@ -38,9 +38,15 @@ VACUOUS = 0.99
 """A ceiling above this says nothing."""
 
 ASSUMPTIONS = {
-    "identification": "attacker knows everything but the unit's data, and picks among candidates that are equally likely beforehand",
+    "identification": (
+        "attacker knows everything but the unit's data, the attacked round held the record for certain, and he picks among candidates that "
+        "are equally likely beforehand (over several rounds: whose other candidates nobody holds, or the model tells of them too)"
+    ),
     "no_prior_psnr_db": "attacker inverts a linear layer, unbiased, without any prior on records; one with a prior does better",
-    "dfil": "attacker is unbiased; at these records and this model, from one release; one with a prior does better",
+    "dfil": (
+        "attacker is unbiased; at the most exposed of the first attacked records, 3 standard errors of the estimate added, at this model "
+        "and from one release; one with a prior does better"
+    ),
 }
 """What each ceiling assumes: print it beside the figure."""
 
@@ -53,7 +59,7 @@ class Ceilings:
         identification: γ(1/N), the most that naming the true one of N candidates succeeds, in [0, 1]; 1 where nothing is certified.
         candidates: N.
         no_prior_psnr_db: median PSNR, in dB, of the best reconstruction without a prior.
-        dfil: diameter-free Fisher information leakage of a release, root of the mean information on a pixel, median over records.
+        dfil: diameter-free Fisher information leakage of a release, root of the mean information on a pixel, the largest of the records.
         mse_floor: 1/dfil², the least mean squared error, per pixel in [0, 1]², of an unbiased attacker.
     """
 
@@ -79,32 +85,34 @@ class Ceilings:
 
 
 def ceilings(
-    claim: Claim | None, candidates: int, *, norms: Sequence[float] = (), pixels: int = 0, dfils: Sequence[float] = ()
+    claims: Sequence[Claim], candidates: int, *, norms: Sequence[float] = (), pixels: int = 0, dfils: Sequence[float] = ()
 ) -> Ceilings:
     """All ceilings of an arm.
 
     Args:
-        claim: what was certified, or None.
+        claims: what was certified, each of which bounds every attack, so that the least ceiling holds; may be none.
         candidates: N.
         norms: of each attacked record as the first layer sees it, in units of a pixel: ‖x‖, or ‖x − mean‖ where the model normalizes.
         pixels: that a record has.
-        dfils: of each attacked record, ``defenses.fisher.Trace.dfil``.
+        dfils: of each attacked record, ``defenses.fisher.Trace.dfil`` at the upper end of its estimate.
     """
-    mu = None if claim is None or claim.unit != "record" or unknown(claim.event) else gaussian_mu(claim.event)
+    found = [gaussian_mu(claim.event) for claim in claims if claim.unit == "record" and not unknown(claim.event)]
+    mu = min((one for one in found if one is not None), default=None)
     psnrs = [] if mu is None else [no_prior_psnr(mu=mu, norm=one, pixels=pixels) for one in norms]
     return Ceilings(
-        identification=reconstruction_ceiling(claim, candidates),
+        identification=min((reconstruction_ceiling(claim, candidates) for claim in claims), default=1.0),
         candidates=candidates,
         no_prior_psnr_db=median(psnrs) if psnrs else None,
-        dfil=median(dfils) if dfils else None,
+        dfil=max(dfils, default=None),
     )
 
 
 def reconstruction_ceiling(claim: Claim | None, candidates: int) -> float:
     """The largest probability with which any attacker names the true one of ``candidates`` equally likely ones.
 
-    Valid against the claim's own adversary, its unit and adjacency, and an attacker who knows everything but the unit's data. Above
-    0.99 it says nothing: print "ceiling vacuous".
+    Valid against the claim's own adversary, its unit and adjacency, and an attacker who knows everything but the unit's data. It is for
+    a unit that took part in the attacked round, as every victim did: what Poisson sampling amplifies is whether it did, and that is no
+    part of this game. Above 0.99 it says nothing: print "ceiling vacuous".
 
     Args:
         claim: what was certified (``Guarantee.claim``); None, or what the accountant does not know, gives 1: so does secure
@@ -116,7 +124,7 @@ def reconstruction_ceiling(claim: Claim | None, candidates: int) -> float:
     """
     if candidates < 1:
         raise ValueError(f"candidates must be ≥ 1, got {candidates}. Use the number that the attacker chooses from.")
-    return 1.0 if claim is None else success_ceiling(claim.event, 1 / candidates)
+    return 1.0 if claim is None else success_ceiling(claim.attacked or claim.event, 1 / candidates)
 
 
 def success_ceiling(event: DpEvent, baseline: float) -> float:
@@ -147,19 +155,14 @@ def laplace_ceiling(pure: float, baseline: float) -> float:
     return 1 - (math.exp(-pure) / (4 * baseline) if baseline <= 0.5 else math.exp(-pure) * (1 - baseline))
 
 
-def no_prior_success(mse: float, *, mu: float, norm: float, pixels: int) -> float:
-    """The probability that the best reconstruction without a prior has a mean squared error of at most ``mse``.
+def no_prior_psnr(quantile: float = 0.5, *, mu: float, norm: float, pixels: int) -> float:
+    """PSNR, in dB, that the best reconstruction without a prior exceeds with probability 1 − ``quantile``; the median by default.
 
     Args:
-        mse: per pixel.
+        quantile: in (0, 1).
         mu: √T/z of T releases with noise multiplier z, see ``privacy_loss.gaussian_mu``.
         norm: ‖x‖₂ of the record.
         pixels: that a record has.
     """
-    return float(chi2.cdf(pixels * mse * mu**2 / norm**2, pixels))
-
-
-def no_prior_psnr(quantile: float = 0.5, *, mu: float, norm: float, pixels: int) -> float:
-    """PSNR, in dB, that the best reconstruction without a prior exceeds with probability 1 − ``quantile``; the median by default."""
     mse = (norm / mu) ** 2 * float(chi2.ppf(1 - quantile, pixels)) / pixels
     return -10 * math.log10(mse)

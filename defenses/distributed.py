@@ -1,11 +1,11 @@
-"""Rényi DP of integer noise that many clients add together: Skellam and discrete Gaussian.
+"""Rényi DP of the Skellam noise that many clients add together.
 
 All in units of the grid, on which the clients' vectors and noise are integers: l2 and l1 bound one client's integers, ``variance`` is
 that of the noise in the sum.
 
-Source: Skellam, Agarwal, Kairouz and Liu, 2021, arXiv:2110.04995, theorem 3.5; distributed discrete Gaussian and conditional rounding,
-Kairouz, Liu and Steinke, 2021, arXiv:2102.06387, theorem 1 and proposition 22; both as in google-research/distributed_dp. From RDP to
-(ε, δ): Canonne, Kamath and Steinke, 2020, arXiv:2004.00010, proposition 12.
+Source: Skellam, Agarwal, Kairouz and Liu, 2021, arXiv:2110.04995, theorem 3.5; conditional rounding, Kairouz, Liu and Steinke, 2021,
+arXiv:2102.06387, proposition 22; both as in google-research/distributed_dp. From RDP to (ε, δ): Canonne, Kamath and
+Steinke, 2020, arXiv:2004.00010, proposition 12.
 Deviations: none known. Only integer orders are used, for which the bound on Skellam holds.
 """
 
@@ -71,14 +71,6 @@ def skellam_curve(event: SkellamDpEvent) -> Curve:
     return np.asarray(ORDERS * squared / (2 * mu) + beyond)
 
 
-def discrete_gaussian_curve(l2: float, variance: float, clients: int, coordinates: int) -> Curve:
-    """RDP, at :data:`ORDERS`, of a sum with discrete Gaussian noise of ``variance`` in all, an equal share from each client."""
-    share, scaled = variance / clients, l2 / math.sqrt(variance)
-    gap = 10 * sum(math.exp(-2 * math.pi**2 * share * k / (k + 1)) for k in range(1, clients))
-    one = ORDERS / 2 * scaled**2 + gap * coordinates
-    return np.asarray(np.minimum(one, ORDERS / 2 * (scaled + math.sqrt(coordinates) * gap) ** 2))
-
-
 def gaussian_curve(noise_multiplier: float) -> Curve:
     """RDP of one Gaussian release at :data:`ORDERS`: what distributed noise is compared with."""
     return ORDERS / (2 * noise_multiplier**2)
@@ -93,16 +85,3 @@ def success_of(curve: Curve, baseline: float) -> float:
     """The most that a guess succeeds at, if it succeeds at ``baseline`` without the release: min (κ·e^RDP)^((α−1)/α), Balle et al. 2022."""
     exponents = (ORDERS - 1) / ORDERS * (math.log(baseline) + curve)
     return min(1.0, math.exp(min(0.0, float(exponents.min()))))
-
-
-def grid_for(bits: int, *, clients: int, coordinates: int, clip_norm: float, noise_std: float) -> float:
-    """The finest grid on which a rotated sum stays within 2^bits by 4 standard deviations; ``noise_std`` is one client's.
-
-    After a random rotation a coordinate of the sum has variance clip_norm²·clients²/coordinates at most, beside noise and rounding.
-    """
-    low, high = 1e-15 * clip_norm, 1e3 * max(clip_norm, noise_std)
-    for _ in range(200):
-        grid = math.sqrt(low * high)
-        spread = math.sqrt((clip_norm * clients) ** 2 / coordinates + clients * (grid**2 / 4 + noise_std**2))
-        low, high = (low, grid) if 2.0**bits * grid / 2 > 4 * spread else (grid, high)
-    return high

@@ -17,7 +17,7 @@ releases add up (``dfil`` of a sum of traces over s²); sampling is not accounte
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class Trace:
     def dfil(self, std: float, releases: int = 1) -> float:
         """Root of the mean Fisher information on a pixel, in 1/pixel range, where each release adds noise of ``std`` to the gradient."""
         return math.sqrt(releases * self.value / self.pixels) / std
+
+    def above(self, errors: float = 3.0) -> Trace:
+        """The same with ``errors`` standard errors added: no less than the truth but for one estimate in 700."""
+        return replace(self, value=self.value + errors * self.error)
 
     def mse_floor(self, std: float, releases: int = 1) -> float:
         """The least per-pixel mean squared error of an unbiased attacker; ∞ where the gradient does not depend on the record."""

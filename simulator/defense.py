@@ -105,6 +105,9 @@ class Claim:
         unit: what one neighbor changes: a record, or all that a client holds.
         adjacency: how neighbors differ, in words.
         sampling: what the adversary does not know of who took part, in words.
+        attacked: what was released of a unit that took part in one round for certain, the attacked one; None where ``event`` says that
+            too, because it counts every round in full. The other rounds stay as they are in ``event``.
+        viewer: the adversary in words, where it sees less than every upload; empty for the usual ones.
     """
 
     event: DpEvent
@@ -112,6 +115,8 @@ class Claim:
     unit: Literal["record", "client"]
     adjacency: str
     sampling: str
+    attacked: DpEvent | None = None
+    viewer: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,14 @@ class Defense:
         """The model family that everybody trains instead of ``family``: it is public, as the architecture always is."""
         return family
 
-    def on_broadcast(self, broadcast: Broadcast, model: nn.Module, batch: Batch, context: ClientContext) -> str | None:
+    def on_broadcast(self, broadcast: Broadcast, model: nn.Module, shape: tuple[int, ...], context: ClientContext) -> str | None:
         """Return None to train on what the server sent, else the reason why not: the server and the transcript get to read it.
+
+        It is handed no record, since whether a client answers is seen by everybody and no noise covers it.
 
         Args:
             model: the architecture; its own parameters mean nothing.
-            batch: the first private batch of the round.
+            shape: (channel, height, width) of a record.
         """
         return None
 

@@ -62,6 +62,17 @@ def front(model: nn.Module, shape: tuple[int, ...]) -> Front | str:
     return Front(f"{first}.weight", f"{first}.bias", f"{second}.weight", next_bias, scale, zero)
 
 
+@torch.no_grad()
+def first_is_linear(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether the first layer with parameters is linear on all values of a record, each mapped by an affine map of its own at most."""
+    ramp = torch.linspace(0.1, 0.9, prod(shape)).view(shape)
+    calls = _calls(model, torch.stack([torch.zeros_like(ramp), torch.ones_like(ramp), ramp]))
+    if not calls or not isinstance(calls[0][1], nn.Linear) or calls[0][2].shape != (3, ramp.numel()):
+        return False
+    zero, one, seen = calls[0][2]
+    return torch.allclose(seen, (one - zero) * ramp.flatten() + zero, rtol=1e-4, atol=1e-5)
+
+
 def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
     """Each call of a layer that owns parameters: its name, itself, what went in and what came out."""
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []

@@ -1,7 +1,7 @@
 """Clipping: the whole update is scaled down to an L2 norm of at most ``clip_norm``.
 
 Source: the clipping step of DP-FedAvg, McMahan et al., 2018, arXiv:1710.06963, "FlatClip": u·min(1, S/‖u‖₂).
-Deviations: none known.
+Deviations: an update whose norm is not finite becomes 0: scaled, it would be NaN, which no noise covers.
 Hook: ``on_update``.
 
 What it does not protect: anything, on its own. Clipping multiplies the update by one number; its direction stays, and attacks that
@@ -32,11 +32,12 @@ def global_norm(tensors: Tensors) -> Tensor:
 
 
 def clip_to_norm(tensors: Tensors, clip_norm: float) -> Tensors:
-    """Scale all tensors by min(1, clip_norm/norm); ``inf`` leaves them as they are."""
+    """Scale all tensors by min(1, clip_norm/norm), or to 0 where the norm is not finite; ``inf`` leaves them as they are."""
     if math.isinf(clip_norm):
         return tensors
-    scale = clip_norm / global_norm(tensors).clamp(min=clip_norm)  # ≤ 1, and no division by zero for a zero update
-    return {name: tensor * scale for name, tensor in tensors.items()}
+    norm = global_norm(tensors)
+    scale = clip_norm / norm.clamp(min=clip_norm)  # ≤ 1, and no division by zero for a zero update
+    return {name: torch.where(norm.isfinite(), tensor, 0) * scale.nan_to_num(0) for name, tensor in tensors.items()}
 
 
 def require_clip_norm(clip_norm: float) -> None:

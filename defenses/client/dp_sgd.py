@@ -15,7 +15,8 @@ noisy gradients (momentum, local steps, the difference of parameters) is post-pr
   not depend on it. T does not grow with n, so the claim is made for the client that holds the fewest.
 - Poisson: a record enters each of T releases with probability q = batch_size/n, and nobody but its client learns of the draw: the
   upload states the expected number of examples, an empty batch uploads noise, and the draw is keyed with the world's secret. The claim
-  takes q of the client with the fewest records and T of the one with the most local steps.
+  takes q of the client with the fewest records and T of the one with the most local steps. An attack is measured on a record that *was*
+  drawn, which q does not make rarer: its ceiling counts that round's local steps in full, as if its batches had held the record.
 
 What it does not protect: the number of records held (zero-out leaves it as it is), which client takes part, a person with several
 records (their ε adds up), and statistics of the population; under Poisson sampling, how long a step takes, which tells of its batch.
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,11 +55,19 @@ def per_record_norms(per_example: Tensors) -> Float[Tensor, " batch"]:
 
 
 def clipped_sum(per_example: Tensors, clip_norm: float) -> Tensors:
-    """Σⱼ ∇ⱼ·min(1, clip_norm/‖∇ⱼ‖); one record changes it by at most ``clip_norm``."""
+    """Σⱼ ∇ⱼ·min(1, clip_norm/‖∇ⱼ‖); one record changes it by at most ``clip_norm``.
+
+    A gradient whose norm is not finite counts as 0: scaled, it would be NaN, which no noise covers and everybody sees.
+    """
     if math.isinf(clip_norm):
         return {name: tensor.sum(0) for name, tensor in per_example.items()}
-    scale = clip_norm / per_record_norms(per_example).clamp(min=clip_norm)  # ≤ 1, and no division by zero for a zero gradient
-    return {name: torch.einsum("b,b...->...", scale, tensor) for name, tensor in per_example.items()}
+    norms = per_record_norms(per_example)
+    scale = (clip_norm / norms.clamp(min=clip_norm)).nan_to_num(0)  # ≤ 1, and no division by zero for a zero gradient
+    kept = norms.isfinite()
+    return {
+        name: torch.einsum("b,b...->...", scale, torch.where(kept.view(-1, *[1] * (tensor.dim() - 1)), tensor, 0))
+        for name, tensor in per_example.items()
+    }
 
 
 @register("defenses", "dp_sgd")
@@ -115,14 +124,21 @@ class DPSGD(Defense):
         fewest, recipe = min(holding), world.training
         release: DpEvent = GaussianDpEvent(self.noise_multiplier)
         times, sampling = world.participations(fewest), "fixed schedule, known to the server; no amplification"
+        attacked: DpEvent | None = None
         if recipe.sampling == "poisson":
             rate, times = recipe.sampling_rate(fewest), max(world.participations(held) for held in holding)
             sampling = f"Poisson, q = {rate:.4g} at each local step, drawn by the client in secret"
-            release = PoissonSampledDpEvent(rate, release) if rate < 1 else release
+            if rate < 1:
+                sampled, steps = PoissonSampledDpEvent(rate, release), times // world.federation.rounds
+                attacked = SelfComposedDpEvent(release, steps)
+                if times > steps:
+                    attacked = ComposedDpEvent([attacked, SelfComposedDpEvent(sampled, times - steps)])
+                release = sampled
         return Claim(
             event=SelfComposedDpEvent(release, times),
             adversary="server",
             unit="record",
             adjacency="zero-out (the record's gradient is replaced by 0)",
             sampling=sampling,
+            attacked=attacked,
         )

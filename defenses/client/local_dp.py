@@ -39,12 +39,15 @@ from simulator.world import World
 
 
 def clip_to_l1(tensors: Tensors, clip_norm: float) -> Tensors:
-    """Scale all tensors by min(1, clip_norm/‖·‖₁), the sum of all magnitudes in float64; ``inf`` leaves them as they are."""
+    """Scale all tensors by min(1, clip_norm/‖·‖₁), the sum of all magnitudes in float64, or to 0 where that is not finite.
+
+    A ``clip_norm`` of inf leaves them as they are.
+    """
     if math.isinf(clip_norm):
         return tensors
     norm: Tensor = torch.stack([tensor.double().abs().sum() for tensor in tensors.values()]).sum()
-    scale = clip_norm / norm.clamp(min=clip_norm)
-    return {name: (tensor * scale).to(tensor) for name, tensor in tensors.items()}
+    scale = (clip_norm / norm.clamp(min=clip_norm)).nan_to_num(0)
+    return {name: (torch.where(norm.isfinite(), tensor, 0) * scale).to(tensor) for name, tensor in tensors.items()}
 
 
 @register("defenses", "local_dp")

@@ -34,7 +34,7 @@ from simulator.defense import ClientContext, Defense
 from simulator.front import front
 from simulator.network import network
 from simulator.registry import register
-from simulator.types import Batch, Broadcast
+from simulator.types import Broadcast
 from simulator.world import World
 
 SAME = 0.9999
@@ -78,9 +78,9 @@ class ModelInspection(Defense):
         found = front(network(world.architecture, schema, world.training, world.seed), schema.shape)
         return f"{found}. Use the model 'mlp' with ReLU, or drop model_inspection" if isinstance(found, str) else None
 
-    def on_broadcast(self, broadcast: Broadcast, model: nn.Module, batch: Batch, context: ClientContext) -> str | None:
+    def on_broadcast(self, broadcast: Broadcast, model: nn.Module, shape: tuple[int, ...], context: ClientContext) -> str | None:
         """Name the detector that rang, if one did; no number of it, so that the server learns no more."""
-        found = front(model, tuple(batch.inputs.shape[1:]))
+        found = front(model, shape)
         if isinstance(found, str):
             return f"{found}. It cannot be inspected"
         rows, _ = found.on_pixels(broadcast.parameters)

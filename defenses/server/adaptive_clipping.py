@@ -6,7 +6,8 @@
 Source: Andrew, Thakkar, McMahan and Ramaswamy, 2021, arXiv:1905.03871, algorithm 1 and theorem 1: with z_u = (z⁻² − (2σ_b)⁻²)^(−1/2) the
 update and the bit together cost what noise z on the update alone does, because b − ½ has the sensitivity ½.
 Deviations: the cohort has a fixed size; means are weighted by numbers of examples, as in ``central_dp``, and the claim pays for it.
-The norm and the bit travel as a buffer of the model, so that every channel carries them. ``bit_noise`` is absolute: n/20 for n = 100.
+The norm and the bit travel as a buffer of the model, so that every channel carries them. ``bit_noise`` is absolute: n/20 for n = 100;
+above n/5 it is refused. So are channels that round: the grid would stay while the norm shrinks.
 Hooks: ``on_model`` (the number travels with the model), ``on_update`` and ``on_buffers`` (at the client), ``on_aggregate`` and
 ``on_mean_buffers`` (at the server, after the observation was taken).
 
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.clip import clip_to_norm, global_norm, require_clip_norm
 from defenses.client.gaussian_noise import add_gaussian, require_noise_multiplier
 from defenses.server.central_dp import mean_claim, undone
@@ -36,6 +38,8 @@ from simulator.world import World
 
 SMALLEST = 1e-30
 """Below this a norm stays where it is, so that it never becomes 0."""
+LARGEST_BIT_NOISE = 0.2
+"""Of the cohort: with more, a step of the norm is mostly noise; the paper has 0.05."""
 
 
 def next_clip_norm(clip_norm: float, unclipped: float, *, target: float, rate: float) -> float:
@@ -85,10 +89,24 @@ class AdaptiveClipping(Defense):
         return (self.noise_multiplier**-2 - (2 * self.bit_noise) ** -2) ** -0.5 if self.noise_multiplier else 0.0
 
     def refuses(self, world: World) -> str | None:
-        """Refuse what undoes the clipping, a second one of its kind, and BatchNorm in train mode."""
+        """Refuse what undoes the clipping, a second of its kind, BatchNorm in train mode, bits drowned in noise, and what rounds."""
         if (count := sum(type(defense) is AdaptiveClipping for defense in world.defenses)) > 1:
             return f"adaptive_clipping must be there once, got {count}. Keep one."
-        return undone(self, world)
+        if (reason := undone(self, world)) is not None or not self.noise_multiplier:
+            return reason
+        if self.bit_noise > LARGEST_BIT_NOISE * world.federation.cohort_size:
+            return (
+                f"bit_noise must be at most {LARGEST_BIT_NOISE:g} of the cohort of {world.federation.cohort_size}, got {self.bit_noise:g}: "
+                "the norm would follow the noise on the bits and not their share. Enlarge the cohort, or lower bit_noise."
+            )
+        if isinstance(channel := world.channel, SecureAggregation) and channel.mode != "plain":
+            return (
+                f"channel must not round for a norm that adapts, got {channel.name} in mode {channel.mode}: its grid stays where the norm "
+                "shrinks, so that noise in units of the norm no longer covers a rounding. Use central_dp, or mode 'plain'."
+            )
+        if (got := world.training.upload_dtype) != "float32":
+            return f"upload_dtype must be float32 for a norm that adapts, got {got}: it rounds after clipping. Use float32."
+        return None
 
     def on_model(self, family: Any) -> Any:
         """The family with the norm among its buffers."""

@@ -4,7 +4,8 @@
 
 Source: DP-FedAvg with a fixed-size cohort, McMahan et al., 2018, arXiv:1710.06963; Geyer, Klein and Nabi, 2017, arXiv:1712.07557.
 Deviations: the mean is weighted by the clients' numbers of examples, so one client may move it by more than S/n; the claim counts that
-as less noise (:func:`weighted_noise_multiplier`). No amplification is claimed for cohorts that an outsider does not know.
+as less noise (:func:`weighted_noise_multiplier`). Where a channel or the upload's number format rounds after clipping, a client may move
+the mean by more, which the claim pays for too (:func:`rounding`). No amplification is claimed for cohorts that an outsider does not know.
 Hooks: ``on_update`` (clipping, at the client) and ``on_aggregate`` (noise, after the observation was taken).
 
 The server's hook sees only the aggregate, and clipping *that* would not bound what one client contributes. So clipping happens at
@@ -18,11 +19,13 @@ Broken by: every attack, at this server: what it recorded is clipped, which chan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 
+from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip, clip_to_norm, require_clip_norm
 from defenses.client.gaussian_noise import GaussianNoise, add_gaussian, require_noise_multiplier
@@ -30,6 +33,7 @@ from defenses.client.laplace_noise import LaplaceNoise
 from defenses.client.local_dp import LocalDP
 from defenses.refusal import batch_norm_in_train_mode
 from simulator.defense import Claim, ClientContext, Defense, ServerContext, overrides
+from simulator.network import network
 from simulator.registry import register
 from simulator.types import Update
 from simulator.world import World
@@ -37,16 +41,44 @@ from simulator.world import World
 KEEPS_THE_BOUND = (Clip, GaussianNoise, LaplaceNoise, ClientDP, LocalDP)
 """What may act on an update after it was clipped: it adds independent noise or makes the update shorter."""
 
+FORMATS = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
+"""By how much rounding to a number format moves a number at most: relatively, and at least where numbers are subnormal."""
 
-def weighted_noise_multiplier(noise_multiplier: float, examples: Sequence[int], answering: Sequence[int]) -> float:
+
+def weighted_noise_multiplier(
+    noise_multiplier: float, examples: Sequence[int], answering: Sequence[int], *, longer: float = 0.0, beside: float = 0.0
+) -> float:
     """The noise on a weighted mean in units of the most that one client moves it, for the worst cohort.
 
     The noise is z·S/n and the client with the largest share w of the examples moves the mean by w·S, so the ratio is z/(n·w).
     The worst cohort joins the largest client to the n − 1 smallest; with equal numbers of examples the ratio is z.
+
+    Args:
+        noise_multiplier: z.
+        examples: of each client.
+        answering: the numbers n of clients that may answer.
+        longer: by how much, relatively, rounding makes an update longer.
+        beside: what rounding adds to the sum whatever the client's weight, in units of S times one example.
     """
     ordered = sorted(examples)
-    shares = ((n, ordered[-1] / (ordered[-1] + sum(ordered[: n - 1]))) for n in answering)
-    return noise_multiplier / max(n * share for n, share in shares)
+    moved = (n * (ordered[-1] / (ordered[-1] + sum(ordered[: n - 1])) * (1 + longer) + beside / sum(ordered[:n])) for n in answering)
+    return noise_multiplier / max(moved)
+
+
+def rounding(world: World, clip_norm: float) -> tuple[float, float]:
+    """By how much rounding after clipping makes an update longer: relatively, and beside its weight in units of clip_norm × 1 example.
+
+    The words of secure aggregation round each of d coordinates of the weighted update by less than a step of the grid: a vector of at
+    most √d steps.
+    """
+    coordinates = sum(
+        parameter.numel() for parameter in network(world.architecture, world.data.load().schema, world.training, world.seed).parameters()
+    )
+    unit, smallest = FORMATS[world.training.upload_dtype]
+    longer, channel = unit + smallest * math.sqrt(coordinates) / clip_norm, world.channel
+    if not isinstance(channel, SecureAggregation) or channel.mode == "plain":
+        return longer, 0.0
+    return longer, channel.grid(world) * math.sqrt(coordinates) / clip_norm * channel.largest_upload(world)
 
 
 def undone(mechanism: Defense, world: World) -> str | None:
@@ -67,14 +99,18 @@ def undone(mechanism: Defense, world: World) -> str | None:
     return batch_norm_in_train_mode(world, name)
 
 
-def mean_claim(world: World, records_held: Sequence[int], noise_multiplier: float, adjacency: str) -> Claim:
-    """What a noised mean of clipped updates a round is worth to outsiders, whoever answers."""
+def mean_claim(
+    world: World, records_held: Sequence[int], noise_multiplier: float, adjacency: str, *, rounded: tuple[float, float] = (0.0, 0.0)
+) -> Claim:
+    """What a noised mean of clipped updates a round is worth to outsiders, whoever answers; ``rounded`` as in :func:`rounding`."""
     federation = world.federation
     examples = [world.training.examples_in_round(held) for held in records_held if held]
     largest = min(federation.cohort_size, len(examples))
     answering = range(max(1, min(federation.min_clients, largest)), largest + 1)
+    longer, beside = rounded
+    worth = weighted_noise_multiplier(noise_multiplier, examples, answering, longer=longer, beside=beside)
     return Claim(
-        event=SelfComposedDpEvent(GaussianDpEvent(weighted_noise_multiplier(noise_multiplier, examples, answering)), federation.rounds),
+        event=SelfComposedDpEvent(GaussianDpEvent(worth), federation.rounds),
         adversary="outsider",
         unit="client",
         adjacency=adjacency,
@@ -117,4 +153,6 @@ class CentralDP(Defense):
     def claim(self, world: World, records_held: Sequence[int]) -> Claim | None:
         """One Gaussian release a round, against outsiders only; none without noise."""
         adjacency = "zero-out (the client's update is replaced by 0 before the mean)"
-        return mean_claim(world, records_held, self.noise_multiplier, adjacency) if self.noise_multiplier else None
+        if not self.noise_multiplier:
+            return None
+        return mean_claim(world, records_held, self.noise_multiplier, adjacency, rounded=rounding(world, self.clip_norm))

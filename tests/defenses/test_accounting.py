@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from inspect import signature
 from typing import ClassVar
 
 import dp_accounting
@@ -20,18 +21,22 @@ from dp_accounting import (
     UnsupportedDpEvent,
 )
 from dp_accounting.rdp import RdpAccountant
+from torch import nn
 
+from clients.local import local_upload
 from defenses.accounting import guarantee
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip
 from defenses.client.dp_sgd import DPSGD
 from defenses.client.gaussian_noise import GaussianNoise
+from defenses.client.local_dp import LocalDP
 from defenses.privacy_loss import epsilon, gaussian_dp_delta, gaussian_dp_epsilon, gaussian_mu, unknown
 from defenses.server.central_dp import CentralDP
 from simulator.defense import Claim, ClientContext, Defense
 from simulator.errors import SpecError
-from simulator.types import Batch, Update
+from simulator.network import network, tensors
+from simulator.types import Batch, Broadcast, Update
 from simulator.world import World
 from tests.defenses.tiny import world
 
@@ -361,3 +366,40 @@ def test_a_defense_that_looks_again_after_a_mechanism_ends_its_guarantee(mechani
 def test_what_follows_a_mechanism_is_post_processing() -> None:
     alone = guarantee(world(ClientDP()), records_held=HELD)
     assert alone == guarantee(world(ClientDP(), Round()), records_held=HELD)
+
+
+# --- several units ---
+
+
+def test_guarantees_for_different_units_are_kept_side_by_side() -> None:
+    """ε for a record says nothing of a client's: the smaller figure does not hide the other, and both bound an attack."""
+    found = guarantee(world(DPSGD(1.0, 1.0), ClientDP(1.0, 0.95), rounds=1, training={"batch_size": 0}), records_held=HELD)
+    assert found.unit == "record"
+    assert [other.unit for other in found.others] == ["client"]
+    assert found.epsilon < found.others[0].epsilon
+    assert "for each record" in found.sentence
+    assert "for each client" in found.sentence
+    assert [claim.unit for claim in found.claims] == ["record", "client"]
+    neighbors = guarantee(world(ClientDP(1.0, 1.0), LocalDP(1.0, 0.4)), records_held=HELD)
+    assert [one.adjacency.split()[0] for one in (neighbors, *neighbors.others)] == ["zero-out", "replace-one"]
+    assert guarantee(world(ClientDP(1.0, 1.0), ClientDP(1.0, 3.0)), records_held=HELD).others == ()
+
+
+def test_whether_a_client_answers_cannot_depend_on_a_record() -> None:
+    """The answer to a broadcast is seen by everybody and no noise covers it: the hook is handed a shape."""
+    assert list(signature(Defense.on_broadcast).parameters) == ["self", "broadcast", "model", "shape", "context"]
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looks(Defense):
+        name = "looks"
+
+        def on_broadcast(self, broadcast: Broadcast, model: nn.Module, shape: tuple[int, ...], context: ClientContext) -> None:
+            seen.append((shape, context.batch_size, context.private, context.pool))
+
+    for sampling in ("shuffled", "poisson"):
+        of = world(Looks(), training={"batch_size": 2, "sampling": sampling})
+        model = network(of.architecture, of.data.load().schema, of.training, of.seed)
+        for client in range(4):
+            local_upload(of, model, Broadcast(1, *tensors(model), of.training), client)
+    assert set(seen) == {((1, 4, 4), 2, None, None)}

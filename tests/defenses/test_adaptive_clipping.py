@@ -13,6 +13,7 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 
 from clients.local import local_upload
 from defenses.accounting import guarantee
+from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import global_norm
 from defenses.client.dp_sgd import DPSGD
@@ -123,10 +124,10 @@ def test_messages_change_nothing(tmp_path: Path) -> None:
 
 
 def test_it_claims_what_central_noise_does_against_outsiders_only() -> None:
-    here = tiny(AdaptiveClipping(noise_multiplier=10.0, bit_noise=6.0), rounds=100)
-    outside = guarantee(here, records_held=HELD, adversary="outsider")
+    here = tiny(AdaptiveClipping(noise_multiplier=10.0, bit_noise=6.0), rounds=100, clients=30)
+    outside = guarantee(here, records_held=(2,) * 30, adversary="outsider")
     assert outside.epsilon == pytest.approx(4.3772, abs=1e-3)
-    assert guarantee(here, records_held=HELD).epsilon == math.inf
+    assert guarantee(here, records_held=(2,) * 30).epsilon == math.inf
     unequal = AdaptiveClipping(noise_multiplier=2.0).claim(
         tiny(rounds=3, min_clients=4, training={"algorithm": "fedavg"}), (10, 10, 10, 30)
     )
@@ -149,7 +150,24 @@ def test_its_bit_spoils_claims_whose_noise_comes_later() -> None:
 def test_it_refuses_what_central_dp_refuses() -> None:
     assert "BatchNorm" in str(AdaptiveClipping().refuses(tiny(AdaptiveClipping(), batch_norm=True)))
     assert "must be there once, got 2" in str(AdaptiveClipping().refuses(tiny(AdaptiveClipping(), AdaptiveClipping(0.2))))
-    assert AdaptiveClipping().refuses(tiny(AdaptiveClipping())) is None
+    assert AdaptiveClipping().refuses(tiny(AdaptiveClipping(), clients=25)) is None
+
+
+def test_noise_on_the_bits_must_be_small_beside_the_cohort() -> None:
+    """σ_b/n = 0.2 of a share of bits is a step of e^0.04; with four clients and the default it would be 1.25, the noise of a random walk."""
+    assert "bit_noise must be at most 0.2 of the cohort of 24, got 5" in str(AdaptiveClipping().refuses(tiny(AdaptiveClipping(), clients=24)))
+    assert AdaptiveClipping(noise_multiplier=0.0).refuses(tiny(AdaptiveClipping(noise_multiplier=0.0))) is None
+
+
+def test_nothing_may_round_after_a_norm_that_adapts() -> None:
+    """The norm may shrink to 1e-30 while the grid stays: then one rounding is worth any number of clipped updates."""
+    defense = AdaptiveClipping()
+    for mode, rounds in (("quantized", True), ("protocol", True), ("plain", False)):
+        here = tiny(defense, SecureAggregation(mode=mode), clients=25)
+        assert (defense.refuses(here) is not None) == rounds
+        assert (guarantee(here, records_held=(2,) * 25, adversary="outsider").epsilon == math.inf) == rounds
+    narrow = tiny(defense, clients=25, training={"upload_dtype": "float16"})
+    assert "upload_dtype must be float32" in str(defense.refuses(narrow))
 
 
 def test_an_attacker_knows_which_norm_was_broadcast(tmp_path: Path) -> None:

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, NoOpDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
-from scipy.stats import norm
+from scipy.stats import chi2, norm
 from torch import nn
 
 from defenses import bounds
-from defenses.bounds import ASSUMPTIONS, ceilings, no_prior_psnr, no_prior_success, reconstruction_ceiling, success_ceiling
-from defenses.client.dp_sgd import clipped_sum
+from defenses.bounds import ASSUMPTIONS, ceilings, no_prior_psnr, reconstruction_ceiling, success_ceiling
+from defenses.client.dp_sgd import DPSGD, clipped_sum
 from defenses.fisher import Trace, clipped_gradient, trace
+from defenses.privacy_loss import unknown
 from simulator.defense import Claim
 from simulator.rng import stream
 from simulator.training import per_example_gradients
 from simulator.types import Batch
+from tests.defenses.tiny import world
 
 
 def claim(event: DpEvent) -> Claim:
@@ -108,6 +110,11 @@ def test_releases_of_the_same_total_have_the_same_ceiling() -> None:
 # --- no prior ---
 
 
+def no_prior_success(mse: float, *, mu: float, norm: float, pixels: int) -> float:
+    """The probability that the best reconstruction without a prior has a mean squared error of at most ``mse``."""
+    return float(chi2.cdf(pixels * mse * mu**2 / norm**2, pixels))
+
+
 def test_no_prior_psnr_of_the_reference() -> None:
     """Medians for 3072 pixels with ‖x‖ = √(0.3·3072) and one release."""
     for z, psnr in ((1e-3, 30.4), (3e-3, 20.8), (1e-2, 10.4), (3e-2, 0.8)):
@@ -184,22 +191,60 @@ def test_the_clipped_gradient_is_dp_sgds() -> None:
 
 
 def test_ceilings_are_printed_with_what_they_assume() -> None:
-    all_of = ceilings(releases(1, 1, 1), 10, norms=(30.0, 30.4, 31.0), pixels=3072, dfils=(0.5, 0.4, 0.7))
+    all_of = ceilings([releases(1, 1, 1)], 10, norms=(30.0, 30.4, 31.0), pixels=3072, dfils=(0.5, 0.4, 0.7))
     assert all_of.identification == pytest.approx(0.389144, abs=1e-6)
     assert all_of.no_prior_psnr_db == pytest.approx(no_prior_psnr(mu=1, norm=30.4, pixels=3072))
-    assert (all_of.dfil, all_of.mse_floor) == (0.5, 4.0)
+    assert (all_of.dfil, all_of.mse_floor) == (0.7, pytest.approx(1 / 0.49))  # of the most exposed record
     said = all_of.sentences()
     assert len(said) == 3
     assert [assumption in line for assumption, line in zip(ASSUMPTIONS.values(), said, strict=True)] == [True] * 3
-    nothing = ceilings(None, 10, norms=(30.0,), pixels=3072)
+    nothing = ceilings([], 10, norms=(30.0,), pixels=3072)
     assert (nothing.identification, nothing.no_prior_psnr_db, nothing.dfil, nothing.mse_floor) == (1.0, None, None, None)
     assert nothing.sentences()[0].startswith("Identification among 10 ≤ 1 (ceiling vacuous)")
-    sampled = ceilings(releases(1, 0.1, 10), 10, norms=(30.0,), pixels=3072)
+    sampled = ceilings([releases(1, 0.1, 10)], 10, norms=(30.0,), pixels=3072)
     assert sampled.no_prior_psnr_db is None  # the formula is for releases that hold the record
     client = Claim(GaussianDpEvent(1.0), "server", "client", "zero-out (…)", "…")
-    assert ceilings(client, 10, norms=(30.0,), pixels=3072).no_prior_psnr_db is None
+    assert ceilings([client], 10, norms=(30.0,), pixels=3072).no_prior_psnr_db is None
 
 
 def test_baselines_must_be_probabilities() -> None:
     with pytest.raises(ValueError, match=r"baseline must be in \(0, 1\], got 0"):
         success_ceiling(GaussianDpEvent(1.0), 0.0)
+
+
+# --- the game that is measured ---
+
+
+@pytest.mark.parametrize("z", [0.3, 0.5, 1.0])
+def test_the_ceiling_under_sampling_is_for_a_record_that_was_drawn(z: float) -> None:
+    """Whoever sees the round knows the best of 10 orthonormal candidates as often as without sampling: q = 0.1 is no part of the game."""
+    here = world(DPSGD(1.0, z), clients=3, rounds=1, training={"batch_size": 2, "sampling": "poisson"})
+    sampled = DPSGD(1.0, z).claim(here, (20, 20, 20))
+    assert sampled is not None
+    x = np.linspace(-12, 20, 20_001)
+    success = float(np.trapezoid(norm.pdf(x - 1 / z) * norm.cdf(x) ** 9, x))
+    ceiling = reconstruction_ceiling(sampled, 10)
+    assert ceiling == pytest.approx(float(norm.cdf(norm.ppf(0.1) + 1 / z)))
+    assert success_ceiling(sampled.event, 0.1) < success < ceiling
+    assert unknown(sampled.event) is None
+
+
+def test_other_rounds_of_a_drawn_record_stay_sampled() -> None:
+    here = world(DPSGD(), clients=3, rounds=4, training={"batch_size": 5, "sampling": "poisson", "algorithm": "fedavg"})
+    found = DPSGD().claim(here, (20, 20, 20))
+    assert found is not None
+    sampled = PoissonSampledDpEvent(0.25, GaussianDpEvent(1.0))
+    assert found.event == SelfComposedDpEvent(sampled, 16)
+    assert found.attacked == ComposedDpEvent([SelfComposedDpEvent(GaussianDpEvent(1.0), 4), SelfComposedDpEvent(sampled, 12)])
+    alone = claim(SelfComposedDpEvent(GaussianDpEvent(1.0), 4))
+    assert reconstruction_ceiling(alone, 100) < reconstruction_ceiling(found, 100) < 1
+    shuffled = DPSGD().claim(world(DPSGD(), clients=3, rounds=4), (20, 20, 20))
+    assert shuffled is not None
+    assert shuffled.attacked is None
+
+
+def test_of_several_guarantees_the_least_ceiling_holds() -> None:
+    record, client = releases(1, 1, 1), Claim(GaussianDpEvent(2.0), "server", "client", "zero-out (…)", "…")
+    both = ceilings([record, client], 10)
+    assert both.identification == min(reconstruction_ceiling(record, 10), reconstruction_ceiling(client, 10)) < 0.39
+    assert ceilings([record], 10).identification > both.identification

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +18,26 @@ from defenses.accounting import guarantee
 from defenses.bounds import reconstruction_ceiling
 from defenses.channel._secagg.quantization import Scale, to_words
 from defenses.channel.secure_aggregation import SecureAggregation
-from defenses.client.clip import Clip
-from defenses.client.distributed_dp import DistributedDP, skellam
+from defenses.client.clip import Clip, global_norm
+from defenses.client.distributed_dp import LARGEST_VARIANCE, DistributedDP, skellam
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.distributed import (
+    ORDERS,
+    Curve,
     SkellamDpEvent,
-    discrete_gaussian_curve,
     epsilon_of,
     gaussian_curve,
-    grid_for,
     l1_of,
     rounded_norm,
     skellam_curve,
     success_of,
 )
 from defenses.privacy_loss import epsilon, unknown
+from simulator.defense import ClientContext, Defense
 from simulator.errors import ProtocolAbort
 from simulator.network import network
 from simulator.rng import stream
+from simulator.types import Tensors, Update
 from tests.defenses.tiny import world as tiny
 from tests.federations import federate, world
 
@@ -41,10 +45,31 @@ HELD = (10,) * 10
 
 
 def secagg(**settings) -> SecureAggregation:
-    return SecureAggregation(mode="quantized", **{"bits": 20, "clip_range": 4.0, **settings})
+    return SecureAggregation(**{"mode": "quantized", "bits": 20, "clip_range": 4.0, **settings})
 
 
 # --- accounting ---
+
+
+def discrete_gaussian_curve(l2: float, variance: float, clients: int, coordinates: int) -> Curve:
+    """RDP of a sum with discrete Gaussian noise (Kairouz, Liu and Steinke, 2021, theorem 1), an equal share from each client."""
+    share, scaled = variance / clients, l2 / math.sqrt(variance)
+    gap = 10 * sum(math.exp(-2 * math.pi**2 * share * k / (k + 1)) for k in range(1, clients))
+    one = ORDERS / 2 * scaled**2 + gap * coordinates
+    return np.asarray(np.minimum(one, ORDERS / 2 * (scaled + math.sqrt(coordinates) * gap) ** 2))
+
+
+def grid_for(bits: int, *, clients: int, coordinates: int, clip_norm: float, noise_std: float) -> float:
+    """The finest grid on which a rotated sum stays within 2^bits by 4 standard deviations; ``noise_std`` is one client's.
+
+    After a random rotation a coordinate of the sum has variance clip_norm²·clients²/coordinates at most, beside noise and rounding.
+    """
+    low, high = 1e-15 * clip_norm, 1e3 * max(clip_norm, noise_std)
+    for _ in range(200):
+        grid = math.sqrt(low * high)
+        spread = math.sqrt((clip_norm * clients) ** 2 / coordinates + clients * (grid**2 / 4 + noise_std**2))
+        low, high = (low, grid) if 2.0**bits * grid / 2 > 4 * spread else (grid, high)
+    return high
 
 
 @pytest.mark.parametrize(
@@ -122,6 +147,17 @@ def test_shares_add_up_to_the_noise_of_the_sum() -> None:
     assert np.array_equal(shares[0], skellam(9.0, (40_000,), stream(0, "noise")))
 
 
+def test_the_largest_noise_still_has_the_right_law() -> None:
+    """At the limit: both parities alike, the spread and the shape of a Gaussian; numpy's Poisson loses one after the other above it."""
+    drawn = skellam(LARGEST_VARIANCE, (400_000,), stream(0, "noise"))
+    for divisor in (2, 4, 8):
+        assert stats.binomtest(int((drawn % divisor == 0).sum()), len(drawn), 1 / divisor).pvalue > 1e-3
+    assert float(np.square(drawn.astype(float)).mean()) == pytest.approx(LARGEST_VARIANCE, rel=4 * math.sqrt(2 / len(drawn)))
+    assert stats.kstest(drawn / math.sqrt(LARGEST_VARIANCE), "norm").pvalue > 1e-3
+    beyond = skellam(2.0**56, (1000,), stream(0, "noise"))
+    assert not (beyond % 2).any()  # why there is a limit
+
+
 def test_rounding_is_repeated_until_it_is_short_enough() -> None:
     """Half a step in each of 400 coordinates: a rounding has 200 ± 10 ones, so that a norm of √195 is sometimes exceeded, and never left."""
     scale, tensors = Scale(cohort=2, bits=32, max_examples=1), {"a": torch.full((400,), 0.5)}
@@ -188,8 +224,10 @@ def test_it_claims_for_the_fewest_honest_clients() -> None:
     [
         ((DistributedDP(),), "channel must be secure_aggregation on integers for distributed_dp, got none"),
         ((DistributedDP(), secagg(clip_range=1.5)), "clip_range of secure_aggregation must be ≥ 1.956"),
-        ((DistributedDP(), secagg(bits=64)), "bits of secure_aggregation must be ≤ 32"),
-        ((DistributedDP(colluding=7), secagg()), "colluding must be below the 7 clients"),
+        ((DistributedDP(), secagg(bits=64)), "variance of at most 2^44 steps², got 64 bits. Set bits = 20 or 24"),
+        ((DistributedDP(), secagg(bits=32)), "got 32 bits. Set bits = 20 or 24"),
+        ((DistributedDP(), secagg(bits=0)), "got 32 bits (bits = 0 takes them without noise in mind). Set bits = 20 or 24"),
+        ((DistributedDP(colluding=7), secagg()), "colluding must be below the 7 clients that can open others' uploads together, got 7"),
         ((DistributedDP(), Clip(), secagg()), "distributed_dp must be the last to change the update, got 'clip'"),
         ((DistributedDP(), GaussianNoise(), secagg()), "distributed_dp must be the last to change the update"),
     ],
@@ -200,6 +238,69 @@ def test_without_what_hides_the_shares_nothing_is_claimed(stack, why: str) -> No
     found = guarantee(here, records_held=HELD)
     assert found.epsilon == math.inf
     assert why in found.sentence
+
+
+def test_a_sum_may_hold_fewer_than_min_clients() -> None:
+    """The server ends a run with fewer than min_clients only after it has seen their sum."""
+    here = tiny(DistributedDP(), secagg(), clients=10, min_clients=10)
+    assert DistributedDP().honest(here) == 7
+    assert DistributedDP(colluding=7).refuses(tiny(DistributedDP(colluding=7), secagg(), clients=10, min_clients=10)) is not None
+    assert DistributedDP(colluding=6).refuses(tiny(DistributedDP(colluding=6), secagg(), clients=10, min_clients=10)) is None
+
+
+def test_on_a_sparse_graph_no_more_may_collude_than_it_is_certified_against() -> None:
+    channel = secagg(graph="k-regular", bits=20, clip_range=8.0)
+    plan = channel.plan_for(60)
+    assert plan is not None
+    if plan.complete:
+        channel, clients = secagg(graph="k-regular", bits=20, clip_range=8.0, corrupt=0.05), 300
+    else:
+        clients = 60
+    plan = channel.plan_for(clients)
+    assert plan is not None
+    assert not plan.complete
+    for colluding, allowed in ((plan.corrupt, True), (plan.corrupt + 1, False)):
+        defense = DistributedDP(colluding=colluding)
+        reason = defense.refuses(tiny(defense, channel, clients=clients))
+        assert (reason is None) == allowed
+        assert allowed or f"colluding must be ≤ {plan.corrupt}" in str(reason)
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "quantity"])
+def test_unequal_clients_need_a_public_bound_on_their_examples(partition: str) -> None:
+    recipe = {"algorithm": "fedavg", "batch_size": 2}
+    here = tiny(DistributedDP(), secagg(), clients=10, partition=partition, training=recipe)
+    assert "max_examples of secure_aggregation must be set" in str(DistributedDP().refuses(here))
+    assert DistributedDP().refuses(tiny(DistributedDP(), secagg(max_examples=12), clients=10, partition=partition, training=recipe)) is None
+    assert DistributedDP().refuses(tiny(DistributedDP(), secagg(), clients=10, partition=partition)) is None  # FedSGD's batch bounds it
+    assert DistributedDP().refuses(tiny(DistributedDP(), secagg(), clients=10, training=recipe)) is None
+
+
+def test_the_sentence_says_what_the_server_sees_and_what_a_gaussian_would_cost() -> None:
+    for mode, party in (("quantized", True), ("protocol", False)):
+        found = guarantee(tiny(DistributedDP(colluding=2), secagg(mode=mode), clients=10, rounds=1), records_held=HELD)
+        assert "sees the sum of the uploads alone, and 2 clients that collude with it" in found.sentence
+        assert ("a trusted party that adds up" in found.sentence) == party
+        assert "sees every upload" not in found.sentence
+        assert re.search(r"Gaussian noise of that size 4\.75\d* by RDP, 4\.37\d* exactly", found.sentence)
+    assert "an outsider" in guarantee(tiny(DistributedDP(), secagg(), clients=10), records_held=HELD, adversary="outsider").sentence
+
+
+@dataclass(frozen=True)
+class Reporter(Defense):
+    """Says in the clear how long the update is."""
+
+    name = "reporter"
+
+    def on_buffers(self, buffers: Tensors, update: Update, context: ClientContext) -> Tensors:
+        return {**buffers, "norm": global_norm(update.tensors)}
+
+
+@pytest.mark.parametrize("stack", [(DistributedDP(), Reporter(), secagg()), (Reporter(), DistributedDP(), secagg())])
+def test_a_report_beside_the_update_has_no_noise_wherever_it_is_made(stack: tuple[Defense, ...]) -> None:
+    found = guarantee(tiny(*stack, clients=10), records_held=HELD)
+    assert found.epsilon == math.inf
+    assert "reporter reports on the update beside it" in found.sentence
 
 
 def test_plain_sums_and_batch_norm_are_refused() -> None:
@@ -249,6 +350,6 @@ def test_colluding_clients_take_their_noise_with_them(tmp_path: Path) -> None:
     noise = torch.cat([(got - sum(u[name] for u in uploads) / 4).flatten() for name, got in left.update.tensors.items()])
     assert left.senders == frozenset({2, 3, 4, 5})
     assert float(noise.std()) == pytest.approx(0.5 * 0.2 * math.sqrt(4 / 3) / 4, rel=4 / math.sqrt(2 * len(noise)))  # h = 5 − 2
-    arms = ['arms = [{name = "d", defenses = [{name = "distributed_dp"}, {name = "secure_aggregation"}]}]', "threat.colluding = 1"]
+    arms = ['arms = [{name = "d", defenses = [{name = "distributed_dp"}, {name = "secure_aggregation", bits = 24}]}]', "threat.colluding = 1"]
     with pytest.raises(SpecError, match=r"colluding of distributed_dp must be ≥ threat.colluding = 1, got 0"):
         check(load(None, arms))

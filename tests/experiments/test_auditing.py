@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dp_accounting import GaussianDpEvent
 
+from clients.private import private_record_ids, records_held
+from defenses.accounting import guarantee
+from defenses.bounds import success_ceiling
 from defenses.client import dp_sgd
 from experiments.auditing import audit_run, measured
 from experiments.cli import main
+from experiments.conclude import conclude
 from experiments.result import ArmFacts
 from experiments.run import run
 from experiments.spec import Experiment
@@ -57,6 +63,32 @@ def test_a_guarantee_that_holds_passes_and_halved_noise_is_caught(
             main()
         assert stopped.value.code == code
         assert ("AUDIT FAILED" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_right_defense_passes_under_poisson_sampling(tmp_path: Path) -> None:
+    """Victims are records that were drawn, whom secret sampling does not hide: a ceiling that q makes small would be beaten honestly."""
+    sampled = {
+        **SPEC,
+        "seeds": [0, 1],
+        "federation": {"clients": 40},
+        "split": {"test": 0.2, "public": 0.3},
+        "training": {"batch_size": 1, "sampling": "poisson"},
+        "evaluation": {"candidates": 100, "shuffled_control": False},
+        "arms": [{"name": "dp", "defenses": [{"name": "dp_sgd", "clip_norm": 1.0, "noise_multiplier": 0.4}]}],
+    }
+    assert run(config.build(Experiment, sampled), tmp_path / "run", workers=1) == []
+    (verdict,), _ = audit_run(tmp_path / "run")
+    experiment = config.build(Experiment, sampled)
+    of = [experiment.world(experiment.arms[0], seed) for seed in (0, 1)]
+    most = max(len(private_record_ids(each, client, 1)) for each in of for client in range(40))  # so many guesses has an attack
+    claim = guarantee(of[0], records_held=records_held(of[0])).claim
+    assert claim is not None
+    assert not verdict.failed
+    assert verdict.fails_from is not None
+    assert verdict.measured.ceiling == pytest.approx(success_ceiling(GaussianDpEvent(0.4), 1 / (100 // most)))
+    assert verdict.low > success_ceiling(claim.event, 1 / (100 // most))  # what was called a violation before
+    table = json.loads((tmp_path / "run" / "summary.json").read_text()) if conclude(tmp_path / "run") else {}
+    assert not any("ceiling_exceeded" in each["flags"] for each in table["rows"])
 
 
 def test_one_record_an_upload_counts_and_what_is_not_audited_is_said() -> None:

@@ -11,12 +11,14 @@ import torch
 from scipy.stats import chi2, norm
 
 from clients.private import private_record_ids, splits
+from defenses import fisher
 from experiments.disclose import architecture, disclose
-from experiments.guarantee import clipping_and_noise, guarantee_of, leakage
+from experiments.guarantee import PROBES, clipping_and_noise, guarantee_of, leakage
 from experiments.trial import Victim
 from simulator.adversary import ThreatModel
 from simulator.dataset import take
 from simulator.network import tensors
+from simulator.rng import stream
 from simulator.types import Broadcast, Observation, Update, Upload
 from simulator.world import World
 from tests.federations import world
@@ -92,3 +94,39 @@ def test_no_ceiling_without_victims_or_with_batch_statistics() -> None:
     attacked = victims(of)
     normed = torch.nn.Sequential(torch.nn.BatchNorm2d(1), attacked[0].knowledge.model)
     assert leakage(of, [replace(attacked[0], knowledge=replace(attacked[0].knowledge, model=normed))]) == []
+
+
+@pytest.mark.parametrize(("model", "linear"), [("linear", True), ("mlp", True), ("lenet", False), ("cnn", False)])
+def test_psnr_without_a_prior_is_bounded_only_where_the_first_layer_is_linear(model: str, linear: bool) -> None:
+    """The bound is about a gradient row that is a multiple of the record; behind a convolution there is none."""
+    of = replace_model(defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0}), model)
+    _, found = guarantee_of(of, delta=1e-5, candidates=100, victims=victims(of))
+    assert (found.no_prior_psnr_db is not None) == linear
+    assert found.identification < 1
+
+
+def replace_model(of: World, model: str) -> World:
+    return replace(of, model=world(model={"name": model}).model)
+
+
+def test_the_mean_squared_error_is_bounded_for_the_most_exposed_record() -> None:
+    of = defended({"name": "gaussian_noise", "sigma": 0.1})
+    attacked = victims(of)
+    every = leakage(of, attacked)
+    _, found = guarantee_of(of, delta=1e-5, candidates=100, victims=attacked)
+    assert found.dfil == max(every) > min(every)
+    first = attacked[0]
+    estimate = fisher.trace(
+        first.knowledge.model, first.view.broadcast.parameters, {}, first.truth.inputs[0], first.truth.labels[0],
+        probes=PROBES, rng=stream(of.seed, "fisher", 1, 0),
+    )  # fmt: skip
+    assert every[0] == pytest.approx(math.sqrt((estimate.value + 3 * estimate.error) / 64) / 0.1)
+    assert every[0] > estimate.dfil(0.1)
+
+
+def test_guarantees_for_several_units_bound_an_attack_together() -> None:
+    stack = {"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0}, {"name": "client_dp", "noise_multiplier": 1.9}
+    both, alone = (guarantee_of(defended(*part), delta=1e-5, candidates=100) for part in (stack, stack[:1]))
+    weak = guarantee_of(defended(stack[1]), delta=1e-5, candidates=100)
+    assert both[1].identification == min(alone[1].identification, weak[1].identification)
+    assert both[0].sentence.count("ε = ") == 2

@@ -87,6 +87,22 @@ def test_the_row_of_the_best_is_compared_with_that_of_the_undefended_arm() -> No
     assert [item["defense"] for item in table["rows"]] == ["none"] * 3 + ["noise"] * 3
 
 
+def test_one_record_of_each_upload_counts_against_the_ceiling_as_in_the_audit() -> None:
+    """Sixteen uploads whose second record alone is named: half of the records, and no first one; then the other way round."""
+    fact = ArmFacts(arm="dp", seed=0, accuracy=0.9, epsilon=1.0, delta=1e-5, ceiling=0.2)
+    for first, raised in ((False, False), (True, True)):
+        named = [
+            trial(
+                arm="dp", attack="candidate_identification", answered="candidates", seed=seed, senders=(client,),
+                records=(record(client, client, identified=first), record(client, 10 + client, identified=not first)),
+            )
+            for seed in (0, 1) for client in range(8)
+        ]  # fmt: skip
+        found = row(summary(named, fact), "dp", "candidate_identification")
+        assert found["identified"]["rate"] == 0.5
+        assert ("ceiling_exceeded" in found["flags"]) == raised
+
+
 def test_named_candidates_have_a_rate_and_no_pictures_and_meet_their_ceiling() -> None:
     """Sixteen of sixteen named where (ε, δ) allows a fifth of them: the guarantee is broken, and that is said."""
     fact = ArmFacts(arm="dp", seed=0, accuracy=0.9, epsilon=1.0, delta=1e-5, ceiling=0.2)
