@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from defenses.channel.ckks import CKKSAggregation
 from simulator import wire
 from simulator.errors import ProtocolAbort
 from simulator.network import tensors
-from simulator.rng import stream
+from simulator.rng import secret_stream
 from simulator.world import World
 
 MEMORY = "ckks"
@@ -59,7 +60,7 @@ def ckks_reply(world: World, model: nn.Module, client: int, content: RecordDict,
             if round <= memory.get("told", 0):
                 raise ProtocolAbort(f"round must be > {memory['told']}, the last one decrypted, got {round}. A sum is told once.")
             state[MEMORY] = ConfigRecord({**memory, "told": round})
-            return wire.pack_stage(stage, _decrypt(world, model, channel, client, payload, memory["secret"], round))
+            return wire.pack_stage(stage, _decrypt(world, model, channel, payload, memory["secret"]))
         if stage == "collude" and channel.secret_key == "colluder":
             return wire.pack_stage(stage, memory["secret"])
         raise ProtocolAbort(f"stage must be one of this protocol, got {stage!r}. Refused.")
@@ -94,15 +95,13 @@ def _hold(channel: CKKSAggregation, payload: bytes, memory: dict[str, Any], stat
     state[MEMORY] = ConfigRecord({"run": memory["run"], "public": public, "secret": secret})
 
 
-def _decrypt(
-    world: World, model: nn.Module, channel: CKKSAggregation, client: int, payload: bytes, secret: bytes, round: int
-) -> bytes:
+def _decrypt(world: World, model: nn.Module, channel: CKKSAggregation, payload: bytes, secret: bytes) -> bytes:
     """Decrypt a sum and add the noise that hides CKKS's error."""
     numbers = channel.length(*tensors(model))
     total: Reals = Cipher(channel.scheme, secret).decrypt(payload, numbers, origin="the server")
     if not total[-1] > LEAST_SENDERS - 0.5:
         raise ProtocolAbort(f"sum must be of ≥ {LEAST_SENDERS} senders, got {total[-1]:.3g}. Refused: it would show an upload.")
-    rng = stream(world.seed, "flooding", world.secret, client, round)
+    rng = secret_stream(0, secrets.token_hex(32), "flooding")  # fresh from the system: the server may know the world
     noise = torch.randn(numbers, generator=rng, dtype=torch.float64) * channel.flooding(world, numbers)
     told: bytes = (total + noise.numpy()).astype("<f8").tobytes()
     return told

@@ -18,11 +18,14 @@ from defenses.channel.enclave import SimulatedEnclave
 from simulator import wire
 from simulator.errors import ProtocolAbort
 from simulator.network import tensors
-from simulator.rng import stream
+from simulator.rng import secret_stream
 from simulator.world import World
 
 MEMORY = "simulated enclave"
 """Key of the client's state: the nonce, between asking for a quote and getting it."""
+
+SEALED = "simulated enclave, sealed"
+"""Key of the client's state: the enclave that it seals to, and the last round for which it did."""
 
 
 def enclave_reply(world: World, model: nn.Module, client: int, content: RecordDict, state: RecordDict) -> RecordDict:
@@ -47,13 +50,29 @@ def enclave_reply(world: World, model: nn.Module, client: int, content: RecordDi
     root = hardware_root(hardware_key(world.seed, world.secret))
     allowed = frozenset({measurement(channel.policy(world, *tensors(model)))})
     enclave_key = verified(payload, root=root, allowed=allowed, nonce=memory["nonce"], run=run)
+    broadcast = wire.unpack_broadcast(content)
+    _pin(state, run=bytes(run), key=enclave_key, round=broadcast.round, rounds=world.federation.rounds)
     try:
-        broadcast = wire.unpack_broadcast(content)
         upload = local_upload(world, model, broadcast, client)
-        words = stream(world.seed, "enclave noise", world.secret, client, broadcast.round)
+        words = secret_stream(world.seed, world.secret, "enclave noise", client, broadcast.round)
         seed = bytes(torch.randint(256, (SEED_BYTES,), generator=words, dtype=torch.uint8).tolist())
         blob = sealing.seal(channel.encode(upload, seed), enclave_key=enclave_key, run=run, round=broadcast.round, client=client)
     except Exception as error:  # whatever it is: why may depend on the private update, so it stays here
         logging.getLogger("fedpeek").warning("client %d leaves simulated_enclave: %s", client, error)
         raise ProtocolAbort("left simulated_enclave") from None
     return wire.pack_stage(stage, blob)
+
+
+def _pin(state: RecordDict, *, run: bytes, key: bytes, round: int, rounds: int) -> None:
+    """Hold the enclave to the first one that this client sealed to, and each round to one upload: a restarted enclave forgets releases.
+
+    Raises:
+        ProtocolAbort: another run, another enclave, or a round that was sealed already or is none of this federation.
+    """
+    before = state.config_records.get(SEALED)
+    if before is not None and (bytes(before["run"]), bytes(before["key"])) != (run, key):  # type: ignore[arg-type]
+        raise ProtocolAbort("enclave must be the one of the first upload, got another: it would have forgotten what it released. Refused.")
+    last = 0 if before is None else int(before["round"])  # type: ignore[arg-type]
+    if not last < round <= rounds:
+        raise ProtocolAbort(f"round must be in {last + 1}..{rounds}, got {round}. Nothing is sealed twice.")
+    state[SEALED] = ConfigRecord({"run": run, "key": key, "round": round})

@@ -23,12 +23,13 @@ from defenses.channel._secagg.quantization import Integers
 from defenses.channel.secure_aggregation import SecureAggregation
 from simulator import wire
 from simulator.errors import ProtocolAbort
-from simulator.rng import stream
+from simulator.rng import secret_stream
 from simulator.types import Broadcast, Upload
 from simulator.world import World
 
-MEMORY, RING = "secagg", "secagg-keys"
-"""Keys of the client's state between two stages (each message may reach a new process), and of its keys between two rounds."""
+MEMORY, RING, ANSWERED = "secagg", "secagg-keys", "secagg-answered"
+"""Keys of the client's state between two stages (each message may reach a new process), of its keys between two rounds, and of the last
+round that got something of its update: a second sum of one round, over other clients or another model, would show the difference."""
 OWN_IDENTITY = "FEDPEEK_IDENTITY"
 """Environment variable with the client's raw Ed25519 private key in hexadecimal, where ``identities`` are given."""
 
@@ -49,7 +50,9 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
         if channel.mode != "protocol":
             if stage != channel.mode:
                 raise ProtocolAbort(f"client {client}: stage must be {channel.mode}, got {stage}. Refused.")
-            return _to_trusted_party(world, model, client, wire.unpack_broadcast(content), channel)
+            broadcast = wire.unpack_broadcast(content)
+            _answer_once(world, broadcast.round, state)
+            return _to_trusted_party(world, model, client, broadcast, channel)
         if stage == "advertise" and channel.setup == "once":
             ring = KeyRing.fresh()
             state[RING] = ConfigRecord({"ring": ring.to_bytes()})
@@ -57,6 +60,9 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
         party, payload, ring_used = _party(world, model, client, channel, stage, payload, memory, state)
         if stage == "mask":
             broadcast = wire.unpack_broadcast(content)
+            if broadcast.round != party.parameters.round:
+                raise ProtocolAbort(f"model must be of round {party.parameters.round}, as the keys are, got {broadcast.round}. Refused.")
+            _answer_once(world, broadcast.round, state)
             answer = party.mask(payload, private_vector(world, model, client, broadcast, channel, len(party.parameters.clients)))
         else:
             answer = {"advertise": lambda _: party.advertise(), "share": party.share, "sign": party.sign, "unmask": party.unmask}[stage](
@@ -72,10 +78,23 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
     return wire.pack_stage(stage, answer)
 
 
+def _fresh(world: World, round: int, state: RecordDict) -> None:
+    """Let a round begin that this client has not answered, of those that there are."""
+    last = int((state.config_records.get(ANSWERED) or {}).get("round", 0))  # type: ignore[arg-type]
+    if not last < round <= world.federation.rounds:
+        raise ProtocolAbort(f"round must be in {last + 1}..{world.federation.rounds}, each answered once, got {round}. Refused.")
+
+
+def _answer_once(world: World, round: int, state: RecordDict) -> None:
+    """Note that this round gets an answer, before there is one: whatever comes of it, there is no second."""
+    _fresh(world, round, state)
+    state[ANSWERED] = ConfigRecord({"round": round})
+
+
 def private_vector(world: World, model: nn.Module, client: int, broadcast: Broadcast, channel: SecureAggregation, cohort: int) -> Words:
     """The client's update as words modulo 2^bits, rounded and noised with its own randomness: the same in both modes."""
     upload = local_upload(world, model, broadcast, client)
-    rng = stream(world.seed, "rounding", world.secret, client, broadcast.round)
+    rng = secret_stream(world.seed, world.secret, "rounding", client, broadcast.round)
     bound = channel.largest_upload(world)
     return channel.encode(
         upload.update, upload.buffers, upload.num_examples, cohort=cohort, max_examples=bound, rng=rng,
@@ -88,7 +107,7 @@ def _noise(world: World, upload: Upload, client: int, round: int) -> Integers | 
     size = sum(tensor.numel() for tensor in upload.update.tensors.values())
     total: Integers | None = None
     for place, defense in enumerate(world.defenses):
-        rng = stream(world.seed, "integer-noise", world.secret, client, round, place)
+        rng = secret_stream(world.seed, world.secret, "integer-noise", client, round, place)
         drawn = defense.integer_noise(world, (size,), rng)
         if drawn is not None:
             total = drawn if total is None else total + drawn
@@ -122,12 +141,17 @@ def _party(
             raise ProtocolAbort(f"client {client}: stage must be {first}, got {stage}. Start a new run.")
         return SecAggClient.from_bytes(bytes(memory["state"]), identity=own), payload, None  # type: ignore[arg-type]
     if first == "advertise":
-        return SecAggClient(_agreed(Parameters.from_bytes(payload), world, model, client, channel), client, identity=own), payload, None
+        agreed = _agreed(Parameters.from_bytes(payload), world, model, client, channel)
+        _fresh(world, agreed.round, state)
+        return SecAggClient(agreed, client, identity=own), payload, None
     parameters, roster = unpack_fields(payload, 2, origin="the server")
     if RING not in state.config_records:
         raise ProtocolAbort(f"client {client} must have advertised before, got no keys. Advertise again.")
     ring = KeyRing.from_bytes(bytes(state.config_records[RING]["ring"]))  # type: ignore[arg-type]
-    party = SecAggClient(_agreed(Parameters.from_bytes(parameters), world, model, client, channel), client, ring=ring)
+    agreed = _agreed(Parameters.from_bytes(parameters), world, model, client, channel)
+    _fresh(world, agreed.round, state)
+    ring.forget(2 * world.federation.clients)
+    party = SecAggClient(agreed, client, ring=ring)
     state[RING] = ConfigRecord({"ring": ring.to_bytes()})  # entered: whatever comes of it, this round is not entered again
     return party, roster, ring
 
@@ -153,10 +177,13 @@ def _derived(world: World, client: int) -> bytes:
 
 def _agreed(parameters: Parameters, world: World, model: nn.Module, client: int, channel: SecureAggregation) -> Parameters:
     """The parameters, if they are those that this client's own world implies: a server can lower neither threshold nor degree."""
+    n, everybody = world.federation.cohort_size, world.federation.clients
+    if len(parameters.clients) != n or parameters.clients[-1] >= everybody:  # before a graph is solved for as many as a server names
+        raise ProtocolAbort(f"client {client}: clients must be {n} of {everybody}, got {len(parameters.clients)}. Leave this run.")
     mine = channel.parameters(
         run_id=parameters.run_id, round=parameters.round, clients=parameters.clients, seed=parameters.seed,
         template=dict(model.named_parameters()), buffers=dict(model.named_buffers()),
     )  # fmt: skip
-    if mine != parameters or len(parameters.clients) != world.federation.cohort_size:
+    if mine != parameters:
         raise ProtocolAbort(f"client {client}: parameters must be {mine}, got {parameters}. Leave this run.")
     return parameters

@@ -127,6 +127,11 @@ def _attributes(cls: type[Any]) -> dict[str, str]:
 
 
 def _protects(cls: type[Defense]) -> str:
+    if cls.channel and cls.claim is not Defense.claim:
+        return (
+            "It changes who sees what: the server gets one upload for the whole cohort. With noise inside it claims differential privacy: "
+            "the report prints ε and δ with the adversary, unit, adjacency and sampling they are for."
+        )
     if cls.channel:
         return "It changes who sees what: the server gets one upload for the whole cohort. It makes no claim of differential privacy."
     if cls.claim is not Defense.claim:

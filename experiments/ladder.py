@@ -16,6 +16,8 @@ from experiments.result import RecordResult, Trial
 from simulator import lookup
 from simulator.adversary import ThreatModel
 
+IDENTIFIER = "candidate_identification"
+
 BEST = "best per victim"
 """Name of the row that takes each victim's strongest attack."""
 
@@ -27,21 +29,21 @@ def rungs(threat: ThreatModel, *, defended: bool) -> tuple[Any, ...]:
         defended: whether any arm has a defense.
     """
     names = {"inverting_gradients": defended, "strongest": True, "learning_to_invert": threat.public_data}
-    names["candidate_identification"] = threat.candidates
+    names[IDENTIFIER] = threat.candidates
     return tuple(lookup.get("attacks", name)() for name, granted in names.items() if granted)
 
 
 def best_per_victim(trials: Sequence[Trial]) -> list[Trial]:
     """One trial for each upload that several attacks rebuilt pictures of, with every record from the attack that came nearest to it.
 
-    Choosing it needs the truth: no single adversary reaches it, each reaches part of it. Its floors have the same freedom. It says who
-    was named among the candidates if the attack that does so ran, else by the chosen picture. Its seconds are those of all attacks.
+    Choosing it needs the truth: no single adversary reaches it, each reaches part of it. Its floors have the same freedom. A record
+    counts as identified if its chosen picture or the attack that names candidates says so: two guesses. Seconds are those of all attacks.
     """
     found = []
     ordered = sorted(trials, key=_upload)
     for _, group in groupby(ordered, key=_upload):
         tried = [trial for trial in group if trial.records]
-        drawn = [trial for trial in tried if trial.answered == "inputs"]
+        drawn = [trial for trial in tried if trial.answered == "inputs" and trial.attack != IDENTIFIER]  # failed, it drew nothing either
         if len(drawn) > 1:
             found.append(_best(drawn, next((trial for trial in tried if trial.answered == "candidates"), None)))
     return found
@@ -57,7 +59,10 @@ def _best(trials: Sequence[Trial], named: Trial | None) -> Trial:
     if named is not None:
         answers = {(record.client, record.record): record for record in named.records}
         told = [answers[record.client, record.record] for record in records]
-        records = [replace(record, identified=who.identified, rank=who.rank) for record, who in zip(records, told, strict=True)]
+        records = [
+            replace(record, identified=record.identified or who.identified, rank=min(record.rank, who.rank))
+            for record, who in zip(records, told, strict=True)
+        ]
     return replace(
         trials[0],
         attack=BEST,
@@ -76,6 +81,7 @@ def _nearest(place: int, trials: Sequence[Trial]) -> RecordResult:
     """The record at ``place`` as the best attack on it left it; ``solver`` says which that was."""
     wanted = trials[0].records[place]
     tries = [(trial, record) for trial in trials for record in trial.records if _who(record) == _who(wanted)]
+    tries = [(trial, record) for trial, record in tries if trial.status == "ok"] or tries  # the gray picture of a failure is no guess
     trial, best = max(tries, key=lambda pair: pair[1].psnr_db)
     offered = [(name, floor) for _, record in tries for name, floor in record.floors.items()]
     floors = {name: max((floor for other, floor in offered if other == name), key=lambda floor: floor.psnr_db) for name, _ in offered}

@@ -152,7 +152,7 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         "floor": _floor(pictured) if pictured else None,
         "gain": {"psnr_db": bounds(gain)} if gain else None,
         "difference_to_control": comparison.row if comparison else None,
-        "identified": bounds(identified) | {"chance": _chance(scored, candidates), "candidates": candidates} if identified else None,
+        "identified": bounds(identified) | {"chance": _guessed(group, candidates), "candidates": candidates} if identified else None,
         "certified": {
             "records": sum(bool(item.record.certificate) for item in scored),
             "wrong": certified_wrong,
@@ -246,6 +246,12 @@ def _floor(scored: Sequence[Scored]) -> Row:
             name: {"psnr_db": mean([item.record.floors[name].psnr_db for item in scored if name in item.record.floors])} for name in names
         },
     }
+
+
+def _guessed(group: Group, candidates: int) -> float | None:
+    """Chance of the identification: that of one guess, or of two where each victim has its best attack."""
+    one = _chance(group.scored, candidates)
+    return one if one is None or group.attack != BEST else min(1.0, 2 * one)
 
 
 def _chance(scored: Sequence[Scored], candidates: int) -> float | None:

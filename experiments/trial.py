@@ -27,7 +27,7 @@ from experiments.spec import Evaluation, Experiment
 from simulator import config, progress
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.dataset import Splits, take
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.transcript import Record
 from simulator.types import Batch, Observation
 from simulator.world import World
@@ -96,7 +96,7 @@ def find_victims(experiment: Experiment, world: World, record: Record) -> list[V
             knowledge = disclose(experiment.threat, world, parts, truth, view.upload, model, others=others)
             victim = Victim(view, knowledge, truth, torch.cat(ids), clients)
             asked = experiment.evaluation.candidates
-            found.append(with_candidates(victim, parts, asked, world.seed) if experiment.threat.candidates else victim)
+            found.append(with_candidates(victim, parts, asked, world) if experiment.threat.candidates else victim)
     return found
 
 
@@ -199,10 +199,10 @@ def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tupl
     return Batch(records[chosen], labels[chosen]), torch.arange(len(victim.record_ids))
 
 
-def with_candidates(victim: Victim, parts: Splits, wanted: int, seed: int) -> Victim:
+def with_candidates(victim: Victim, parts: Splits, wanted: int, world: World) -> Victim:
     """The victim whose adversary is handed the candidates, in an order that says nothing."""
-    candidates, _ = candidate_set(victim, parts, wanted, seed)
-    rng = stream(seed, "candidates", "order", victim.round, victim.senders)
+    candidates, _ = candidate_set(victim, parts, wanted, world.seed)
+    rng = secret_stream(world.seed, world.secret, "order of candidates", victim.round, victim.senders)  # a seed could be guessed
     return replace(victim, knowledge=replace(victim.knowledge, candidates=take(candidates, torch.randperm(len(candidates), generator=rng))))
 
 

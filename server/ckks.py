@@ -102,7 +102,10 @@ def set_up(grid: CuriousGrid, world: World, nodes: Mapping[int, int], round: int
     if len(holders) < 2:
         raise ProtocolAbort(f"clients with keys must be ≥ 2, got {sorted(holders)}. {' '.join(lost.values())}")
     if channel.secret_key == "colluder":
-        (secret,) = stage("collude", {min(holders): b""}).values()
+        told = stage("collude", {min(holders): b""})
+        if len(told) != 1:
+            raise ProtocolAbort(f"the colluding client must answer, got nothing from client {min(holders)}. Run it again.")
+        (secret,) = told.values()
     cipher = Cipher(channel.scheme, public)
     if cipher.holds_secret_key:
         raise ProtocolAbort(f"public context must not hold the secret key, got one from client {maker} that does. Fix that client.")

@@ -17,7 +17,7 @@ from defenses.channel._secagg.encoding import ideal_sum
 from defenses.channel._secagg.masking import unpack
 from defenses.channel._secagg.messages import pack_fields
 from defenses.channel._secagg.parameters import Parameters
-from defenses.channel._secagg.server import SecAggServer
+from defenses.channel._secagg.server import SecAggServer, halves
 from defenses.channel.secure_aggregation import SecureAggregation
 from server.ask import ask, payloads
 from server.curious import CuriousGrid
@@ -91,10 +91,15 @@ def _by_protocol(
         model = broadcast if name == "mask" else None
         facts = {"graph": plan} if name in ("advertise", "share") else {}  # in the transcript: what is certified of this round
         contents = {client: wire.pack_stage(name, payload, model, **facts) for client, payload in sent.items()}
-        return _answers(grid, world, nodes, contents, broadcast.round, lost, name)
+        answers = _answers(grid, world, nodes, contents, broadcast.round, lost, name)
+        if name == "advertise" and parameters.standing:
+            return answers  # not for this round in particular
+        usable, bad = server.usable(answers)
+        lost.update(_unusable(bad, name))
+        return usable
 
     if parameters.standing:
-        rosters = _standing_keys(parameters, server, stage, advertised)
+        rosters = _standing_keys(parameters, server, stage, advertised, lost)
     else:
         rosters = server.receive_advertise(stage("advertise", {client: parameters.to_bytes() for client in clients}))
     shares = stage("share", rosters)
@@ -107,12 +112,24 @@ def _by_protocol(
     return server.receive_unmask(stage("unmask", survivors))
 
 
-def _standing_keys(parameters: Parameters, server: SecAggServer, stage: Any, advertised: dict[int, bytes]) -> dict[int, bytes]:
+def _unusable(bad: Mapping[int, str], stage: str) -> dict[int, str]:
+    return {client: f"client {client} sent what cannot be used (stage {stage}): {reason}" for client, reason in bad.items()}
+
+
+def _standing_keys(
+    parameters: Parameters, server: SecAggServer, stage: Any, advertised: dict[int, bytes], lost: dict[int, str]
+) -> dict[int, bytes]:
     """Ask those for keys who have not advertised in an earlier round; what to send for the next stage: parameters and roster."""
     unknown = [client for client in parameters.clients if client not in advertised]
     if unknown:
         for client, message in stage("advertise", dict.fromkeys(unknown, b"")).items():
-            advertised[client] = keyring.unpack_advert(message, client)
+            try:
+                row = keyring.unpack_advert(message, client)
+                server.check_keys(client, row, set[bytes]().union(*map(halves, advertised.values())))
+            except ProtocolAbort as error:
+                lost.update(_unusable({client: str(error)}, "advertise"))
+            else:
+                advertised[client] = row
     rosters = server.use_keys({client: advertised[client] for client in parameters.clients if client in advertised})
     return {client: pack_fields(parameters.to_bytes(), roster) for client, roster in rosters.items()}
 
@@ -124,12 +141,17 @@ def _by_trusted_party(
     """The ideal functionality: a trusted party beneath the tap adds the vectors up, and the server is told the sum."""
     grid.record_broadcast(broadcast)
     contents = {client: wire.pack_stage("quantized", b"", broadcast) for client in clients}
-    vectors = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "quantized")
-    _check_quorum(channel, len(vectors), len(clients))
-    grid.upload_bytes += sum(map(len, vectors.values()))
+    answers = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "quantized")
     length = sum(tensor.numel() for part in (broadcast.parameters, broadcast.buffers) for tensor in floating(part).values()) + 1
-    bits = channel.bits_for(len(clients))
-    return ideal_sum({client: unpack(vector, length, bits) for client, vector in vectors.items()}, bits), frozenset(vectors)
+    bits, vectors = channel.bits_for(len(clients)), {}
+    for client, data in answers.items():
+        try:
+            vectors[client] = unpack(data, length, bits)
+        except ProtocolAbort as error:
+            lost.update(_unusable({client: str(error)}, "quantized"))
+    _check_quorum(channel, len(vectors), len(clients))
+    grid.upload_bytes += sum(len(answers[client]) for client in vectors)
+    return ideal_sum(vectors, bits), frozenset(vectors)
 
 
 def _plain_mean(

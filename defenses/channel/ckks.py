@@ -32,7 +32,8 @@ client colludes**: all clients hold the one secret key, and the server holds all
 upload for decryption where the sum belongs (the client refuses one that says it holds fewer than two, which a multiple does not).
 **Without flooding, not even against a server that only listens**: CKKS decrypts to the message plus its error, and two sums that are
 told at full precision solve for the secret key by linear algebra (IND-CPA^D). ``tests/defenses/test_ckks.py`` finds every coefficient
-of it so, in a tenth of a second; nothing of it with 30 bits of flooding. This holds for any protocol that returns a decrypted mean as
+of it so, in a tenth of a second. Flooding is what is known against it: an exact solver fails under any noise, so that its failing shows
+nothing, and the b bits are a bound by the divergence alone. This holds for any protocol that returns a decrypted mean as
 it is. Ciphertexts may be altered; nothing proves who encrypted.
 Broken by: every attack on the aggregate (large-batch inversion, disaggregation over rounds); with the key, by every attack on an upload.
 

@@ -11,11 +11,11 @@ the mode shows what a server behind a sound enclave would see, and no more.
 Source: remote attestation as in Intel SGX (Costan and Devadas, 2016, eprint 2016/086) with the policy bound to the measurement, as in
     Google's confidential federated computations (Eichner et al., 2024, arXiv:2404.10764). Central DP inside: McMahan et al., 2018,
     arXiv:1710.06963. Primitives: Ed25519, X25519, HKDF-SHA256, AES-256-GCM with run, round and client as associated data.
-Deviations: no certificate chain, one quote for each client and round, no sealed storage (an enclave that restarts has a new key, so
-    that nothing sealed to the old one opens, but has forgotten what it released). The noise comes from seeds that the contributors
-    seal in, not from a chip, so that equal worlds give equal bits. It lies on the weighted sum, whose weights are at most 1, so that
-    z is exact for every cohort; where n_i is far below ``max_examples`` the mean is noisier than ``central_dp``'s at the same z.
-    Without noise: the mean in float64, no deviation.
+Deviations: no certificate chain, one quote for each client and round, no sealed storage: an enclave that restarts has a new key and
+    has forgotten what it released, so that clients seal to the first one only, and once for each round. The noise comes from seeds
+    that the contributors seal in, not from a chip, so that equal worlds give equal bits. It lies on the weighted sum, whose weights
+    are at most 1, so that z is exact for every cohort; where n_i is far below ``max_examples`` the mean is noisier than
+    ``central_dp``'s at the same z. Without noise: the mean in float64, no deviation.
 Hook: the channel. It turns k uploads with one sender each into one upload with k senders.
 
 The claim, with noise: against the server, too, which sees nothing before the noise is added; unit client, adjacency zero-out, as many

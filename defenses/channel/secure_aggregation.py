@@ -80,8 +80,8 @@ class SecureAggregation(Defense):
             another, set ``threshold`` too: the pair is certified or refused.
         threshold: shares that reconstruct a secret; on the complete graph also the clients that every stage needs, above half of the
             cohort; 0 means ⌊2n/3⌋ + 1 there, which the paper asks for against an active server (a semi-honest one needs above half).
-        corrupt: share of the cohort that may collude with the server, for the certificate.
-        dropout: share of the cohort that may drop out; on a k-regular graph the round ends if more do.
+        corrupt: share of the cohort that may collude with the server, for the certificate; without one, the world is refused.
+        dropout: share of the cohort that may drop out, likewise; on a k-regular graph the round ends if more do.
         active: stand against a server that alters messages: signed keys, signed survivors; the complete graph only.
         identities: Ed25519 public keys of all clients in hexadecimal, by client; empty derives them, for simulations.
         setup: ``each round`` agrees on fresh keys; ``once`` derives each round's from keys that outlive it.
@@ -132,15 +132,25 @@ class SecureAggregation(Defense):
 
     def plan_for(self, cohort: int) -> graphs.Plan | None:
         """The graph, the threshold and what is certified of them in a cohort of this size; None if no pair can be certified."""
-        c, m = (math.floor(fraction * cohort + 1e-9) for fraction in (self.corrupt, self.dropout))
         if self.graph == "complete":
-            return graphs.certify(cohort, cohort - 1, self.threshold or 2 * cohort // 3 + 1, c, m)
+            plan = self.complete_plan(cohort)
+            return plan if plan.certified else None
         if not self.degree:
             return graphs.solve(cohort, self.corrupt, self.dropout)
         if self.degree % 2 or not 2 <= self.degree < cohort - 1 or not self.degree < 2 * self.threshold <= 2 * self.degree:
             return None
-        plan = graphs.certify(cohort, self.degree, self.threshold, c, m)
+        plan = graphs.certify(cohort, self.degree, self.threshold, *self.foreseen(cohort))
         return plan if plan.certified else None
+
+    def complete_plan(self, cohort: int) -> graphs.Plan:
+        """The complete graph and what can be said of it, certified or not."""
+        threshold = self.threshold or 2 * cohort // 3 + 1
+        return graphs.certify(cohort, cohort - 1, threshold, *self.foreseen(cohort), active=self.active)
+
+    def foreseen(self, cohort: int) -> tuple[int, int]:
+        """Clients of a cohort that may collude, and that may drop out."""
+        corrupt, dropped = (math.floor(fraction * cohort + 1e-9) for fraction in (self.corrupt, self.dropout))
+        return corrupt, dropped
 
     def quorum_for(self, cohort: int) -> int:
         """Clients that must be in the sum in a cohort of this size."""
@@ -193,7 +203,7 @@ class SecureAggregation(Defense):
         """
         plan = self.plan_for(len(clients))
         if plan is None:
-            raise ProtocolAbort(f"graph must be certified, got none for {len(clients)} clients. Use graph = 'complete'.")
+            raise ProtocolAbort(f"graph must be certified, got none for {len(clients)} clients. Lower corrupt or dropout.")
         sparse = not plan.complete
         return Parameters(
             run_id=run_id, round=round, clients=tuple(sorted(clients)), threshold=plan.threshold,

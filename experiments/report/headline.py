@@ -49,7 +49,7 @@ def headlines(rows: Iterable[Row]) -> list[Row]:
     """Return the rows of the main table: each one as it is, or with a ladder one for each arm, view and attacked rounds.
 
     That one is the best per victim, or the strongest attack where fewer than two rebuilt pictures. Who was identified is the
-    identifier's word if it ran; ``identified_by_picture`` keeps the best rate that a picture alone gave.
+    identifier's word where it names as many as the pictures do; ``identified_by_picture`` keeps the best rate that a picture alone gave.
     """
     rows = list(rows)
     if not laddered(rows):
@@ -80,11 +80,12 @@ def _headline(rows: Sequence[Row]) -> Row:
         return {**best, "flags": flags}
     flags += [flag for flag in texts_of(identifier, "flags") if flag == "candidates_told" and flag not in flags]
     seen = max((row for row in drawn if row.get("identified")), key=lambda row: _strength(row)[0], default=None)
+    winner = max((identifier, best), key=lambda row: _strength(row)[0])  # the identifier does not model every defense
     return {
         **best,
         "flags": flags,
-        "identified": identifier.get("identified"),
-        "identified_by": identifier.get("attack"),
+        "identified": winner.get("identified"),
+        "identified_by": identifier.get("attack") if winner is identifier else None,
         "identified_by_picture": seen.get("identified") if seen else None,
     }
 

@@ -7,7 +7,7 @@ import os
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from defenses.channel._secagg import identity, keys, messages
+from defenses.channel._secagg import graph, identity, keys, messages
 from defenses.channel._secagg.client import SecAggClient
 from defenses.channel._secagg.memory import Stage
 from defenses.channel._secagg.messages import Kind
@@ -103,6 +103,50 @@ def test_two_sets_of_survivors_are_refused_by_every_honest_client() -> None:
         with pytest.raises(ProtocolAbort, match="next stage must be UNMASK, got SIGN"):  # one set, once
             parties[client].sign(messages.frame(Kind.SURVIVORS, parameters.digest, messages.pack_clients(everybody)))
     assert one in told[one]
+
+
+def accepted_sets(n: int, t: int, c: int) -> bool:
+    """Whether two sets of survivors can both gather t signatures: each of the c signs both, each other client one of them."""
+    return any(c + first >= t and c + (n - c - first) >= t for first in range(n - c + 1))
+
+
+@pytest.mark.parametrize(("n", "t"), [(9, 7), (10, 8), (6, 5), (100, 67), (100, 80), (3, 3)])
+def test_certificate_counts_the_colluders_that_sign_twice(n: int, t: int) -> None:
+    for c in range(n):
+        assert (graph.certify(n, n - 1, t, c, 0, active=True).security_bits == 0) is accepted_sets(n, t, c), c
+        assert (graph.certify(n, n - 1, t, c, 0).security_bits == 0) is (c >= t)
+    certain, refused = 2 * t - n - 1, 2 * t - n
+    for c, complaint in ((certain, None), (refused, f"corrupt must leave fewer than {refused} of {n} clients that collude with an active")):
+        if c >= n:
+            continue
+        defense = SecureAggregation(active=True, threshold=t, corrupt=c / n, dropout=0.0)
+        reason = defense.refuses(World(data=None, model=None, federation=Federation(clients=n), defenses=(defense,)))
+        assert (complaint in (reason or "")) if complaint else reason is None
+
+
+def test_with_too_many_colluders_two_sets_of_survivors_are_both_accepted() -> None:
+    """c = 2t − n of 9 with t = 7: one group opens the victim's seed, the other its mask key, which the certificate must not allow."""
+    parameters = make_parameters(9, active=True)
+    parties, _ = up_to("sign", parameters, random_vectors(parameters))
+    everybody, victim = parameters.clients, parameters.clients[5]
+    colluding, one, other = everybody[:5], everybody[5:7], everybody[7:]
+    opened = {}
+    for group, told in ((one, everybody), (other, tuple(client for client in everybody if client != victim))):
+        survivors = messages.frame(Kind.SURVIVORS, parameters.digest, messages.pack_clients(told))
+        signers = {
+            client: SecAggClient.from_bytes(parties[client].to_bytes(), identity=parties[client].identity)
+            for client in (*colluding, *group)
+        }
+        signatures = {client: party.sign(survivors)[messages.HEADER_BYTES :] for client, party in signers.items()}
+        assert len(signatures) == parameters.threshold
+        table = messages.frame(Kind.SIGNATURES, parameters.digest, messages.pack_table(signatures))
+        opened[group] = [party.unmask(table) for party in signers.values()]
+    shares = {
+        group: {messages.unpack_table(each[messages.HEADER_BYTES :], width=33, origin="test")[victim] for each in replies}
+        for group, replies in opened.items()
+    }
+    assert all(len(found) == parameters.threshold for found in shares.values())  # enough shares of each of the two secrets
+    assert not shares[one] & shares[other]
 
 
 def test_survivors_signed_in_another_round_are_refused() -> None:

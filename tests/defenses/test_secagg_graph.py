@@ -107,6 +107,43 @@ def test_what_cannot_be_certified_is_refused() -> None:
         SecureAggregation(degree=48, threshold=25)
 
 
+@pytest.mark.parametrize(
+    ("more", "clients", "complaint"),
+    [
+        (
+            {"corrupt": 0.9},
+            6,
+            "corrupt must leave fewer than 5 of 6 clients that collude with a semi-honest server at threshold = 5, got 0.9",
+        ),
+        ({"corrupt": 0.5, "threshold": 51}, 100, None),
+        ({"corrupt": 0.51, "threshold": 51}, 100, "corrupt must leave fewer than 51 of 100"),
+        ({"dropout": 0.5}, 6, "dropout must leave threshold = 5 of 6 clients, got 0.5 of them, 3, lost"),
+        ({"dropout": 0.05, "threshold": 20}, 20, "dropout must leave threshold = 20 of 20"),
+        ({"dropout": 0.0, "threshold": 20}, 20, None),
+    ],
+)
+def test_complete_graph_is_certified_or_refused(more: dict, clients: int, complaint: str | None) -> None:
+    defense = SecureAggregation(**more)
+    reason = defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,)))
+    assert (complaint in (reason or "")) if complaint else reason is None
+    assert (defense.plan_for(clients) is None) is bool(complaint)
+
+
+@pytest.mark.parametrize("n", [*range(2, 40), 64, 100, 1000])
+@pytest.mark.parametrize("active", [False, True])
+def test_defaults_are_certified_in_every_cohort(n: int, active: bool) -> None:
+    defense = SecureAggregation(active=active)
+    assert defense.refuses(World(data=None, model=None, federation=Federation(clients=n), defenses=(defense,))) is None
+    plan = defense.plan_for(n)
+    assert plan is not None
+    assert plan.certified
+
+
+def test_a_client_without_a_certificate_does_not_start() -> None:
+    with pytest.raises(ProtocolAbort, match="graph must be certified"):
+        SecureAggregation(corrupt=0.9).parameters(run_id="r", round=1, clients=range(6), template={}, buffers={})
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(5, 60), st.integers(1, 20), st.binary(min_size=32, max_size=32))
 def test_graph_is_regular_symmetric_and_without_loops(n: int, half: int, seed: bytes) -> None:

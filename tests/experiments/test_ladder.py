@@ -118,3 +118,24 @@ def test_named_candidates_have_a_rate_and_no_pictures_and_meet_their_ceiling() -
     assert "ceiling_exceeded" in found["flags"]
     allowed = row(summary(named, ArmFacts(arm="dp", seed=0, accuracy=0.9, epsilon=math.inf)), "dp", "candidate_identification")
     assert "ceiling_exceeded" not in allowed["flags"]
+
+
+def test_the_gray_picture_of_a_failure_is_no_guess_and_a_failed_identifier_draws_none() -> None:
+    poor = trial(attack="first", records=(record(psnr_db=5.0, identified=False),))
+    failed = trial(attack="second", status="failed", reason="it raised", records=(record(psnr_db=9.5, identified=False),), converged=False)
+    (best,) = best_per_victim([poor, failed])
+    assert (best.records[0].psnr_db, best.records[0].solver) == (5.0, "first")
+    nobody = replace(failed, attack="candidate_identification")
+    (best,) = best_per_victim([poor, replace(poor, attack="third"), nobody])
+    assert best.records[0].psnr_db == 5.0
+
+
+def test_a_record_that_its_picture_names_is_identified_whatever_the_identifier_says() -> None:
+    """Two guesses, so that chance is twice as high."""
+    seen = [trial(attack=name, records=(record(identified=True),)) for name in ("first", "second")]
+    missed = trial(attack="candidate_identification", answered="candidates", records=(record(identified=False, rank=9),))
+    (best,) = best_per_victim([*seen, missed])
+    assert best.records[0].identified
+    table = summary([*seen, missed])
+    assert row(table, "none", BEST)["identified"]["chance"] == pytest.approx(0.02)
+    assert row(table, "none", "first")["identified"]["chance"] == pytest.approx(0.01)

@@ -179,9 +179,7 @@ def test_pipe_to_the_enclave_carries_no_upload(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("whose", ["colluder", "server"])
 def test_with_the_key_the_server_sees_every_upload_and_training_goes_on_as_before(whose: str, tmp_path: Path) -> None:
     federation = {"clients": 4, "rounds": 2}
-    open_, closed = (
-        federate(of({**CKKS, "secret_key": key}, federation=federation), tmp_path / key) for key in (whose, "clients")
-    )
+    open_, closed = (federate(of({**CKKS, "secret_key": key}, federation=federation), tmp_path / key) for key in (whose, "clients"))
     for seen in open_.observations:
         assert [sorted(upload.senders) for upload in seen.uploads] == [[0], [1], [2], [3]]
         for got, wanted in zip(seen.uploads, plain_uploads(of(CKKS, federation=federation), seen.broadcast), strict=True):
@@ -412,7 +410,13 @@ def test_client_takes_no_keys_that_do_not_fit() -> None:
         stage_of(it, "hold", _frames.pack([mine, context, envelope]), state)
 
     hold(public, secret, public)
-    for case in ((other, secret, other), (other, secret, public), (public, b"no key", public), (secret, secret, secret), (open_, open_, open_)):
+    for case in (
+        (other, secret, other),
+        (other, secret, public),
+        (public, b"no key", public),
+        (secret, secret, secret),
+        (open_, open_, open_),
+    ):
         with pytest.raises(ProtocolAbort, match="^left ckks_aggregation$"):
             hold(*case)
 
@@ -498,3 +502,22 @@ def test_rays_workers_see_the_same(channel: dict[str, Any], tmp_path: Path) -> N
     for one, other in zip(mine.observations, read(tmp_path / "ray").observations, strict=True):
         assert channel == CKKS or equal(one, other)  # ciphertexts are random
         assert all(torch.allclose(one.upload.update.tensors[n], t, atol=1e-6) for n, t in other.upload.update.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [("key", "enclave must be the one"), ("run", "enclave must be the one"), ("round", "round must be in 3..4, got 2")],
+)
+def test_client_seals_to_one_enclave_and_once_for_each_round(changed: str, reason: str) -> None:
+    """A restarted enclave has forgotten what it released."""
+    from clients.enclave import _pin
+
+    state = RecordDict()
+    for round in (1, 2):
+        _pin(state, run=b"run", key=b"key", round=round, rounds=4)
+    again = {"run": b"run", "key": b"key", "round": 3, "rounds": 4} | {changed: 2 if changed == "round" else b"other"}
+    with pytest.raises(ProtocolAbort, match=reason):
+        _pin(state, **again)
+    _pin(state, run=b"run", key=b"key", round=4, rounds=4)
+    with pytest.raises(ProtocolAbort, match=r"round must be in 5\.\.4"):
+        _pin(state, run=b"run", key=b"key", round=5, rounds=4)

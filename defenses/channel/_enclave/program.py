@@ -48,7 +48,7 @@ class Release:
 
 
 class Enclave:
-    """The state of one enclave; it dies with its process, and with it the private key: nothing can be rolled back."""
+    """The state of one enclave; it dies with its process, and with it the private key. Clients seal to one of them only."""
 
     def __init__(self, policy: Policy, run: bytes) -> None:
         self._policy, self._run = policy, run

@@ -7,6 +7,7 @@ import struct
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from defenses.channel._secagg.keys import KEY_BYTES
 from defenses.channel._secagg.parameters import Parameters
 from defenses.channel._secagg.shamir import SHARE_BYTES
 from simulator.errors import ProtocolAbort
@@ -31,6 +32,11 @@ def open_(key: bytes, envelope: bytes, *, parameters: Parameters, tag: bytes, se
         return AESGCM(key).decrypt(_nonce(parameters, sender, receiver), envelope, _context(tag, sender, receiver))
     except InvalidTag as error:
         raise ProtocolAbort(f"envelope from client {sender} must be authentic, got one that is not. Leave this run.") from error
+
+
+def locked_bytes(peers: int) -> int:
+    """Bytes of a lock around so many pair keys: a count, a row of client and key for each, and the tag."""
+    return 4 + peers * (8 + KEY_BYTES) + 16
 
 
 def lock(key: bytes, content: bytes, *, tag: bytes, owner: int) -> bytes:

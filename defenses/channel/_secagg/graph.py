@@ -10,6 +10,8 @@ Deviations: the bounds are ours, by exact hypergeometric tails and a union over 
     The bits are for one round: over R rounds log2 R of them are lost. The server must draw the seed at random, as a semi-honest one does
     and nobody can check; an active one could draw until a graph suits it, so against it the graph is complete.
     A client holds a share of its own secrets, too: on the complete graph t is therefore above n/2, elsewhere the bounds do without it.
+    On the complete graph both are certain or do not hold: c < t, and against an active server c < 2t − n, so that two sets of survivors
+    cannot both gather t signatures, each of the c signing both and each other client one: 2t > n + c; and t clients that stay.
 Figures (k, t) at 5 % colluding, 5 % dropping out, and at 20 %, 5 %: n = 100: (30, 16), (48, 25); n = 1000: (34, 18), (58, 39);
     n = 10⁴: (38, 21), (68, 46). ``python -m experiments.benchmarks.secure_aggregation --graph`` prints more, with their bits.
 """
@@ -72,11 +74,11 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def certify(clients: int, degree: int, threshold: int, corrupt: int, dropped: int) -> Plan:
-    """The bits of a given pair (k, t), computed in whole numbers; they may be too few, or 0."""
+def certify(clients: int, degree: int, threshold: int, corrupt: int, dropped: int, *, active: bool = False) -> Plan:
+    """The bits of a given pair (k, t), computed in whole numbers; they may be too few, or 0; ``active`` knows the complete graph only."""
     sizes = {"clients": clients, "degree": degree, "threshold": threshold, "corrupt": corrupt, "dropped": dropped}
     if degree == clients - 1:  # here a client's own share counts, as in the protocol on the complete graph
-        security = math.inf if corrupt < threshold else 0.0
+        security = math.inf if corrupt < most_corrupt(clients, threshold, active=active) else 0.0
         return Plan(**sizes, security_bits=security, correctness_bits=math.inf if clients - dropped >= threshold else 0.0)
     ways, corrupt_neighbors = _neighbors(clients - 1, corrupt, degree)
     _, alive_neighbors = _neighbors(clients - 1, clients - 1 - dropped, degree)
@@ -86,6 +88,11 @@ def certify(clients: int, degree: int, threshold: int, corrupt: int, dropped: in
     return Plan(
         **sizes, security_bits=max(0.0, both), correctness_bits=max(0.0, _bits(clients * sum(alive_neighbors[:threshold]), ways))
     )  # fmt: skip
+
+
+def most_corrupt(clients: int, threshold: int, *, active: bool = False) -> int:
+    """So many colluding clients of the complete graph show the server more than the sum without them; fewer do not."""
+    return 2 * threshold - clients if active else threshold
 
 
 @lru_cache(maxsize=64)

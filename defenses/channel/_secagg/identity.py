@@ -6,8 +6,8 @@ simulation derives all of them from the world's seed and secret, which all its p
 protocol and its cost, and is no protection against who holds the world.
 
 Source: Bonawitz et al. (2017), CCS, eprint 2017/281, the underlined parts: signed key advertisements, and the consistency check in which
-    a client opens shares only for survivors that t clients have signed. With t > 2n/3 and fewer than n/3 corrupt clients, two sets of
-    survivors cannot both gather t signatures, since an honest client signs one only.
+    a client opens shares only for survivors that t clients have signed. With 2t > n + c for c corrupt clients (t > 2n/3 and
+    c < n/3 in the paper), two sets of survivors cannot both gather t signatures, since an honest client signs one only.
 Deviations: a signature of keys covers the parameters too (run, round, clients, threshold), so that one from another round is worth nothing.
 """
 

@@ -71,6 +71,12 @@ class KeyRing:
             raise ProtocolAbort(f"round must be after {self.last_round} under keys that outlive a round, got {round}. Leave this run.")
         self.last_round = round
 
+    def forget(self, most: int) -> None:
+        """Empty a cache of more than ``most`` peers, whom a server could go on making up; agreeing again costs time only."""
+        for table in (self.envelope_secrets, self.mask_secrets):
+            if len(table) > most:
+                table.clear()
+
     def to_bytes(self) -> bytes:
         """The whole ring, secrets included, for the client's own keeping between rounds."""
         secrets = [b"".join(key + value for key, value in table.items()) for table in (self.envelope_secrets, self.mask_secrets)]

@@ -47,7 +47,7 @@ def _graph(settings: SecureAggregation, n: int) -> str | None:
             f"{settings.corrupt:g} collude and {settings.dropout:g} drop out. Use 0 for both, lower the shares, or graph = 'complete'."
         )
     if not settings.active:
-        return None
+        return _uncertified(settings, n)
     if settings.graph != "complete":
         return (
             "graph must be complete against an active server, got k-regular: it could draw graphs until one suits it. "
@@ -57,7 +57,24 @@ def _graph(settings: SecureAggregation, n: int) -> str | None:
         return "setup must be 'each round' against an active server, got 'once': its keys are signed for a round. Use 'each round'."
     if 3 * threshold <= 2 * n:
         return f"threshold must be above 2/3 of the cohort of {n} against an active server, got {threshold}. Use threshold = 0."
-    return None
+    return _uncertified(settings, n)
+
+
+def _uncertified(settings: SecureAggregation, n: int) -> str | None:
+    """What a k-regular graph was asked for already: that shares of corrupt and lost clients leave both properties."""
+    if settings.graph != "complete" or (plan := settings.complete_plan(n)).certified:
+        return None
+    t, server = plan.threshold, "an active" if settings.active else "a semi-honest"
+    if not plan.security_bits:
+        limit = graph.most_corrupt(n, t, active=settings.active)
+        return (
+            f"corrupt must leave fewer than {limit} of {n} clients that collude with {server} server at threshold = {t}, got "
+            f"{settings.corrupt:g} of them, {plan.corrupt}. Lower it, or raise threshold."
+        )
+    return (
+        f"dropout must leave threshold = {t} of {n} clients, got {settings.dropout:g} of them, {plan.dropped}, lost. "
+        "Lower it, or lower threshold."
+    )
 
 
 def _identities(settings: SecureAggregation, world: World) -> str | None:

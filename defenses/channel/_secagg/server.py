@@ -4,6 +4,7 @@
 
 Each call takes the replies that came, by client, and returns what to send to each client that goes on. A client that is missing from
 the replies has dropped out: before it shared keys it leaves the run without trace; later, its masks are removed by the others' help.
+A reply that cannot be used counts as none: :meth:`SecAggServer.usable` sorts those out before a stage; a stage itself takes no bad one.
 With keys that outlive a round, use_keys stands in for the first call; against an active server, receive_sign comes before the last.
 
 Source: Bonawitz et al. (2017), CCS, eprint 2017/281; Bell et al. (2020), CCS, eprint 2020/704, for the k-regular graph.
@@ -13,7 +14,7 @@ Deviations: listed in ``defenses.channel.secure_aggregation``.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Literal
 
@@ -25,7 +26,7 @@ from defenses.channel._secagg.masking import Words, apply_masks, packed_bytes, r
 from defenses.channel._secagg.memory import Stage, check_stage
 from defenses.channel._secagg.messages import Kind
 from defenses.channel._secagg.parameters import Parameters, run_tag
-from defenses.channel._secagg.shamir import SHARE_BYTES, combine_bytes, lagrange_at_zero
+from defenses.channel._secagg.shamir import PRIME, SHARE_BYTES, combine_bytes, lagrange_at_zero
 from simulator.errors import ProtocolAbort
 
 
@@ -34,7 +35,7 @@ class SecAggServer:
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        self._stage = Stage.ADVERTISE
+        self._stage, self._probe = Stage.ADVERTISE, keys.generate()[0]
         self._roster: dict[int, bytes] = {}
         self._locked: dict[int, bytes] = {}
         self._sharers: tuple[int, ...] = ()
@@ -44,14 +45,36 @@ class SecAggServer:
     def __repr__(self) -> str:
         return f"SecAggServer(round={self.parameters.round}, stage={self._stage.name})"
 
+    def usable(self, replies: Mapping[int, bytes]) -> tuple[dict[int, bytes], dict[int, str]]:
+        """The replies that the stage that is due can use, and what is wrong with each of the others."""
+        good, bad, seen = dict[int, bytes](), dict[int, str](), set[bytes]()
+        for client in sorted(replies):
+            try:
+                if self._stage is Stage.ADVERTISE:
+                    row = self._keys(client, replies[client])
+                    self.check_keys(client, row, seen)
+                    seen |= halves(row)
+                elif self._stage is Stage.SHARE:
+                    self._shares(client, replies[client])
+                elif self._stage is Stage.MASK:
+                    self._masked(client, replies[client])
+                elif self._stage is Stage.SIGN:
+                    self._read(replies[client], Kind.SIGNED, client, SIGNATURE_BYTES)
+                else:
+                    self._shares_opened(client, replies[client])
+            except ProtocolAbort as error:
+                bad[client] = str(error)
+            else:
+                good[client] = replies[client]
+        return good, bad
+
     def receive_advertise(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
         """Public keys in; out, to each client, those of the clients that it deals with and its own.
 
         Raises:
             ProtocolAbort: fewer than needed, a stranger, or a malformed reply; so do the other stages.
         """
-        width = self.parameters.row_bytes
-        return self.use_keys({client: bytes(self._read(replies[client], Kind.KEYS, client, width)) for client in sorted(replies)})
+        return self.use_keys({client: self._keys(client, replies[client]) for client in sorted(replies)})
 
     def use_keys(self, rows: Mapping[int, bytes]) -> dict[int, bytes]:
         """Likewise with keys that clients advertised before, by client: both public keys in a row."""
@@ -60,6 +83,19 @@ class SecAggServer:
             self._roster = {client: rows[client] for client in sorted(rows)}
             return {client: self._frame(Kind.ROSTER, self._known_to(client)) for client in self._roster}
 
+    def check_keys(self, client: int, row: bytes, others: Set[bytes]) -> None:
+        """Find what would make every other client leave: a key that somebody has, or with which nobody can agree on a secret.
+
+        Raises:
+            ProtocolAbort: one of the two keys in the row is such a key.
+        """
+        own = halves(row)
+        if len(own) < 2 or own & others:
+            raise ProtocolAbort(f"keys of client {client} must be two that nobody else has, got others. Leave it out.")
+        agreement = keys.Agreement(self._probe, "env", b"")
+        for half in own:
+            agreement.key(half)
+
     def receive_share(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
         """Envelopes in, by sender; envelopes out, by receiver."""
         with self._once(Stage.SHARE):
@@ -67,10 +103,7 @@ class SecAggServer:
             self._sharers = tuple(sorted(replies))
             inboxes: dict[int, dict[int, bytes]] = {receiver: {} for receiver in self._sharers}
             for sender in self._sharers:
-                body = messages.unframe(replies[sender], Kind.SHARES, self.parameters.digest, origin=f"client {sender}")
-                sealed, self._locked[sender] = messages.unpack_fields(bytes(body), 2, origin=f"client {sender}")
-                rows = messages.unpack_table(sealed, width=envelope.ENVELOPE_BYTES, origin=f"client {sender}")
-                self._check_rows(rows, self._known_to(sender).keys() - {sender}, sender)
+                rows, self._locked[sender] = self._shares(sender, replies[sender])
                 for receiver in rows.keys() & inboxes.keys():
                     inboxes[receiver][sender] = rows[receiver]
             return {receiver: self._frame(Kind.ENVELOPES, inbox) for receiver, inbox in inboxes.items()}
@@ -80,11 +113,10 @@ class SecAggServer:
         with self._once(Stage.MASK):
             self._check_replies(replies, self._sharers, "masked vectors")
             parameters = self.parameters
-            self._senders, size = tuple(sorted(replies)), packed_bytes(parameters.length, parameters.bits)
+            self._senders = tuple(sorted(replies))
             self._sum = np.zeros(parameters.length, word_type(parameters.bits))
             for sender in self._senders:
-                masked = self._read(replies[sender], Kind.MASKED, sender, size)
-                np.add(self._sum, unpack(masked, parameters.length, parameters.bits), out=self._sum)
+                np.add(self._sum, self._masked(sender, replies[sender]), out=self._sum)
             survivors = self._frame(Kind.SURVIVORS, dict.fromkeys(self._senders, b""))
             return dict.fromkeys(self._senders, survivors)
 
@@ -111,9 +143,7 @@ class SecAggServer:
         parameters, held = self.parameters, {}
         responders = {owner: [c for c in parameters.holders(owner) if c in replies][: parameters.threshold] for owner in self._sharers}
         for client in sorted(set().union(*responders.values())):
-            body = messages.unframe(replies[client], Kind.OPENED, parameters.digest, origin=f"client {client}")
-            held[client] = messages.unpack_table(body, width=SHARE_BYTES, origin=f"client {client}")
-            self._check_rows(held[client], set(parameters.holders(client)) & set(self._sharers), client)
+            held[client] = self._shares_opened(client, replies[client])
         weights: dict[tuple[int, ...], dict[int, int]] = {}  # on the complete graph one set of responders serves all
         found = {}
         for owner, chosen in responders.items():
@@ -150,6 +180,34 @@ class SecAggServer:
         self._check_rows(rows, self._known_to(dropped).keys() - {dropped}, dropped)
         return rows
 
+    def _keys(self, client: int, reply: bytes) -> bytes:
+        return bytes(self._read(reply, Kind.KEYS, client, self.parameters.row_bytes))
+
+    def _shares(self, client: int, reply: bytes) -> tuple[dict[int, bytes], bytes]:
+        """A client's envelopes by receiver, and its locked pair keys."""
+        body = messages.unframe(reply, Kind.SHARES, self.parameters.digest, origin=f"client {client}")
+        sealed, locked = messages.unpack_fields(bytes(body), 2, origin=f"client {client}")
+        rows = messages.unpack_table(sealed, width=envelope.ENVELOPE_BYTES, origin=f"client {client}")
+        peers = self._known_to(client).keys() - {client}
+        self._check_rows(rows, peers, client)
+        if len(locked) != (envelope.locked_bytes(len(peers)) if self.parameters.standing else 0):
+            raise ProtocolAbort(f"lock of client {client} must hold {len(peers)} pair keys, got {len(locked)} bytes. Leave it out.")
+        return rows, locked
+
+    def _masked(self, client: int, reply: bytes) -> Words:
+        parameters = self.parameters
+        body = self._read(reply, Kind.MASKED, client, packed_bytes(parameters.length, parameters.bits))
+        return unpack(body, parameters.length, parameters.bits)
+
+    def _shares_opened(self, client: int, reply: bytes) -> dict[int, bytes]:
+        """The share of each owner's secret that a client opens."""
+        body = messages.unframe(reply, Kind.OPENED, self.parameters.digest, origin=f"client {client}")
+        rows = messages.unpack_table(body, width=SHARE_BYTES, origin=f"client {client}")
+        self._check_rows(rows, set(self.parameters.holders(client)) & set(self._sharers), client)
+        if any(int.from_bytes(share, "big") >= PRIME for share in rows.values()):
+            raise ProtocolAbort(f"shares from client {client} must be below the prime, got one that is not. Leave it out.")
+        return rows
+
     def _known_to(self, client: int) -> dict[int, bytes]:
         """The rows of the roster that concern ``client``."""
         return {holder: self._roster[holder] for holder in self.parameters.holders(client) if holder in self._roster}
@@ -184,3 +242,8 @@ class SecAggServer:
         if len(body) != size:
             raise ProtocolAbort(f"{kind.name} from client {client} must be {size} bytes, got {len(body)}. Abort the round.")
         return body
+
+
+def halves(row: bytes) -> set[bytes]:
+    """The two public keys in a row."""
+    return {row[: keys.KEY_BYTES], row[keys.KEY_BYTES : 2 * keys.KEY_BYTES]}
