@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -23,6 +24,12 @@ from simulator.defense import Defense
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES, MEASURED = DOCS / "defenses", DOCS / "defenses.json"
+
+KEPT = (
+    "defense", "attack", "view", "answered", "control", "rounds", "victims", "seeds", "uploads", "statuses", "stack", "identified", "gain",
+    "epsilon", "delta", "ceiling", "accuracy", "cost", "solvers", "flags",
+)  # fmt: skip
+"""What the pages need of a row of a summary."""
 
 SECTIONS = {
     "Source:": "Source",
@@ -139,11 +146,20 @@ def _protects(cls: type[Defense]) -> str:
     return "It is a heuristic: it guarantees nothing (ε = ∞). What it achieves is what the attacks on it do not reach."
 
 
+def keep(run: Path, command: str) -> None:
+    """Put what the pages print of a run's summary into :data:`MEASURED`, with the command that gives it again."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    rows = [{key: row[key] for key in KEPT if key in row} for row in summary["rows"]]
+    content = {"command": command, "fedpeek": summary["fedpeek"], "environment": summary["environment"], "rows": rows}
+    MEASURED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def _measured() -> list[Mapping[str, object]]:
-    if not MEASURED.is_file():
-        return []
-    content = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return rows_of(content if isinstance(content, dict) else {"rows": content})
+    return rows_of(_content())
+
+
+def _content() -> dict[str, object]:
+    return dict(json.loads(MEASURED.read_text(encoding="utf-8"))) if MEASURED.is_file() else {}
 
 
 def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:
@@ -154,7 +170,14 @@ def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:
         return ""
     shown = [*[row for row in heads if row.get("control")], *mine]
     head = "| arm | identified | PSNR gain, dB | ε | ceiling | accuracy | upload | client |\n|---|---|---|---|---|---|---|---|"
-    return "\n".join([head, *map(_line, shown), "", "Brackets are 95 % intervals; each victim counts with its strongest attack."])
+    victims = {int(value) for row in shown if (value := number(row.get("victims"))) is not None}
+    seeds = max((int(value) for row in shown if (value := number(row.get("seeds"))) is not None), default=0)
+    counts = "–".join(str(count) for count in sorted({min(victims), max(victims)})) if victims else "no"
+    note = (
+        f"Brackets are 95 % intervals over {counts} victims and {seeds} seed{'s' if seeds > 1 else ''}; each victim counts with its "
+        f"strongest attack. An arm with another cohort trains on fewer clients. `{_content().get('command', 'fedpeek run defenses')}`"
+    )
+    return "\n".join([head, *map(_line, shown), "", note])
 
 
 def _line(row: Mapping[str, object]) -> str:
@@ -173,6 +196,12 @@ def _line(row: Mapping[str, object]) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="run", type=Path, help="directory of a run whose figures the pages shall print from now on")
+    parser.add_argument("--command", default="fedpeek run defenses", help="what gives them again")
+    options = parser.parse_args()
+    if options.run:
+        keep(options.run, options.command)
     PAGES.mkdir(parents=True, exist_ok=True)
     for file, content in pages().items():
         (PAGES / file).write_text(content, encoding="utf-8")

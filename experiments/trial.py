@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attacks._gradient import noise_level, unusable
+from attacks._gradient import lossy, noise_level, unusable
 from attacks.identifiability import Identifiability, identify
 from clients.private import private_record_ids, splits
 from experiments import controls, isolated, matching, metrics
@@ -117,8 +117,8 @@ def foreseen(victims: Sequence[Victim], seed: int) -> list[Victim]:
 
 
 def outlook(view: Observation, knowledge: Knowledge, seed: int) -> Identifiability | None:
-    """What an update can tell; None where it cannot be used, or holds noise that the adversary knows of, or was made of changed records."""
-    if knowledge.encoded or unusable(view, knowledge) or noise_level(view, knowledge) > EXACT_UP_TO:
+    """What an update can tell; None where it cannot be used, holds known noise, lacks what was left out, or is of changed records."""
+    if knowledge.encoded or lossy(knowledge) or unusable(view, knowledge) or noise_level(view, knowledge) > EXACT_UP_TO:
         return None
     return identify(view, knowledge, rng=stream(seed, "identifiability"))
 

@@ -21,7 +21,7 @@ from simulator import config, lookup
 from simulator.models.latent import Bottleneck, divergence, drawn_noise, noise_from, penalties
 from simulator.models.surgery import first_and_last
 from simulator.network import network, tensors
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.training import loss, mean_gradient, per_example_gradients
 from simulator.types import Batch, Broadcast, Schema
 from simulator.world import World
@@ -98,7 +98,7 @@ def test_the_update_of_precode_is_the_gradient_by_hand(beta: float) -> None:
     of = world(model=MODELS["mlp"], training={"batch_size": 4}, defenses=[{"name": "precode", "k": 6, "beta": beta}])
     parameters, _ = tensors(built(of))
     batch = private_batches(of, 1, 1)[0]
-    eps = torch.randn(4, 6, generator=stream(of.seed, "latent", of.secret, 1, 1))
+    eps = torch.randn(4, 6, generator=secret_stream(of.seed, of.secret, "latent", 1, 1))
     wanted = grad(by_hand)(dict(parameters), batch.inputs, batch.labels, eps, beta)
     got = upload(of, client=1)
     assert set(got) == set(wanted)
