@@ -159,7 +159,10 @@ def _measured() -> list[Mapping[str, object]]:
 
 
 def _content() -> dict[str, object]:
-    return dict(json.loads(MEASURED.read_text(encoding="utf-8"))) if MEASURED.is_file() else {}
+    if not MEASURED.is_file():
+        return {}
+    content = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {"rows": content}
 
 
 def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:
