@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -33,7 +34,11 @@ def load(out: Path, task: str, attack: str) -> list[Trial] | None:
 def forget(out: Path, task: str) -> None:
     """Drop what a task had done so far: it has ended, or starts from another transcript."""
     shutil.rmtree(out / PARTS / task, ignore_errors=True)
-    if (out / PARTS).is_dir() and not any((out / PARTS).iterdir()):
+
+
+def sweep(out: Path) -> None:
+    """Remove the directory of parts if no task left any: for the run itself, since a worker would take it away under another's hands."""
+    with contextlib.suppress(OSError):
         (out / PARTS).rmdir()
 
 

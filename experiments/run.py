@@ -123,6 +123,7 @@ def run(
         with (out / FACTS).open("a", encoding="utf-8") as lines:  # last: a task without this line is done again
             lines.write(f"{finished.facts.to_json()}\n")
         parts.forget(out, _slug(experiment, task))
+    parts.sweep(out)
     return failures
 
 
