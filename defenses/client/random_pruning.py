@@ -9,10 +9,11 @@ Hook: ``on_update``.
 
 What it does not protect: every coordinate that stays is exact, and a client that takes part again with a fresh mask shows others.
 It makes no differential-privacy claim (ε = ∞).
-Broken by: gradient matching on the coordinates that were uploaded, and by collecting them over rounds. With pruned = 0.9 and 0.99
-inverting_gradients gets 8.4 and 6.9 dB, and 18.1 and 14.4 dB when it looks at the support alone (for 0.99 tensor by tensor); 21.4 dB
-without a defense, 13.5 dB for the mean picture (``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16,
-ConvNet at its initial weights, batches of one, labels disclosed, mean of 8).
+Broken by: gradient matching on the coordinates that were uploaded, and by collecting them over rounds. With pruned = 0.9
+inverting_gradients gets 8.4 dB, and 18.1 dB when it looks at the support alone (with 0.99 it depends on the mask: 12.5 and 14.4 dB on
+two draws, the mean picture is at 13.5); 21.4 dB without a defense, 13.5 dB for the mean picture (``pytest --slow -s
+tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels disclosed, mean of
+8).
 """
 
 from __future__ import annotations

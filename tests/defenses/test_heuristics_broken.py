@@ -62,11 +62,6 @@ def on_support(trial: Tensor, target: Tensor, spans: object) -> Tensor:
     return angle(torch.where(target != 0, trial, 0.0), target)
 
 
-def by_tensor_on_support(trial: Tensor, target: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """The same tensor by tensor: under few coordinates the large tensors do not drown the others (A1)."""
-    return layer_cosine(torch.where(target != 0, trial, 0.0), target, spans)
-
-
 def within_a_step(view: Observation) -> Distance:
     """How far the trial is from the interval that QSGD rounds from, in steps, and a little how far from its middle (A2).
 
@@ -177,7 +172,6 @@ def test_the_undefended_attack_beats_the_mean_picture() -> None:
         (TopK(0.99), always(on_support), 0.4),
         (TopK(0.999), always(on_support), 0.0),
         (RandomPruning(0.9), always(on_support), 0.5),
-        (RandomPruning(0.99), always(by_tensor_on_support), 0.0),
         (SignSGD(), always(of_soft_signs), -0.5),
         (Soteria(0.1), always(on_support), 0.9),
         (Soteria(0.4), always(on_support), 0.9),
