@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks._matching.distances import Distance, angle, layer_cosine
+from attacks._matching.distances import Distance, angle
 from attacks._matching.objective import Setting
 from attacks.update.inverting_gradients import InvertingGradients
 from clients.local import local_upload
