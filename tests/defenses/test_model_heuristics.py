@@ -311,4 +311,5 @@ def test_attacks_run_on_these_models_or_say_why_not(name: str) -> None:
 
 def test_every_wrapper_is_a_model_with_a_default() -> None:
     for name in EVERY:
-        lookup.get("models", name)().build(SCHEMA, stream(0, "model"))
+        model = lookup.get("models", name)().build(SCHEMA, stream(0, "model"))
+        assert model(torch.rand(2, *SCHEMA.shape)).shape == (2, SCHEMA.num_classes)

@@ -99,3 +99,19 @@ def test_colluders_outside_of_a_cohort_may_be_too_many_inside() -> None:
     table = {**TABLE, "federation": {"clients": 10, "cohort": 9}, "threat": {"colluding": 8}}
     with pytest.raises(SpecError, match="below 7 in a cohort of 9"):
         spec.check(spec.config.build(spec.Experiment, table))
+
+
+def test_the_order_of_candidates_is_keyed_by_the_secret(tmp_path: Path) -> None:
+    """A seed can be guessed, and with it an order that it alone fixes: the true record's place would be known without the update."""
+    experiment = spec.config.build(spec.Experiment, {**TABLE, "threat": {"candidates": True}, "evaluation": {"candidates": 40}})
+    of = experiment.world(experiment.arms[0], 0)
+    record = federate(of, tmp_path)
+    shown = []
+    for secret in ("one", "two", "one"):
+        told = find_victims(experiment, replace(of, secret=secret), record)[0].knowledge.candidates
+        assert told is not None
+        shown.append(told.inputs)
+    first, other, again = shown
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(first.flatten(1).sum(1).sort().values, other.flatten(1).sum(1).sort().values)

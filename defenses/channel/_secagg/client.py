@@ -185,7 +185,7 @@ class SecAggClient:
         self._stage = Stage.ABORTED  # holds unless the stage comes to its end
         try:
             yield
-        except BaseException:
+        except BaseException:  # whatever it was, also Ctrl-C: no key material stays; it goes on up
             self._memory = Memory()
             raise
         self._stage = stage.following(self.parameters.active)
