@@ -240,14 +240,18 @@ def _job(attack: Any, model: Mapping[str, Any], questions: Sequence[Question], *
     cls = type(attack)
     rounds = {id(seen): seen for question in questions for seen in question.knowledge.history}
     places = {key: place for place, key in enumerate(rounds)}
+    public = {id(question.knowledge.public): question.knowledge.public for question in questions}
+    pools = {key: place for place, key in enumerate(public)}
     return {
         "path": _path(),
         "module": cls.__module__, "qualname": cls.__qualname__, "name": attack.name, "settings": _settings(attack),
         "model": dict(model), "model_seed": ARCHITECTURE_SEED,
         "views": [question.view for question in questions],
-        "knowledge": [replace(question.knowledge, model=None, history=()) for question in questions],  # type: ignore[arg-type]
-        "rounds": list(rounds.values()),  # once, and not once for each victim
+        "knowledge": [replace(q.knowledge, model=None, history=(), public=None) for q in questions],  # type: ignore[arg-type]
+        "rounds": list(rounds.values()),  # once, and not once for each victim: attacks share work between victims of one pool
         "history": [[places[id(seen)] for seen in question.knowledge.history] for question in questions],
+        "pools": list(public.values()),
+        "public": [pools[id(question.knowledge.public)] for question in questions],
         "rngs": [question.rng.get_state() for question in questions],
         "ask": ask, "together": together,
     }  # fmt: skip

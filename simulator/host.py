@@ -75,10 +75,10 @@ def _do(job: Mapping[str, Any], replies: BinaryIO) -> Iterator[dict[str, Any]]:
         sys.path[:] = job["path"]
         importlib.invalidate_caches()
         attack, model = _attack(job), _model(job)
-        rounds, histories = job["rounds"], job["history"]
+        rounds, pools = job["rounds"], job["pools"]
         knowledge = [
-            replace(known, model=model, history=tuple(rounds[place] for place in history))
-            for known, history in zip(job["knowledge"], histories, strict=True)
+            replace(known, model=model, history=tuple(rounds[place] for place in history), public=pools[pool])
+            for known, history, pool in zip(job["knowledge"], job["history"], job["public"], strict=True)
         ]
     except Exception as error:
         yield from ({"kind": "refused", "index": i, "status": "failed", "reason": _reason(error)} for i in range(len(job["views"])))
