@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
 from clients.local import local_upload
 from defenses.channel import _frames
-from defenses.channel._ckks import handover
+from defenses.channel._ckks import flooding, handover
 from defenses.channel._ckks.cipher import CONTEXT_BYTES, Cipher, generate
 from defenses.channel._vectors import Reals, largest_upload
 from defenses.channel.ckks import CKKSAggregation
 from simulator import wire
 from simulator.errors import ProtocolAbort
 from simulator.network import tensors
-from simulator.rng import secret_stream
 from simulator.world import World
 
 MEMORY = "ckks"
@@ -51,14 +48,13 @@ def ckks_reply(world: World, model: nn.Module, client: int, content: RecordDict,
             _hold(channel, payload, memory, state)
             return wire.pack_stage(stage, b"")
         if stage == "encrypt":
-            vector = channel.encode(
-                local_upload(world, model, wire.unpack_broadcast(content), client), max_examples=largest_upload(world)
-            )
-            return wire.pack_stage(stage, Cipher(channel.scheme, memory["public"]).encrypt(vector))
+            vector = channel.encode(local_upload(world, model, wire.unpack_broadcast(content), client), max_examples=largest_upload(world))
+            return wire.pack_stage(stage, Cipher(channel.scheme, memory["public"]).encrypt(vector, world.federation.cohort_size))
         if stage == "decrypt":
             round = int(facts["round"])
-            if round <= memory.get("told", 0):
-                raise ProtocolAbort(f"round must be > {memory['told']}, the last one decrypted, got {round}. A sum is told once.")
+            last, rounds = memory.get("told", 0), world.federation.rounds
+            if not last < round <= rounds:  # the noise is for so many tellings
+                raise ProtocolAbort(f"round must be in {last + 1}..{rounds}, each told once, got {round}. Refused.")
             state[MEMORY] = ConfigRecord({**memory, "told": round})
             return wire.pack_stage(stage, _decrypt(world, model, channel, payload, memory["secret"]))
         if stage == "collude" and channel.secret_key == "colluder":
@@ -101,7 +97,6 @@ def _decrypt(world: World, model: nn.Module, channel: CKKSAggregation, payload: 
     total: Reals = Cipher(channel.scheme, secret).decrypt(payload, numbers, origin="the server")
     if not total[-1] > LEAST_SENDERS - 0.5:
         raise ProtocolAbort(f"sum must be of ≥ {LEAST_SENDERS} senders, got {total[-1]:.3g}. Refused: it would show an upload.")
-    rng = secret_stream(0, secrets.token_hex(32), "flooding")  # fresh from the system: the server may know the world
-    noise = torch.randn(numbers, generator=rng, dtype=torch.float64) * channel.flooding(world, numbers)
-    told: bytes = (total + noise.numpy()).astype("<f8").tobytes()
+    noise = flooding.noise(secret, payload, numbers, std=channel.flooding(world, numbers))
+    told: bytes = (total + noise).astype("<f8").tobytes()
     return told

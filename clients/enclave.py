@@ -42,16 +42,16 @@ def enclave_reply(world: World, model: nn.Module, client: int, content: RecordDi
         raise ProtocolAbort(f"client {client} must have simulated_enclave in its world, got {channel}. Refused.")
     if stage == "nonce":
         nonce = secrets.token_bytes(NONCE_BYTES)
-        state[MEMORY] = ConfigRecord({"nonce": nonce, "run": payload})
+        state[MEMORY] = ConfigRecord({"nonce": nonce})
         return wire.pack_stage(stage, nonce)
     if stage != "seal" or not memory:
         raise ProtocolAbort(f"stage must be nonce, then seal, got {stage!r}. Refused.")
-    run = memory["run"]
+    run = channel.run(world)
     root = hardware_root(hardware_key(world.seed, world.secret))
     allowed = frozenset({measurement(channel.policy(world, *tensors(model)))})
     enclave_key = verified(payload, root=root, allowed=allowed, nonce=memory["nonce"], run=run)
     broadcast = wire.unpack_broadcast(content)
-    _pin(state, run=bytes(run), key=enclave_key, round=broadcast.round, rounds=world.federation.rounds)
+    _pin(state, run=run, key=enclave_key, round=broadcast.round, rounds=world.federation.rounds)
     try:
         upload = local_upload(world, model, broadcast, client)
         words = secret_stream(world.seed, world.secret, "enclave noise", client, broadcast.round)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import math
@@ -156,23 +155,12 @@ def _party(
     return party, roster, ring
 
 
-def directory(world: World, channel: SecureAggregation) -> dict[int, bytes]:
-    """Everybody's public signature keys: as given, or derived for a simulation."""
-    if channel.identities:
-        return {client: bytes.fromhex(key) for client, key in enumerate(channel.identities)}
-    return {client: identities.public_of(_derived(world, client)) for client in range(world.federation.clients)}
-
-
 def _identity(world: World, client: int, channel: SecureAggregation) -> Identity:
-    known = directory(world, channel)
-    private = bytes.fromhex(os.environ.get(OWN_IDENTITY, "")) if channel.identities else _derived(world, client)
+    known = identities.directory(world, channel.identities)
+    private = bytes.fromhex(os.environ.get(OWN_IDENTITY, "")) if channel.identities else identities.simulated(world, client)
     if len(private) != 32 or not hmac.compare_digest(identities.public_of(private), known[client]):
         raise ProtocolAbort(f"client {client}: {OWN_IDENTITY} must be the private key of its identity, got another or none. Set it.")
     return Identity(private, known)
-
-
-def _derived(world: World, client: int) -> bytes:
-    return identities.derived_private(hashlib.sha256(f"{world.seed}|{world.secret}".encode()).digest(), client)
 
 
 def _agreed(parameters: Parameters, world: World, model: nn.Module, client: int, channel: SecureAggregation) -> Parameters:

@@ -73,7 +73,10 @@ def payloads(answers: Answers, stage: str, lost: dict[int, str]) -> dict[int, by
     found = {}
     for client, content in answers.contents.items():
         try:
-            found[client] = wire.unpack_stage(content)[1]
+            answered, payload, _ = wire.unpack_stage(content)
+            if answered != stage:
+                raise WireError(f"answer must be of the stage that was asked for, got one of {answered!r}. Check the client.")
+            found[client] = payload
         except WireError as error:
             lost[client] = f"client {client} sent what cannot be used (stage {stage}): {error}"
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,38 +78,56 @@ def set_up(grid: CuriousGrid, world: World, nodes: Mapping[int, int], round: int
         contents = {client: wire.pack_stage(name, payload) for client, payload in asked.items()}
         return payloads(ask(grid, nodes, wire.CHANNEL, contents, round=round, timeout=world.federation.timeout_seconds), name, lost)
 
-    roster = stage("advertise", dict.fromkeys(nodes, run))
-    maker_key, public, envelopes, secret, maker = b"", b"", dict[int, bytes](), b"", -1
+    roster = dict[int, bytes]()
+    for client, key in stage("advertise", dict.fromkeys(nodes, run)).items():
+        if (reason := handover.why_unusable(client, key, set(roster.values()))) is None:
+            roster[client] = key
+        else:
+            lost[client] = f"client {client} sent what cannot be used (stage advertise): {reason}"
+    cipher, secret, holders = None, b"", frozenset[int]()
     if channel.secret_key == "server":
-        private, maker_key = handover.key_pair()
+        private, own_key = handover.key_pair()
         public, secret = generate(channel.scheme)
-        envelopes = {
-            client: handover.seal(secret, private=private, peer=key, run=run, public_context=public) for client, key in roster.items()
-        }
-    while not public and roster:
+        sealed = {c: handover.seal(secret, private=private, peer=key, run=run, public_context=public) for c, key in roster.items()}
+        cipher = Cipher(channel.scheme, public)
+        holders = frozenset(stage("hold", {c: _frames.pack([own_key, public, envelope]) for c, envelope in sealed.items()}))
+    while channel.secret_key != "server" and len(holders) < 2 <= len(roster):
         maker = min(roster)
         answer = stage("make", {maker: handover.pack_roster(roster)})
-        maker_key = roster.pop(maker)
-        if maker in answer:
-            try:
-                public, *sealed = _frames.unpack(answer[maker], count=1 + len(roster), largest=CONTEXT_BYTES, origin=f"client {maker}")
-            except ProtocolAbort as error:
-                lost[maker] = f"client {maker} sent what cannot be used (stage make): {error}"
+        maker_key = roster.pop(maker)  # makes keys once; if others cannot use them, the next one makes other ones
+        try:
+            if maker not in answer:
                 continue
-            envelopes = dict(zip(sorted(roster), sealed, strict=True))
-    held = stage("hold", {client: _frames.pack([maker_key, public, envelope]) for client, envelope in envelopes.items()})
-    holders = frozenset(held) | ({maker} if maker >= 0 and public else set())
-    if len(holders) < 2:
+            cipher, public, envelopes = _made(channel, answer[maker], roster, maker)
+            before = dict(lost)
+            held = stage("hold", {client: _frames.pack([maker_key, public, envelope]) for client, envelope in envelopes.items()})
+            if not held:
+                lost = before  # not all of them are broken: it is what they got
+                raise ProtocolAbort(f"keys must be taken by ≥ 1 of clients {sorted(roster)}, got none that could use them. Leave it out.")
+            holders = frozenset(held) | {maker}
+        except ProtocolAbort as error:
+            lost[maker] = f"client {maker} sent what cannot be used (stage make): {error}"
+    if cipher is None or len(holders) < 2:
         raise ProtocolAbort(f"clients with keys must be ≥ 2, got {sorted(holders)}. {' '.join(lost.values())}")
     if channel.secret_key == "colluder":
         told = stage("collude", {min(holders): b""})
         if len(told) != 1:
             raise ProtocolAbort(f"the colluding client must answer, got nothing from client {min(holders)}. Run it again.")
         (secret,) = told.values()
-    cipher = Cipher(channel.scheme, public)
-    if cipher.holds_secret_key:
-        raise ProtocolAbort(f"public context must not hold the secret key, got one from client {maker} that does. Fix that client.")
     return Keys(cipher, holders, Cipher(channel.scheme, secret) if secret else None, lost)
+
+
+def _made(channel: CKKSAggregation, answer: bytes, roster: Collection[int], maker: int) -> tuple[Cipher, bytes, dict[int, bytes]]:
+    """The public context that a client made, as it is and as bytes, and the envelopes for the others.
+
+    Raises:
+        ProtocolAbort: it is of another scheme, cannot encrypt, or holds what would let the server decrypt.
+    """
+    public, *sealed = _frames.unpack(answer, count=1 + len(roster), largest=CONTEXT_BYTES, origin=f"client {maker}")
+    cipher = Cipher(channel.scheme, public)
+    if cipher.holds_secret_key or not cipher.holds_public_key:
+        raise ProtocolAbort("public context must hold the public key and not the secret one, got another. Refuse these keys.")
+    return cipher, public, dict(zip(sorted(roster), sealed, strict=True))
 
 
 def aggregate(
@@ -133,7 +151,7 @@ def aggregate(
     if len(vectors) < 2:
         raise ProtocolAbort(f"ciphertexts must be of ≥ 2 clients, got {sorted(vectors)}. A sum over one would show its upload.")
     total = keys.cipher.total(list(vectors.values()))
-    upload = _decoded(world, broadcast, _decrypted(grid, world, nodes, round, total, sorted(vectors), numbers, lost), frozenset(vectors))
+    upload = _decrypted(grid, world, nodes, broadcast, total, frozenset(vectors), numbers, lost)
     if keys.secret is None:
         grid.record_aggregate(upload)
         return upload
@@ -144,16 +162,22 @@ def aggregate(
 
 
 def _decrypted(
-    grid: CuriousGrid, world: World, nodes: Mapping[int, int], round: int, total: bytes, senders: Sequence[int], numbers: int, lost: Lost
-) -> Reals:
-    """The sum as the first client tells it that can."""
-    for client in senders:
-        contents = {client: wire.pack_stage("decrypt", total, round=round)}
-        answers = ask(grid, nodes, wire.CHANNEL, contents, round=round, timeout=world.federation.timeout_seconds)
+    grid: CuriousGrid, world: World, nodes: Mapping[int, int], broadcast: Broadcast, total: bytes, senders: frozenset[int], numbers: int,
+    lost: Lost,
+) -> Upload:  # fmt: skip
+    """The upload in the sum as the first client tells it that can, and whose numbers can be one."""
+    for client in sorted(senders):
+        contents = {client: wire.pack_stage("decrypt", total, round=broadcast.round)}
+        answers = ask(grid, nodes, wire.CHANNEL, contents, round=broadcast.round, timeout=world.federation.timeout_seconds)
         answer = payloads(answers, "decrypt", lost).get(client)
-        if answer is not None and len(answer) == 8 * numbers:
-            return np.frombuffer(answer, "<f8").astype(np.float64)
-        lost.setdefault(client, f"client {client} sent what cannot be used (stage decrypt): not {numbers} numbers")
+        if answer is None:
+            continue
+        try:
+            if len(answer) != 8 * numbers:
+                raise ProtocolAbort(f"decrypted sum must be {numbers} numbers of 8 bytes, got {len(answer)} bytes. Ask the next client.")
+            return _decoded(world, broadcast, np.frombuffer(answer, "<f8").astype(np.float64), senders)
+        except ProtocolAbort as error:
+            lost[client] = f"client {client} sent what cannot be used (stage decrypt): {error}"
     raise ProtocolAbort("the sum must be decrypted by one of its senders, got none that did.")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from defenses.channel import _frames
 from defenses.channel._enclave import pipe
 from defenses.channel._enclave.policy import Policy
 from defenses.channel._enclave.program import Release
-from defenses.channel._enclave.quote import RUN_BYTES, hardware_key
+from defenses.channel._enclave.quote import hardware_key
 from defenses.channel.enclave import SimulatedEnclave
 from server.ask import ask, payloads
 from server.curious import CuriousGrid
@@ -111,7 +110,7 @@ class EnclaveProcess:
 @contextmanager
 def enclave_channel(world: World) -> Iterator[Any]:
     """Collects through a SIMULATED enclave, which lives as long as the channel."""
-    channel, run = _channel(world), secrets.token_bytes(RUN_BYTES)
+    channel, run = _channel(world), SimulatedEnclave.run(world)
     template = tensors(network(world.architecture, world.data.load().schema, world.training, world.seed))
     enclave = EnclaveProcess(channel.policy(world, *template), hardware_key(world.seed, world.secret), run)
 
@@ -121,7 +120,7 @@ def enclave_channel(world: World) -> Iterator[Any]:
         """One round: the one upload that the server learns, and who was lost at which stage and why."""
         lost: dict[int, str] = {}
         try:
-            return [aggregate(grid, world, enclave, run, nodes, clients, broadcast, lost)], lost
+            return [aggregate(grid, world, enclave, nodes, clients, broadcast, lost)], lost
         except ProtocolAbort as error:
             for client, reason in sorted(lost.items()):
                 grid.record_lost(broadcast.round, client, reason)
@@ -134,8 +133,8 @@ def enclave_channel(world: World) -> Iterator[Any]:
 
 
 def aggregate(
-    grid: CuriousGrid, world: World, enclave: EnclaveProcess, run: bytes, nodes: Mapping[int, int], clients: Sequence[int],
-    broadcast: Broadcast, lost: dict[int, str],
+    grid: CuriousGrid, world: World, enclave: EnclaveProcess, nodes: Mapping[int, int], clients: Sequence[int], broadcast: Broadcast,
+    lost: dict[int, str],
 ) -> Upload:  # fmt: skip
     """Attest to each client, collect sealed uploads, and have their mean released.
 
@@ -148,7 +147,7 @@ def aggregate(
         contents = {client: wire.pack_stage(name, payload, sent) for client, payload in asked.items()}
         return payloads(ask(grid, nodes, wire.CHANNEL, contents, round=round, timeout=timeout), name, lost)
 
-    nonces = stage("nonce", dict.fromkeys(clients, run))
+    nonces = stage("nonce", dict.fromkeys(clients, b""))
     blobs = stage("seal", {client: enclave.attest(nonce) for client, nonce in nonces.items()}, broadcast)
     for client, blob in blobs.items():
         try:

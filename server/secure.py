@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from defenses.channel._secagg import graph, keyring
+from defenses.channel._secagg import graph, identity, keyring
 from defenses.channel._secagg.encoding import ideal_sum
 from defenses.channel._secagg.masking import unpack
 from defenses.channel._secagg.messages import pack_fields
@@ -85,7 +85,8 @@ def _by_protocol(
         run_id=secrets.token_hex(16), round=broadcast.round, clients=clients, template=broadcast.parameters, buffers=broadcast.buffers,
         seed=secrets.token_bytes(graph.SEED_BYTES),
     )  # fmt: skip
-    server, plan = SecAggServer(parameters), str(channel.plan_for(len(clients)))
+    directory = identity.directory(world, channel.identities) if channel.active else {}
+    server, plan = SecAggServer(parameters, directory), str(channel.plan_for(len(clients)))
 
     def stage(name: str, sent: Mapping[int, bytes]) -> dict[int, bytes]:
         model = broadcast if name == "mask" else None

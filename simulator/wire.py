@@ -1,38 +1,27 @@
 """Flower messages and our nouns, in both directions; the one place that knows record keys and message types.
 
-A reply is checked against the broadcast before anyone uses it: names, shapes, types, finite values. NumPy has no bfloat16: such an
-array declares that type and carries its bits as 16-bit integers.
-
-Longer than our usual, because both directions must agree on every key, and no other file may know them.
+A reply is checked against the broadcast before anyone uses it: names, shapes, types, finite values.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
+from simulator.arrays import MALFORMED, array_record, as_bytes, tensor_of, tensors_of, together
 from simulator.errors import WireError, did_you_mean
+from simulator.events import BUFFERS, PARAMETERS, UPDATE, Arrays
 from simulator.network import floating
-from simulator.transcript import BUFFERS, PARAMETERS, UPDATE, Arrays
 from simulator.types import Broadcast, LocalTraining, Tensors, Update, Upload
 
 HELLO = "query.hello"
 TRAIN = "train.update"
 CHANNEL = "train.channel"
 """Message types: who are you; train and upload; one stage of the channel's protocol."""
-
-MALFORMED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, EOFError)
-"""What reading a record raises that is not what it should be."""
-
-BFLOAT16 = "bfloat16"
-"""The declared type of an array whose 16-bit integers are the bits of bfloat16 numbers."""
 
 ROUND, RECIPE, FACTS, STAGE = "round", "recipe", "facts", "stage"
 
@@ -41,8 +30,8 @@ def pack_broadcast(broadcast: Broadcast) -> RecordDict:
     """The broadcast as the content of a message."""
     return RecordDict(
         {
-            PARAMETERS: _arrays(broadcast.parameters),
-            BUFFERS: _arrays(broadcast.buffers),
+            PARAMETERS: array_record(broadcast.parameters),
+            BUFFERS: array_record(broadcast.buffers),
             RECIPE: ConfigRecord({ROUND: broadcast.round, **asdict(broadcast.training)}),
         }
     )
@@ -78,7 +67,7 @@ def unpack_broadcast(content: RecordDict) -> Broadcast:
     """The broadcast that a message carries."""
     recipe: dict[str, Any] = dict(content.config_records[RECIPE])
     round = int(recipe.pop(ROUND))
-    parameters, buffers = (_tensors(content.array_records[key]) for key in (PARAMETERS, BUFFERS))
+    parameters, buffers = (tensors_of(content.array_records[key]) for key in (PARAMETERS, BUFFERS))
     return Broadcast(round, parameters, buffers, LocalTraining(**recipe))
 
 
@@ -86,8 +75,8 @@ def pack_upload(upload: Upload) -> RecordDict:
     """A client's upload as the content of its reply; nothing else of the client goes with it."""
     return RecordDict(
         {
-            UPDATE: _arrays(upload.update.tensors),
-            BUFFERS: _arrays(upload.buffers),
+            UPDATE: array_record(upload.update.tensors),
+            BUFFERS: array_record(upload.buffers),
             FACTS: ConfigRecord({"kind": upload.update.kind, "num-examples": upload.num_examples}),
         }
     )
@@ -101,7 +90,7 @@ def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upl
     """
     try:
         facts = content.config_records[FACTS]
-        update, buffers = _tensors(content.array_records[UPDATE]), _tensors(content.array_records[BUFFERS])
+        update, buffers = tensors_of(content.array_records[UPDATE]), tensors_of(content.array_records[BUFFERS])
         kind, examples = facts["kind"], facts["num-examples"]
     except MALFORMED as error:
         raise WireError(f"reply must carry {UPDATE}, {BUFFERS} and {FACTS}, got {sorted(content)} ({error}). Check the client.") from error
@@ -130,8 +119,8 @@ def received_upload(content: RecordDict, client: int) -> tuple[dict[str, Any], A
     extra = {key: record for key, record in content.items() if key not in (UPDATE, BUFFERS, FACTS)}
     if extra or set(facts) != {"kind", "num-examples"}:  # more crossed than an upload needs: metadata is part of the view
         more, tensors = facts_of_content(RecordDict({**extra, FACTS: facts}))
-        return {**found, "beside": more}, lambda: _together(arrays, tensors)
-    return found, lambda: _together(arrays, {})
+        return {**found, "beside": more}, lambda: together(arrays, tensors)
+    return found, lambda: together(arrays, {})
 
 
 def check_tensors(got: Tensors, like: Tensors, what: str, dtype: torch.dtype | None = None) -> None:
@@ -175,7 +164,10 @@ def unpack_stage(content: RecordDict) -> tuple[str, bytes, dict[str, Any]]:
     """
     try:
         facts: dict[str, Any] = dict(content.config_records[STAGE])
-        return str(facts.pop(STAGE)), bytes(facts.pop("payload")), facts
+        stage, payload = facts.pop(STAGE), facts.pop("payload")
+        if not isinstance(stage, str) or not isinstance(payload, bytes):  # bytes(10**12) would be that many zeros
+            raise TypeError(f"{type(stage).__name__} and {type(payload).__name__} where a name and bytes belong")
+        return stage, payload, facts
     except (KeyError, TypeError) as error:
         raise WireError(
             f"message must carry a protocol stage, got {sorted(content)}. Check that both sides run the same channel."
@@ -202,17 +194,17 @@ def facts_of_content(content: RecordDict) -> tuple[dict[str, Any], dict[str, tor
     """Everything in a content, whatever it is: what no tensor or JSON can hold is kept as bytes or text. It never fails."""
     facts: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for key, array_record in content.array_records.items():
-        for name, array in array_record.items():
+    for key, arrays in content.array_records.items():
+        for name, array in arrays.items():
             try:
-                tensors[f"{key}/{name}"] = _tensor(array)
+                tensors[f"{key}/{name}"] = tensor_of(array)
             except MALFORMED:
-                tensors[f"{key}/{name}"] = _bytes(array.data)
+                tensors[f"{key}/{name}"] = as_bytes(array.data)
                 facts.setdefault(key, {})[name] = f"{array.dtype} {array.shape}, as bytes"
     for key, record in [*content.metric_records.items(), *content.config_records.items()]:
         for name, value in record.items():
             if isinstance(value, bytes):
-                tensors[f"{key}/{name}"] = _bytes(value)
+                tensors[f"{key}/{name}"] = as_bytes(value)
             else:
                 facts.setdefault(key, {})[name] = _plain(value)
     return facts, {name: tensor for name, tensor in tensors.items() if tensor.numel()}
@@ -227,61 +219,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _bytes(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-
-
 def reply(content: RecordDict, request: Message) -> Message:
     """Answer ``request`` with ``content``."""
     return Message(content, reply_to=request)
-
-
-def _arrays(tensors: Tensors) -> ArrayRecord:
-    return ArrayRecord({name: _array(tensor.detach().contiguous()) for name, tensor in tensors.items()})
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    if tensor.dtype != torch.bfloat16:
-        return Array(tensor.numpy())
-    bits = Array(tensor.view(torch.int16).numpy())
-    return Array(dtype=BFLOAT16, shape=bits.shape, stype=bits.stype, data=bits.data)
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    """The inverse of :func:`_array`; raises one of :data:`MALFORMED` if there is none."""
-    found = torch.from_numpy(array.numpy())
-    return found.view(torch.bfloat16) if array.dtype == BFLOAT16 else found
-
-
-def _together(arrays: Mapping[str, Array], tensors: Tensors) -> Mapping[str, np.ndarray[Any, Any]] | Tensors:
-    """All of one event: NumPy's own over the message's bytes, or tensors as soon as one is bfloat16."""
-    views = {name: _view(array) for name, array in arrays.items()}
-    if not any(array.dtype == BFLOAT16 for array in arrays.values()):
-        return {**views, **{name: tensor.numpy() for name, tensor in tensors.items()}}
-    return {**{name: _bits(view, arrays[name].dtype) for name, view in views.items()}, **tensors}
-
-
-def _bits(view: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
-    """What arrived, as a tensor of the declared type if it can be one, else as bytes."""
-    try:
-        found = torch.from_numpy(view.copy())
-        return found.view(torch.bfloat16) if dtype == BFLOAT16 else found
-    except MALFORMED:
-        return _bytes(view.tobytes())
-
-
-def _view(array: Array) -> np.ndarray[Any, Any]:
-    """The array over the message's own bytes: ``array.numpy()`` without its copy, which would hold up the federation."""
-    stream = io.BytesIO(array.data)  # shares the bytes
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            return np.asarray(array.numpy())
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        found = np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
-    except MALFORMED:
-        return np.frombuffer(array.data, np.uint8)
-    return found if dtype.kind in "biuf" else np.frombuffer(array.data, np.uint8)
-
-
-def _tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    return {name: _tensor(array) for name, array in record.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from defenses.channel._secagg import identity
 from defenses.channel._secagg.client import SecAggClient
@@ -120,3 +121,21 @@ def chi_squared(data: bytes) -> float:
     """Pearson's statistic of the bytes against uniformity: mean 255, standard deviation 22.6."""
     counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
     return float(((counts - len(data) / 256) ** 2).sum() / (len(data) / 256))
+
+
+@st.composite
+def drop_outs(draw: st.DrawFn, parameters: Parameters, most: int) -> dict[str, set[int]]:
+    """Clients that drop out before each stage, ``most`` in all."""
+    order = draw(st.permutations(parameters.clients))
+    cuts = sorted(draw(st.lists(st.integers(0, most), min_size=len(STAGES), max_size=len(STAGES))))
+    return {stage: set(order[start:stop]) for stage, start, stop in zip(STAGES, [0, *cuts], cuts, strict=False)}
+
+
+def assert_exact_sum(parameters: Parameters, lost: Mapping[str, set[int]], seed: int) -> tuple[dict[int, Words], Rehearsal]:
+    """Rehearse with random vectors; who drops out before unmasking has sent its vector, and counts."""
+    vectors = random_vectors(parameters, seed)
+    result = rehearse(parameters, vectors, lost=lost, restart=bool(seed % 2))
+    senders = frozenset(parameters.clients).difference(*(lost.get(stage, set()) for stage in ("advertise", "share", "mask")))
+    assert result.senders == senders
+    assert result.total.tolist() == expected_sum(vectors, senders, parameters.bits)
+    return vectors, result

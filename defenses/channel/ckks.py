@@ -11,6 +11,8 @@ Deviations:
     - FedML-HE encrypts the most sensitive weights only; here all that a client uploads is encrypted, its number of examples, too;
     - a key authority is replaced by a client: the lowest one makes the keys and hands the secret key to the others through the server,
       sealed (X25519, HKDF-SHA256, AES-256-GCM); no signatures, which an active server would make necessary;
+    - the noise is a PRF of the secret key and the ciphertexts (_ckks/flooding.py): one sum has one noise, whoever is asked and however
+      often, so that a second client that is asked because the first was lost tells the server nothing new;
     - ``flooding_bits`` = b bounds the divergence that the error leaves over the whole training by 2^−b
       (:meth:`defenses.channel._ckks.scheme.Scheme.flooding`), with Gaussian noise on the decrypted numbers, in float64: simulation
       grade. For finding the key that costs the server about b bits of work (Li et al., 2022); telling two sets of uploads apart gains
@@ -24,12 +26,15 @@ Hook: the channel. It turns k uploads with one sender each into one upload with 
 Ciphertexts are random, so that their bytes differ from run to run and with them the last digits of the aggregate: two runs of one
 world, on whichever drivers, agree within a few ``error_rms``, never to the bit. A client that is lost during the set-up cannot take
 part in this run any more; one that is lost before its upload is left out of that round; if the client that is asked to decrypt is lost,
-the next is asked.
+or tells what cannot be a sum, the next is asked. Before keys are made, whose public key is no key, or somebody else's, is left out. A
+client that makes keys for other parameters than the world's, or such as nobody can use, is passed over, and the next makes them; one that
+seals garbage to some and not to all makes those leave.
 
 What it does not protect: the mean itself, as under secure aggregation; who takes part and when; Σ n_i; **anything at all once a single
 client colludes**: all clients hold the one secret key, and the server holds all ciphertexts, of this and of all earlier rounds.
 ``secret_key`` shows that view: the server decrypts each upload by itself. Against a server that deviates: nothing; it may send one
-upload for decryption where the sum belongs (the client refuses one that says it holds fewer than two, which a multiple does not).
+upload for decryption where the sum belongs (the client refuses one that says it holds fewer than two, which a multiple does not), and
+by adding an encryption of 0 it may be told a sum anew. A client tells one sum a round: n·T tellings at most, not T, which is log2 n of b.
 **Without flooding, not even against a server that only listens**: CKKS decrypts to the message plus its error, and two sums that are
 told at full precision solve for the secret key by linear algebra (IND-CPA^D). ``tests/defenses/test_ckks.py`` finds every coefficient
 of it so, in a tenth of a second. Flooding is what is known against it: an exact solver fails under any noise, so that its failing shows
@@ -111,6 +116,11 @@ class CKKSAggregation(Defense):
         cohort = world.federation.cohort_size
         if cohort < 2:
             return f"cohort must be ≥ 2 for ckks_aggregation, got {cohort}. The sum over one client is its update."
+        if self.scheme.largest <= cohort:  # each client adds a 1 that counts it
+            return (
+                f"cohort must be below {self.scheme.largest:g}, where a sum wraps with these primes at scale_bits = {self.scale_bits}, got "
+                f"{cohort}. Lower scale_bits or add a prime."
+            )
         smallest = self.scheme.flooding(cohort, world.federation.rounds, self.flooding_bits)
         if smallest > LARGEST_ERROR:
             return (

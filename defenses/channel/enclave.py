@@ -16,6 +16,9 @@ Deviations: no certificate chain, one quote for each client and round, no sealed
     that the contributors seal in, not from a chip, so that equal worlds give equal bits. It lies on the weighted sum, whose weights
     are at most 1, so that z is exact for every cohort; where n_i is far below ``max_examples`` the mean is noisier than
     ``central_dp``'s at the same z. Without noise: the mean in float64, no deviation.
+What a client checks before it seals, in this order: the hardware's signature, its own fresh nonce, the run (a hash of the world that it
+holds itself, seed and secret included: the host's word for it would compare the host with itself), debug mode, microcode, and the
+measurement of code and policy; then that the enclave is the one of its first upload and the round a new one.
 Hook: the channel. It turns k uploads with one sender each into one upload with k senders.
 
 The claim, with noise: against the server, too, which sees nothing before the noise is added; unit client, adjacency zero-out, as many
@@ -35,6 +38,7 @@ Cost: up 4 bytes per parameter + 84 bytes for each client and round (36 of head,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -44,12 +48,13 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 
 from defenses.channel._enclave.policy import Policy
 from defenses.channel._enclave.program import HEAD_BYTES, Release, contribution
-from defenses.channel._enclave.quote import NONCE_BYTES
+from defenses.channel._enclave.quote import NONCE_BYTES, run_of
 from defenses.channel._enclave.sealing import OVERHEAD_BYTES
 from defenses.channel._vectors import cut, flat, largest_upload, length
 from defenses.client.clip import clip_to_norm, require_clip_norm
 from defenses.client.gaussian_noise import require_noise_multiplier
 from defenses.refusal import batch_norm_in_train_mode
+from simulator.config import dump, standard
 from simulator.defense import Claim, Defense
 from simulator.errors import ProtocolAbort
 from simulator.registry import register
@@ -90,6 +95,11 @@ class SimulatedEnclave(Defense):
         if self.min_contributors > cohort:
             return f"min_contributors must be ≤ the cohort of {cohort}, got {self.min_contributors}. Lower it."
         return batch_norm_in_train_mode(world, self.name) if self.noise_multiplier else None
+
+    @staticmethod
+    def run(world: World) -> bytes:
+        """The federation's name, which both ends compute from the world that they hold."""
+        return run_of(json.dumps(standard(dump(world)), sort_keys=True))
 
     def upload_bytes(self, numbers: int, world: World) -> float:
         """The sealed vector in float32 and the nonce."""

@@ -23,14 +23,21 @@ update's coordinates, in units of the grid, :meth:`SecureAggregation.grid`; :met
 modulo 2^bits before they are masked, buffers and n_i stay without. ``clip_range`` is then no bound on a coordinate but the room:
 senders' sums wrap beyond ±cohort·clip_range. The weight n_i / max_examples ≤ 1 is in the words before the noise.
 
+Against an active server (``active``; Bonawitz et al., 2017, section 6, whose bounds t > 2n/3 and c < n/3 are asked for; for the graph of
+Bell et al., 2020, the server must be honest while keys are exchanged, so that it is refused here). Signed adverts: no key of the server's
+in a client's place, with which it would read shares and know masks, and none of another round. The consistency round: no two sets of
+survivors in a round, which would open both secrets of a client. Together: one sum a round, over ≥ t clients of which ≥ t − c are honest.
+They do not protect: the result, which server and clients can falsify or prevent; who is in the sum, the server's choice; against more than
+c clients of its own making, if it runs the directory; what a model made to leak puts into the sum; differences of two rounds' sums.
+
 A client counts its own share of its own secrets, as in the paper. So any t survivors can finish, also where n − 1 others could not:
 with the default threshold, a cohort of 2 or 3 works but tolerates no drop-out, one of 4 tolerates one.
 
 What it does not protect: the mean itself, which is a large-batch update and can be attacked as one; a client whose n − 1 peers
 collude, or which several means over different cohorts single out; who takes part, who drops out and when; Σ n_i; coordinates that one
 client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one that sends different
-clients different models. Whoever sends a false vector or share spoils the sum, undetected. Python cannot erase keys from memory nor
-compute in constant time.
+clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector or share of the right
+form spoils the sum, undetected, and who seals garbage for its peers makes them leave. Python erases no keys, nor has constant time.
 Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
 gradient_disaggregation over rounds; n − 1 colluding clients (``colluding`` of the threat model); imprint and trap_weights.
 
@@ -53,6 +60,7 @@ from defenses.channel._secagg.masking import Words, packed_bytes
 from defenses.channel._secagg.parameters import Parameters
 from defenses.channel._secagg.quantization import Integers, Scale, floating
 from defenses.channel._secagg.refusal import why_not
+from defenses.channel._vectors import largest_upload
 from simulator.defense import Defense, overrides
 from simulator.errors import ProtocolAbort
 from simulator.registry import register
@@ -117,9 +125,7 @@ class SecureAggregation(Defense):
                 f"threshold {self.threshold}, {self.graph}. Use 0 for the smallest certified pair."
             )
         if not (0 <= self.corrupt < 1 and 0 <= self.dropout < 1):
-            raise ValueError(
-                f"corrupt and dropout must be in [0, 1), got {self.corrupt} and {self.dropout}. They are shares of the cohort."
-            )
+            raise ValueError(f"corrupt and dropout must be in [0, 1), got {self.corrupt} and {self.dropout}. They are shares.")
         if self.max_examples < 0:
             raise ValueError(f"max_examples must be ≥ 0, got {self.max_examples}. Use 0 to take the batch size.")
         for name, limit in (("clip_range", self.clip_range), ("buffer_range", self.buffer_range)):
@@ -179,11 +185,7 @@ class SecureAggregation(Defense):
 
     def largest_upload(self, world: World) -> int:
         """A public bound on any client's number of examples: the batch of FedSGD, else what an even deal or all records allow."""
-        recipe, federation = world.training, world.federation
-        if self.max_examples or (recipe.algorithm == "fedsgd" and recipe.batch_size):
-            return self.max_examples or recipe.batch_size
-        records = len(world.data.load().records)
-        return -(-records // federation.clients) if federation.partition == "iid" else records
+        return self.max_examples or largest_upload(world)
 
     def parameters(
         self, *, run_id: str, round: int, clients: Sequence[int], template: Tensors, buffers: Tensors, seed: bytes = b""

@@ -10,15 +10,17 @@ import tenseal
 import torch
 from tenseal import sealapi
 
+from clients.ckks import _decrypt
 from clients.private import records_held
 from defenses.accounting import guarantee
 from defenses.channel import _frames
 from defenses.channel._ckks import cipher as cipher_module
-from defenses.channel._ckks import handover
+from defenses.channel._ckks import flooding, handover
 from defenses.channel._ckks.cipher import Cipher, generate
 from defenses.channel._ckks.scheme import Scheme
 from defenses.channel.ckks import CKKSAggregation
 from simulator.errors import ProtocolAbort
+from simulator.network import network, tensors
 from simulator.types import Update, Upload
 from tests.defenses.tiny import world
 
@@ -112,6 +114,12 @@ def test_context_of_another_scale_or_none_is_refused() -> None:
         Cipher(SMALL, bytes(1 << 25))
 
 
+@pytest.mark.parametrize(("degree", "sizes"), [(4096, (59, 50)), (4096, (60, 48)), (8192, (60, 49)), (8192, (60, 49, 60))])
+def test_context_of_other_moduli_or_degree_is_refused(degree: int, sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ProtocolAbort, match=r"degree 4096 and the primes of \[60, 49\] bits, got CKKS with degree"):
+        Cipher(SMALL, generate(Scheme(degree=degree, modulus_bits=sizes, scale_bits=40))[0])
+
+
 def test_numbers_that_could_wrap_are_refused(keys) -> None:
     public, secret = keys[SMALL]
     edge = np.array([SMALL.largest * 0.9])
@@ -120,6 +128,10 @@ def test_numbers_that_could_wrap_are_refused(keys) -> None:
         public.encrypt(np.array([SMALL.largest]))
     with pytest.raises(ProtocolAbort, match="must be below"):
         public.encrypt(np.array([np.nan]))
+    many = [public.load(public.encrypt(edge / 4, 4), 1, origin="it") for _ in range(4)]
+    assert secret.decrypt(public.total(many), 1, origin="it")[0] == pytest.approx(edge[0])
+    with pytest.raises(ProtocolAbort, match="for a sum of 4, got a larger one"):
+        public.encrypt(edge / 3, 4)  # four of these wrap
 
 
 def test_secret_key_is_handed_over_to_its_receiver_alone() -> None:
@@ -137,6 +149,18 @@ def test_secret_key_is_handed_over_to_its_receiver_alone() -> None:
         handover.open_(envelope[:-1] + bytes([envelope[-1] ^ 1]), private=theirs, peer=my_key, **place)
     with pytest.raises(ProtocolAbort, match="full order"):
         handover.seal(b"x", private=mine, peer=bytes(32), **place)
+
+
+def test_who_has_no_usable_key_is_named() -> None:
+    key = handover.key_pair()[1]
+    assert handover.why_unusable(3, key, set()) is None
+    for bad, others, reason in (
+        (key[:-1], set(), "32 bytes, got 31"), (bytes(32), set(), "full order"), (key, {key}, "nobody else has"),
+        ((2**255 - 19).to_bytes(32, "little"), set(), "another writing"), (key[:-1] + bytes([key[-1] | 128]), set(), "another writing"),
+    ):  # fmt: skip
+        assert (found := handover.why_unusable(3, bad, others)) is not None
+        assert "client 3" in found
+        assert reason in found
 
 
 def test_roster_has_one_reading() -> None:
@@ -228,6 +252,26 @@ def test_flooding_bounds_the_divergence() -> None:
     assert FINE.flooding(5, 10**6, 0) == 0
 
 
+def test_one_sum_is_told_with_one_noise_whoever_is_asked_and_however_often(keys) -> None:
+    """The mean over as many answers as there are clients and rounds is no closer to the exact sum than one answer."""
+    of = world(CKKSAggregation())
+    model = network(of.architecture, of.data.load().schema, of.training, of.seed)
+    public, context = generate(FINE)
+    cipher, numbers = Cipher(FINE, public), of.channel.length(*tensors(model))
+    vector = np.concatenate((values(numbers - 1), [1.0]))
+    one = cipher.encrypt(vector)
+    sums = [cipher.total([cipher.load(part, numbers, origin="it") for part in parts]) for parts in ([one] * 2, [one] * 3)]
+    told = [[np.frombuffer(_decrypt(of, model, of.channel, data, context)) for _ in range(3)] for data in sums]
+    assert all(np.array_equal(again, answers[0]) for answers in told for again in answers)
+    errors = [answers[0] - count * vector for answers, count in zip(told, (2, 3), strict=True)]
+    for error in errors:
+        assert error.std() == pytest.approx(of.channel.flooding(of, numbers), rel=0.4)
+    assert abs(np.corrcoef(*errors)[0, 1]) < 0.4
+    other = flooding.noise(b"another key", sums[0], 10_000, std=2.0)
+    assert other.std() == pytest.approx(2.0, rel=0.05)
+    assert not np.array_equal(other, flooding.noise(context, sums[0], 10_000, std=2.0))
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -250,6 +294,9 @@ def test_refuses_worlds_in_which_it_cannot_act(monkeypatch: pytest.MonkeyPatch) 
     defense = CKKSAggregation()
     assert defense.refuses(world(defense)) is None
     assert "cohort must be ≥ 2" in (defense.refuses(world(defense, clients=1)) or "")
+    narrow = CKKSAggregation(degree=4096, modulus_bits=(60, 49), scale_bits=44, flooding_bits=0)
+    assert narrow.refuses(world(narrow, clients=16_383)) is None
+    assert "cohort must be below 16384, where a sum wraps" in (narrow.refuses(world(narrow, clients=16_384)) or "")
     coarse = CKKSAggregation(modulus_bits=(60, 40, 60), scale_bits=40)
     assert "flooding_bits must leave an error" in (coarse.refuses(world(coarse)) or "")
     assert replace(coarse, flooding_bits=0).refuses(world(coarse)) is None

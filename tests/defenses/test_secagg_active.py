@@ -164,12 +164,12 @@ def test_who_is_not_in_the_directory_cannot_sign() -> None:
     one, two = list(people)[:2]
     digest, public = os.urandom(32), os.urandom(64)
     signature = people[one].sign_keys(digest, one, public)
-    people[two].check_keys(digest, one, public, signature)
+    identity.check_keys(people[two].directory, digest, one, public, signature)
     for wrong in ((digest, two, public), (os.urandom(32), one, public), (digest, one, os.urandom(64)), (digest, 999, public)):
         with pytest.raises(ProtocolAbort, match="signed by it"):
-            people[two].check_keys(*wrong, signature)
+            identity.check_keys(people[two].directory, *wrong, signature)
     with pytest.raises(ProtocolAbort, match="same survivors"):  # a signature of keys is none of survivors
-        people[two].check_survivors(digest, [one], one, signature)
+        identity.check_survivors(people[two].directory, digest, [one], one, signature)
 
 
 def test_refuses_what_an_active_server_could_use() -> None:

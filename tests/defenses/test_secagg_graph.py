@@ -20,7 +20,7 @@ from defenses.channel._secagg.parameters import Parameters, run_tag
 from defenses.channel.secure_aggregation import SecureAggregation
 from simulator.errors import ProtocolAbort
 from simulator.world import Federation, World
-from tests.secagg import STAGES, chi_squared, expected_sum, make_parameters, random_vectors, rehearse, up_to
+from tests.secagg import STAGES, assert_exact_sum, chi_squared, drop_outs, make_parameters, random_vectors, rehearse, up_to
 
 SHARES = ((0.05, 0.05), (0.1, 0.1), (0.2, 0.05), (0.2, 0.2), (0.33, 0.05), (0.33, 0.33))
 PAIRS = {  # computed apart from this code, with scipy's hypergeometric tails
@@ -175,9 +175,7 @@ def test_tag_binds_the_graph() -> None:
 def scenarios(draw: st.DrawFn) -> tuple[Parameters, dict[str, set[int]], int]:
     n = draw(st.integers(9, 16))
     parameters = sparse(n, length=draw(st.integers(1, 40)), bits=draw(st.sampled_from([16, 20, 24, 32, 64])), standing=draw(st.booleans()))
-    order = draw(st.permutations(parameters.clients))
-    cuts = sorted(draw(st.lists(st.integers(0, 2), min_size=len(STAGES), max_size=len(STAGES))))
-    lost = {stage: set(order[start:stop]) for stage, start, stop in zip(STAGES, [0, *cuts], cuts, strict=False)}
+    lost = draw(drop_outs(parameters, most=2))
     if parameters.standing:
         lost["share"] |= lost.pop("advertise")
     return parameters, lost, draw(st.integers(0, 2**32 - 1))
@@ -188,11 +186,7 @@ def scenarios(draw: st.DrawFn) -> tuple[Parameters, dict[str, set[int]], int]:
 def test_sum_is_exact_under_drop_outs_at_every_stage(scenario: tuple[Parameters, dict[str, set[int]], int]) -> None:
     """Any two may drop out: 5 of the 7 who hold a client's shares are left, and 4 are needed."""
     parameters, lost, seed = scenario
-    vectors = random_vectors(parameters, seed)
-    result = rehearse(parameters, vectors, lost=lost, restart=bool(seed % 2))
-    senders = frozenset(parameters.clients).difference(*(lost.get(stage, set()) for stage in ("advertise", "share", "mask")))
-    assert result.senders == senders
-    assert result.total.tolist() == expected_sum(vectors, senders, parameters.bits)
+    assert_exact_sum(parameters, lost, seed)
 
 
 def test_clients_deal_with_their_neighbors_only() -> None:

@@ -31,7 +31,7 @@ from defenses.channel.secure_aggregation import SecureAggregation
 from simulator.errors import ProtocolAbort
 from simulator.types import LocalTraining, Update
 from simulator.world import Federation, World
-from tests.secagg import STAGES, chi_squared, expected_sum, make_parameters, random_vectors, rehearse, up_to
+from tests.secagg import STAGES, assert_exact_sum, chi_squared, drop_outs, make_parameters, random_vectors, rehearse, up_to
 
 # --- the sum -------------------------------------------------------------------------------------------------------------------------
 
@@ -42,22 +42,15 @@ def scenarios(draw: st.DrawFn) -> tuple[Parameters, dict[str, set[int]], int]:
     n = draw(st.integers(2, 9))
     threshold = draw(st.integers(n // 2 + 1, n))
     parameters = make_parameters(n, draw(st.integers(1, 40)), threshold=threshold, bits=draw(st.sampled_from([32, 64])))
-    order = draw(st.permutations(parameters.clients))
-    cuts = sorted(draw(st.lists(st.integers(0, n - threshold), min_size=len(STAGES), max_size=len(STAGES))))
-    lost = {stage: set(order[start:stop]) for stage, start, stop in zip(STAGES, [0, *cuts], cuts, strict=False)}
-    return parameters, lost, draw(st.integers(0, 2**32 - 1))
+    return parameters, draw(drop_outs(parameters, most=n - threshold)), draw(st.integers(0, 2**32 - 1))
 
 
 @settings(max_examples=60, deadline=None)
 @given(scenarios())
 def test_sum_is_exact_under_drop_outs_at_every_stage(scenario: tuple[Parameters, dict[str, set[int]], int]) -> None:
     parameters, lost, seed = scenario
-    vectors = random_vectors(parameters, seed)
-    result = rehearse(parameters, vectors, lost=lost, restart=bool(seed % 2))
-    senders = frozenset(parameters.clients) - lost["advertise"] - lost["share"] - lost["mask"]
-    assert result.senders == senders  # who drops out before unmasking has sent its vector, and counts
-    assert result.total.tolist() == expected_sum(vectors, senders, parameters.bits)
-    assert np.array_equal(result.total, ideal_sum({client: vectors[client] for client in senders}))
+    vectors, result = assert_exact_sum(parameters, lost, seed)
+    assert np.array_equal(result.total, ideal_sum({client: vectors[client] for client in result.senders}))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,10 +13,12 @@ from scipy.stats import norm
 from clients.private import private_records
 from experiments.checks import FLAGS
 from experiments.conclude import conclude, threat
+from experiments.directory import TRANSCRIPTS
 from experiments.disclose import architecture, disclose
+from experiments.refusals import check
 from experiments.report import words
-from experiments.run import TRANSCRIPTS, run
-from experiments.spec import Experiment, check, load
+from experiments.run import run
+from experiments.spec import Experiment, load
 from server import active
 from simulator import config
 from simulator.adversary import ThreatModel

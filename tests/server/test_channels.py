@@ -34,16 +34,17 @@ from experiments import spec
 from experiments.collude import reduced
 from experiments.disclose import architecture, disclose
 from experiments.facts import rounding_error
+from experiments.refusals import check
 from server import ckks as ckks_server
 from server import enclave as enclave_server
 from simulator import config, wire
 from simulator.adversary import ThreatModel
 from simulator.errors import FederationError, ProtocolAbort, SpecError
 from simulator.network import network, tensors
-from simulator.transcript import LINES, Record, equal
+from simulator.transcript import LINES, Record
 from simulator.types import Broadcast, Tensors, Upload
 from simulator.world import World
-from tests.federations import federate, misbehaving, without_flower, world
+from tests.federations import equal, federate, misbehaving, without_flower, world
 
 CKKS: dict[str, Any] = {"name": "ckks_aggregation", "degree": 4096, "modulus_bits": [60, 49], "scale_bits": 40, "flooding_bits": 0}
 """Small ciphertexts, for speed; the default is :data:`FULL`."""
@@ -323,13 +324,31 @@ def test_clients_send_nothing_to_an_enclave_that_is_not_theirs(
         federate(of(ENCLAVE), tmp_path / "t")
 
 
+def test_run_is_what_the_clients_world_says_and_not_what_the_server_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A genuine, fresh quote of an enclave of another federation, whose seed alone differs; the server means it to be of this one."""
+    it, other = of(ENCLAVE), of(ENCLAVE, seed=1)
+    assert len({SimulatedEnclave.run(one) for one in (it, other, of(ENCLAVE, secret="x"), of(ENCLAVE, federation={"rounds": 2}))}) == 4
+    assert SimulatedEnclave.run(it) == SimulatedEnclave.run(of(ENCLAVE))
+    started: list[World] = []
+    process = enclave_server.EnclaveProcess
+
+    def launch(policy: Any, key: bytes, run: bytes) -> Any:
+        started.append(other)
+        return process(policy, key, SimulatedEnclave.run(other))
+
+    monkeypatch.setattr(enclave_server, "EnclaveProcess", launch)
+    with pytest.raises(FederationError, match="of this federation"):
+        federate(it, tmp_path / "t")
+    assert started
+
+
 def test_nonce_is_good_for_one_quote(tmp_path: Path) -> None:
     it, state = of(ENCLAVE), RecordDict()
     model = network(it.model, it.data.load().schema, it.training, it.seed)
     assert isinstance(it.channel, SimulatedEnclave)
-    key, run = hardware_key(it.seed, it.secret), b"r" * 16
+    key, run = hardware_key(it.seed, it.secret), it.channel.run(it)
     enclave = Enclave(it.channel.policy(it, *tensors(model)), run)
-    nonce = wire.unpack_stage(enclave_reply(it, model, 0, wire.pack_stage("nonce", run), state))[1]
+    nonce = wire.unpack_stage(enclave_reply(it, model, 0, wire.pack_stage("nonce", b""), state))[1]
     quote = Quote(
         debug=False, tcb=TCB, measurement=measurement(it.channel.policy(it, *tensors(model))), enclave_key=enclave.public_key,
         nonce=nonce, run=run,
@@ -374,7 +393,7 @@ def stage_of(it: World, name: str, payload: bytes, state: RecordDict, **facts: i
 
 
 def test_client_decrypts_no_upload_alone_and_gives_its_key_to_nobody() -> None:
-    it, state = of(CKKS), RecordDict()
+    it, state = of(CKKS, federation={"clients": 4, "rounds": 3}), RecordDict()
     key = stage_of(it, "advertise", b"r" * 16, state)
     made = stage_of(it, "make", (0).to_bytes(8, "little") + key, state)
     channel, model = it.channel, network(it.model, it.data.load().schema, it.training, it.seed)
@@ -389,6 +408,8 @@ def test_client_decrypts_no_upload_alone_and_gives_its_key_to_nobody() -> None:
         with pytest.raises(ProtocolAbort, match="^left ckks_aggregation$"):
             stage_of(it, name, payload, state, round=round)
     stage_of(it, "decrypt", both, state, round=3)
+    with pytest.raises(ProtocolAbort, match="^left ckks_aggregation$"):
+        stage_of(it, "decrypt", both, state, round=4)  # the noise is for three rounds
 
 
 def test_client_takes_no_keys_that_do_not_fit() -> None:
@@ -476,9 +497,9 @@ def test_one_colluder_is_all_it_takes_to_undo_ckks_so_that_fewer_are_not_an_expe
         experiment = config.build(spec.Experiment, {**table, "arms": [{"name": "none"}, {"name": "it", "defenses": [defense]}]})
         if refused:
             with pytest.raises(SpecError, match=r"threat\.colluding must be 0 .* set secret_key = 'colluder'"):
-                spec.check(experiment)
+                check(experiment)
         else:
-            spec.check(experiment)
+            check(experiment)
 
 
 def test_error_of_the_aggregate_is_reported_beside_it(tmp_path: Path) -> None:

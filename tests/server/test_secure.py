@@ -15,10 +15,10 @@ from clients.local import local_upload
 from simulator import wire
 from simulator.errors import FederationError
 from simulator.network import network
-from simulator.transcript import LINES, equal
+from simulator.transcript import LINES
 from simulator.types import Broadcast
 from simulator.world import World
-from tests.federations import federate, misbehaving, world
+from tests.federations import equal, federate, misbehaving, world
 
 SECURE = [{"name": "secure_aggregation"}]
 COHORT = {"clients": 6, "rounds": 1}

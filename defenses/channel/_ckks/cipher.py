@@ -63,32 +63,41 @@ class Cipher:
             raise ProtocolAbort(f"context must be at most {CONTEXT_BYTES} bytes, got {len(context)}. Refuse these keys.")
         try:
             self._context = _tenseal().context_from(context)
-            scale = self._context.global_scale
+            scale, held = self._context.global_scale, self._context.seal_context().data.key_context_data().parms()
+            kind, degree, primes = held.scheme().name, held.poly_modulus_degree(), [prime.value() for prime in held.coeff_modulus()]
         except REFUSED as error:
             raise ProtocolAbort(f"context must be readable, got {error}. Refuse these keys.") from error
         if scale != 2.0**scheme.scale_bits:
             raise ProtocolAbort(f"context must have scale 2^{scheme.scale_bits}, got {scale:g}. Refuse these keys.")
+        if kind != "CKKS" or (degree, primes) != (scheme.degree, _primes(scheme)):
+            raise ProtocolAbort(
+                f"context must be of CKKS with degree {scheme.degree} and the primes of {list(scheme.modulus_bits)} bits, got "
+                f"{kind} with degree {degree} and {[prime.bit_length() for prime in primes]} bits. Refuse these keys."
+            )
 
     @property
     def holds_secret_key(self) -> bool:
         """Whether it can decrypt."""
         return bool(self._context.has_secret_key())
 
-    def encrypt(self, values: Reals) -> bytes:
-        """The numbers in ciphertexts of N/2 each, the last one filled up with zeros.
+    @property
+    def holds_public_key(self) -> bool:
+        """Whether it can encrypt."""
+        return bool(self._context.has_public_key())
+
+    def encrypt(self, values: Reals, summands: int = 1) -> bytes:
+        """The numbers in ciphertexts of N/2 each, the last one filled up with zeros; up to ``summands`` such vectors may be added.
 
         Raises:
             ProtocolAbort: a number is so large that a sum could wrap.
         """
-        if values.size and not float(np.abs(values).max()) < self.scheme.largest:
-            raise ProtocolAbort(f"numbers must be below {self.scheme.largest:g}, got a larger one. Lower scale_bits.")
+        if values.size and not float(np.abs(values).max()) < (most := self.scheme.largest / summands):
+            raise ProtocolAbort(f"numbers must be below {most:g} for a sum of {summands}, got a larger one. Lower scale_bits.")
         slots = self.scheme.slots
         padded = np.zeros(self.scheme.chunks(values.size) * slots)
         padded[: values.size] = values
         tenseal = _tenseal()
-        return _frames.pack(
-            [tenseal.ckks_vector(self._context, part.tolist()).serialize() for part in padded.reshape(-1, slots)]
-        )
+        return _frames.pack([tenseal.ckks_vector(self._context, part.tolist()).serialize() for part in padded.reshape(-1, slots)])
 
     def load(self, data: bytes, length: int, *, origin: str) -> list[Any]:
         """The ciphertexts of a vector of ``length`` numbers.
@@ -132,3 +141,8 @@ class Cipher:
             raise ProtocolAbort("decrypting must have the secret key, got a public context. Ask a client that holds it.")
         values = np.concatenate([np.array(vector.decrypt()) for vector in self.load(data, length, origin=origin)])
         return np.asarray(values[:length])
+
+
+def _primes(scheme: Scheme) -> list[int]:
+    """The primes that every party computes for itself out of the degree and the sizes."""
+    return [prime.value() for prime in _tenseal().sealapi.CoeffModulus.Create(scheme.degree, list(scheme.modulus_bits))]

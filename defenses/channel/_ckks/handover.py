@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from defenses.channel._points import canonical
 from simulator.errors import ProtocolAbort
 
 KEY_BYTES = 32
@@ -54,6 +55,21 @@ def _key(private: bytes, peer: bytes, run: bytes) -> bytes:
         raise ProtocolAbort(f"public key must be a point of full order of {KEY_BYTES} bytes, got {peer.hex()}. Leave this run.") from error
     mine = own.public_key().public_bytes_raw()
     return HKDF(hashes.SHA256(), KEY_BYTES, salt=run, info=b"fedpeek ckks key" + min(mine, peer) + max(mine, peer)).derive(shared)
+
+
+def why_unusable(client: int, key: bytes, others: Set[bytes]) -> str | None:
+    """What is wrong with a client's public key, which would stop whoever seals to it; None if it may enter the roster."""
+    if len(key) != KEY_BYTES:
+        return f"public key of client {client} must be {KEY_BYTES} bytes, got {len(key)}. Leave that client out."
+    if not canonical(key):
+        return f"public key of client {client} must be below 2^255 - 19, got another writing of a point. Leave that client out."
+    if key in others:
+        return f"public key of client {client} must be one that nobody else has, got another's. Leave that client out."
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
+    except ValueError:
+        return f"public key of client {client} must be a point of full order, got {key.hex()}. Leave that client out."
+    return None
 
 
 def pack_roster(roster: Mapping[int, bytes]) -> bytes:

@@ -33,7 +33,7 @@ class Quote:
         measurement: of what runs inside.
         enclave_key: the enclave's X25519 public key, to which clients seal.
         nonce: the client's, for freshness.
-        run: the federation's, so that no quote serves two.
+        run: the federation's, so that no quote serves two; a client computes it for itself (:func:`run_of`).
     """
 
     debug: bool
@@ -46,6 +46,16 @@ class Quote:
     def to_bytes(self) -> bytes:
         """What is signed."""
         return _BODY.pack(self.debug, self.tcb, self.measurement, self.enclave_key, self.nonce, self.run)
+
+
+def run_of(world: str) -> bytes:
+    """The name of the federation that this world describes, its seed and secret included.
+
+    Whoever checks a quote must compute it: a name that the host tells, and that its enclave then states, compares the host with itself.
+    Two runs of one world have the same name and the same numbers in them; the nonce keeps their quotes apart, and a client stays with the
+    first enclave that it sealed to.
+    """
+    return hashlib.sha256(b"fedpeek SIMULATED enclave run" + world.encode()).digest()[:RUN_BYTES]
 
 
 def hardware_key(seed: int, secret: str) -> bytes:
@@ -72,7 +82,7 @@ def verified(data: bytes, *, root: bytes, allowed: frozenset[bytes], nonce: byte
         root: the hardware's public key.
         allowed: measurements that the client trusts.
         nonce: what this client sent for this quote, and for no other.
-        run: of the federation.
+        run: of the federation, as the client itself knows it.
 
     Raises:
         ProtocolAbort: the first thing that is not as it must be.

@@ -20,7 +20,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from defenses.channel._secagg import envelope, keys, messages
-from defenses.channel._secagg.identity import SIGNATURE_BYTES, Identity
+from defenses.channel._secagg.checks import check_members, check_vector
+from defenses.channel._secagg.identity import SIGNATURE_BYTES, Identity, check_keys, check_survivors
 from defenses.channel._secagg.keyring import KeyRing
 from defenses.channel._secagg.masking import Words, apply_masks, pack, reduced, word_type
 from defenses.channel._secagg.memory import FIELDS, Memory, Stage, check_stage
@@ -116,9 +117,9 @@ class SecAggClient:
         """
         with self._once(Stage.MASK):
             memory, parameters = self._memory, self.parameters
-            self._check_vector(vector)
+            check_vector(vector, parameters)
             sealed = self._read(envelopes, Kind.ENVELOPES, width=envelope.ENVELOPE_BYTES)
-            self._check_members([*sealed, self.client], [*memory.envelope_keys, self.client], "clients that shared keys")
+            self._members([*sealed, self.client], [*memory.envelope_keys, self.client], "clients that shared keys")
             opened = {
                 peer: envelope.open_(
                     memory.envelope_keys[peer], sent, parameters=parameters, tag=memory.tag, sender=peer, receiver=self.client
@@ -196,7 +197,7 @@ class SecAggClient:
 
     def _checked_roster(self, rows: Mapping[int, bytes]) -> dict[int, bytes]:
         """The public keys of the neighbors and this client, once all checks hold."""
-        self._check_members(rows, self.parameters.holders(self.client), "clients that advertised")
+        self._members(rows, self.parameters.holders(self.client), "clients that advertised")
         roster = {client: row[:_PUBLIC] for client, row in rows.items()}
         own = keys.public_of(self._memory.envelope_private) + keys.public_of(self._memory.mask_private)
         if not hmac.compare_digest(roster[self.client], own):
@@ -206,14 +207,14 @@ class SecAggClient:
             raise ProtocolAbort(f"public keys must be {2 * len(roster)} distinct ones, got {len(halves)}. Leave this run.")
         if self.identity:
             for client, row in rows.items():
-                self.identity.check_keys(self.parameters.digest, client, roster[client], row[_PUBLIC:])
+                check_keys(self.identity.directory, self.parameters.digest, client, roster[client], row[_PUBLIC:])
         return roster
 
     def _survivors(self, message: bytes) -> dict[int, bytes]:
         """All survivors of the cohort, once the counts hold: of all clients, and of those with whom this one shares masks."""
         alive, shares = self._read(message, Kind.SURVIVORS, width=0), self._memory.shares
         near = [client for client in alive if client in shares] if self.parameters.degree else alive
-        self._check_members(near, shares, "survivors")
+        self._members(near, shares, "survivors")
         holders, points = set(self.parameters.holders(self.client)), self.parameters.points
         strangers = [client for client in alive if client not in points or (client in holders and client not in shares)]
         if strangers or len(alive) < self.parameters.least:
@@ -231,24 +232,8 @@ class SecAggClient:
                 f"signatures must be ≥ threshold = {self.parameters.threshold} and of survivors, got {len(signatures)}. Leave this run."
             )
         for client, signature in signatures.items():
-            self.identity.check_survivors(self._memory.tag, alive, client, signature)
+            check_survivors(self.identity.directory, self._memory.tag, alive, client, signature)
         return alive
 
-    def _check_members(self, members: Collection[int], allowed: Collection[int], what: str) -> None:
-        """Own presence, no repetition, no strangers, and at least the threshold, which is above half of those who hold shares."""
-        distinct = set(members)
-        if len(distinct) != len(members) or self.client not in distinct or not distinct <= set(allowed):
-            raise ProtocolAbort(
-                f"{what} must be distinct, include client {self.client} and be among {sorted(allowed)}, got {sorted(members)}. "
-                "Leave this run."
-            )
-        if len(distinct) < self.parameters.threshold:
-            raise ProtocolAbort(f"{what} must be ≥ threshold = {self.parameters.threshold}, got {len(distinct)}. Leave this run.")
-
-    def _check_vector(self, vector: Words) -> None:
-        wanted = word_type(self.parameters.bits)
-        if vector.dtype != wanted or vector.shape != (self.parameters.length,):
-            raise ProtocolAbort(
-                f"vector must be {wanted} of shape ({self.parameters.length},), got {vector.dtype} of shape {vector.shape}. "
-                "Use SecureAggregation.encode."
-            )
+    def _members(self, members: Collection[int], allowed: Collection[int], what: str) -> None:
+        check_members(members, allowed, what, client=self.client, threshold=self.parameters.threshold)

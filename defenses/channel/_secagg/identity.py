@@ -8,13 +8,17 @@ protocol and its cost, and is no protection against who holds the world.
 Source: Bonawitz et al. (2017), CCS, eprint 2017/281, the underlined parts: signed key advertisements, and the consistency check in which
     a client opens shares only for survivors that t clients have signed. With 2t > n + c for c corrupt clients (t > 2n/3 and
     c < n/3 in the paper), two sets of survivors cannot both gather t signatures, since an honest client signs one only.
-Deviations: a signature of keys covers the parameters too (run, round, clients, threshold), so that one from another round is worth nothing.
+Deviations: a signature of keys covers the parameters too (run, round, clients, threshold), so that one from another round is worth nothing;
+    the server checks signatures, too, which protects nobody from it: one client with a bad signature is left out instead of making every
+    honest one leave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -23,6 +27,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from defenses.channel._secagg.messages import pack_clients, pack_fields
 from simulator.errors import ProtocolAbort
+
+if TYPE_CHECKING:
+    from simulator.world import World
 
 SIGNATURE_BYTES = 64
 _KEYS, _SURVIVORS = b"fedpeek secagg keys", b"fedpeek secagg survivors"
@@ -44,39 +51,54 @@ class Identity:
         """Sign the own public keys for the aggregation that ``digest`` names."""
         return self._sign(pack_fields(_KEYS, digest, pack_clients([client]), public))
 
-    def check_keys(self, digest: bytes, client: int, public: bytes, signature: bytes) -> None:
-        """Check that ``client`` made these keys for this aggregation.
-
-        Raises:
-            ProtocolAbort: another key, another round, another client, or no signature at all.
-        """
-        if not self._verifies(client, signature, pack_fields(_KEYS, digest, pack_clients([client]), public)):
-            raise ProtocolAbort(f"keys of client {client} must be signed by it for this round, got others. Leave this run.")
-
     def sign_survivors(self, tag: bytes, survivors: Iterable[int]) -> bytes:
         """Sign the one set of survivors that this client was told; ``tag`` names the run and all its keys."""
         return self._sign(pack_fields(_SURVIVORS, tag, pack_clients(survivors)))
 
-    def check_survivors(self, tag: bytes, survivors: Iterable[int], client: int, signature: bytes) -> None:
-        """Check that ``client`` was told the same survivors.
-
-        Raises:
-            ProtocolAbort: it was told others, or in another round.
-        """
-        if not self._verifies(client, signature, pack_fields(_SURVIVORS, tag, pack_clients(survivors))):
-            raise ProtocolAbort(f"client {client} must have signed the same survivors, got another signature. Leave this run.")
-
     def _sign(self, message: bytes) -> bytes:
         return Ed25519PrivateKey.from_private_bytes(self.private).sign(message)
 
-    def _verifies(self, client: int, signature: bytes, message: bytes) -> bool:
-        if client not in self.directory:
-            return False
-        try:
-            Ed25519PublicKey.from_public_bytes(self.directory[client]).verify(signature, message)
-        except (InvalidSignature, ValueError):
-            return False
-        return True
+
+def check_keys(directory: Mapping[int, bytes], digest: bytes, client: int, public: bytes, signature: bytes) -> None:
+    """Check that ``client`` made these keys for this aggregation.
+
+    Raises:
+        ProtocolAbort: another key, another round, another client, or no signature at all.
+    """
+    if not _verifies(directory, client, signature, pack_fields(_KEYS, digest, pack_clients([client]), public)):
+        raise ProtocolAbort(f"keys of client {client} must be signed by it for this round, got others. Leave this run.")
+
+
+def check_survivors(directory: Mapping[int, bytes], tag: bytes, survivors: Iterable[int], client: int, signature: bytes) -> None:
+    """Check that ``client`` was told the same survivors.
+
+    Raises:
+        ProtocolAbort: it was told others, or in another round.
+    """
+    if not _verifies(directory, client, signature, pack_fields(_SURVIVORS, tag, pack_clients(survivors))):
+        raise ProtocolAbort(f"client {client} must have signed the same survivors, got another signature. Leave this run.")
+
+
+def _verifies(directory: Mapping[int, bytes], client: int, signature: bytes, message: bytes) -> bool:
+    if client not in directory:
+        return False
+    try:
+        Ed25519PublicKey.from_public_bytes(directory[client]).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def directory(world: World, given: Sequence[str]) -> dict[int, bytes]:
+    """Everybody's public signature keys: as given in hexadecimal, or derived for a simulation."""
+    if given:
+        return {client: bytes.fromhex(key) for client, key in enumerate(given)}
+    return {client: public_of(simulated(world, client)) for client in range(world.federation.clients)}
+
+
+def simulated(world: World, client: int) -> bytes:
+    """A client's signing key in a simulation."""
+    return derived_private(hashlib.sha256(f"{world.seed}|{world.secret}".encode()).digest(), client)
 
 
 def derived_private(secret: bytes, client: int) -> bytes:

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from defenses.channel._points import canonical
 from simulator.errors import ProtocolAbort
 
 KEY_BYTES = 32
@@ -48,8 +49,10 @@ class Agreement:
         """The key shared with the owner of the raw public key ``peer``, who derives the same one.
 
         Raises:
-            ProtocolAbort: ``peer`` is a point of low order, with which every secret would be all zero.
+            ProtocolAbort: ``peer`` is a point of low order, with which every secret would be all zero, or not the one writing of it.
         """
+        if not canonical(peer):
+            raise ProtocolAbort(f"public key must be below 2^255 - 19, got {peer.hex()}, another writing of a point. Leave this run.")
         if peer not in self._known:
             try:
                 self._known[peer] = self._private.exchange(X25519PublicKey.from_public_bytes(peer))

@@ -14,14 +14,16 @@ Deviations: listed in ``defenses.channel.secure_aggregation``.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
 from defenses.channel._secagg import envelope, keys, messages
-from defenses.channel._secagg.identity import SIGNATURE_BYTES
+from defenses.channel._secagg.checks import check_replies, check_rows
+from defenses.channel._secagg.identity import SIGNATURE_BYTES, check_keys, check_survivors
 from defenses.channel._secagg.masking import Words, apply_masks, packed_bytes, reduced, unpack, word_type
 from defenses.channel._secagg.memory import Stage, check_stage
 from defenses.channel._secagg.messages import Kind
@@ -31,10 +33,15 @@ from simulator.errors import ProtocolAbort
 
 
 class SecAggServer:
-    """The server's side. It learns the sum over the survivors, who dropped out and when, and nothing more of any vector."""
+    """The server's side. It learns the sum over the survivors, who dropped out and when, and nothing more of any vector.
 
-    def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
+    Args:
+        parameters: of this aggregation.
+        directory: raw Ed25519 public key of each client, where clients sign: to leave out whose signature would make others leave.
+    """
+
+    def __init__(self, parameters: Parameters, directory: Mapping[int, bytes] = MappingProxyType({})) -> None:
+        self.parameters, self._directory = parameters, directory
         self._stage, self._probe = Stage.ADVERTISE, keys.generate()[0]
         self._roster: dict[int, bytes] = {}
         self._locked: dict[int, bytes] = {}
@@ -54,12 +61,16 @@ class SecAggServer:
                     row = self._keys(client, replies[client])
                     self.check_keys(client, row, seen)
                     seen |= halves(row)
+                    if self._directory:
+                        check_keys(self._directory, self.parameters.digest, client, row[: 2 * keys.KEY_BYTES], row[2 * keys.KEY_BYTES :])
                 elif self._stage is Stage.SHARE:
                     self._shares(client, replies[client])
                 elif self._stage is Stage.MASK:
                     self._masked(client, replies[client])
                 elif self._stage is Stage.SIGN:
-                    self._read(replies[client], Kind.SIGNED, client, SIGNATURE_BYTES)
+                    signature = bytes(self._read(replies[client], Kind.SIGNED, client, SIGNATURE_BYTES))
+                    if self._directory:
+                        check_survivors(self._directory, self._tag(), self._senders, client, signature)
                 else:
                     self._shares_opened(client, replies[client])
             except ProtocolAbort as error:
@@ -79,7 +90,7 @@ class SecAggServer:
     def use_keys(self, rows: Mapping[int, bytes]) -> dict[int, bytes]:
         """Likewise with keys that clients advertised before, by client: both public keys in a row."""
         with self._once(Stage.ADVERTISE):
-            self._check_replies(rows, self.parameters.clients, "key advertisements")
+            check_replies(rows, self.parameters.clients, "key advertisements", self.parameters)
             self._roster = {client: rows[client] for client in sorted(rows)}
             return {client: self._frame(Kind.ROSTER, self._known_to(client)) for client in self._roster}
 
@@ -99,7 +110,7 @@ class SecAggServer:
     def receive_share(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
         """Envelopes in, by sender; envelopes out, by receiver."""
         with self._once(Stage.SHARE):
-            self._check_replies(replies, self._roster, "key shares")
+            check_replies(replies, self._roster, "key shares", self.parameters)
             self._sharers = tuple(sorted(replies))
             inboxes: dict[int, dict[int, bytes]] = {receiver: {} for receiver in self._sharers}
             for sender in self._sharers:
@@ -111,7 +122,7 @@ class SecAggServer:
     def receive_mask(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
         """Masked vectors in, summed; the set of those who sent one out."""
         with self._once(Stage.MASK):
-            self._check_replies(replies, self._sharers, "masked vectors")
+            check_replies(replies, self._sharers, "masked vectors", self.parameters)
             parameters = self.parameters
             self._senders = tuple(sorted(replies))
             self._sum = np.zeros(parameters.length, word_type(parameters.bits))
@@ -123,7 +134,7 @@ class SecAggServer:
     def receive_sign(self, replies: Mapping[int, bytes]) -> dict[int, bytes]:
         """Signatures of the survivors in, all of them out, to those who signed; against an active server only."""
         with self._once(Stage.SIGN):
-            self._check_replies(replies, self._senders, "signatures")
+            check_replies(replies, self._senders, "signatures", self.parameters)
             signatures = {client: bytes(self._read(replies[client], Kind.SIGNED, client, SIGNATURE_BYTES)) for client in replies}
             return dict.fromkeys(sorted(replies), self._frame(Kind.SIGNATURES, signatures))
 
@@ -133,7 +144,7 @@ class SecAggServer:
         A client that sent its vector and then dropped out is still a sender.
         """
         with self._once(Stage.UNMASK):
-            self._check_replies(replies, self._senders, "opened shares", least=self.parameters.threshold)
+            check_replies(replies, self._senders, "opened shares", self.parameters, least=self.parameters.threshold)
             apply_masks(self._sum, self._masks_left(self._opened(replies)))
             total, self._sum = reduced(self._sum, self.parameters.bits), np.zeros(0, self._sum.dtype)
             return total, frozenset(self._senders)
@@ -157,7 +168,7 @@ class SecAggServer:
 
     def _masks_left(self, secrets: Mapping[int, bytes]) -> Iterator[tuple[bytes, Literal[1, -1]]]:
         """The masks that are still in the sum, with the sign that removes them: every sender's own, and those shared with the dropped."""
-        tag = run_tag(self.parameters, {client: row[: 2 * keys.KEY_BYTES] for client, row in self._roster.items()})
+        tag = self._tag()
         public = {client: row[keys.KEY_BYTES : 2 * keys.KEY_BYTES] for client, row in self._roster.items()}
         senders = set(self._senders)
         for sender in self._senders:
@@ -173,11 +184,14 @@ class SecAggServer:
             for sender in alive:
                 yield shared[sender], -1 if sender < dropped else 1
 
+    def _tag(self) -> bytes:
+        return run_tag(self.parameters, {client: row[: 2 * keys.KEY_BYTES] for client, row in self._roster.items()})
+
     def _unlocked(self, dropped: int, recovery: bytes, tag: bytes) -> dict[int, bytes]:
         rows = messages.unpack_table(
             envelope.unlock(recovery, self._locked[dropped], tag=tag, owner=dropped), width=keys.KEY_BYTES, origin=f"client {dropped}"
         )
-        self._check_rows(rows, self._known_to(dropped).keys() - {dropped}, dropped)
+        check_rows(rows, self._known_to(dropped).keys() - {dropped}, dropped)
         return rows
 
     def _keys(self, client: int, reply: bytes) -> bytes:
@@ -189,7 +203,7 @@ class SecAggServer:
         sealed, locked = messages.unpack_fields(bytes(body), 2, origin=f"client {client}")
         rows = messages.unpack_table(sealed, width=envelope.ENVELOPE_BYTES, origin=f"client {client}")
         peers = self._known_to(client).keys() - {client}
-        self._check_rows(rows, peers, client)
+        check_rows(rows, peers, client)
         if len(locked) != (envelope.locked_bytes(len(peers)) if self.parameters.standing else 0):
             raise ProtocolAbort(f"lock of client {client} must hold {len(peers)} pair keys, got {len(locked)} bytes. Leave it out.")
         return rows, locked
@@ -203,7 +217,7 @@ class SecAggServer:
         """The share of each owner's secret that a client opens."""
         body = messages.unframe(reply, Kind.OPENED, self.parameters.digest, origin=f"client {client}")
         rows = messages.unpack_table(body, width=SHARE_BYTES, origin=f"client {client}")
-        self._check_rows(rows, set(self.parameters.holders(client)) & set(self._sharers), client)
+        check_rows(rows, set(self.parameters.holders(client)) & set(self._sharers), client)
         if any(int.from_bytes(share, "big") >= PRIME for share in rows.values()):
             raise ProtocolAbort(f"shares from client {client} must be below the prime, got one that is not. Leave it out.")
         return rows
@@ -221,21 +235,6 @@ class SecAggServer:
 
     def _frame(self, kind: Kind, rows: Mapping[int, bytes]) -> bytes:
         return messages.frame(kind, self.parameters.digest, messages.pack_table(rows))
-
-    def _check_replies(self, replies: Mapping[int, bytes], allowed: Collection[int], what: str, *, least: int = 0) -> None:
-        least, strangers = least or self.parameters.least, sorted(set(replies) - set(allowed))
-        if strangers:
-            raise ProtocolAbort(f"{what} must come from clients {sorted(allowed)}, got some from {strangers}. Drop them.")
-        if len(replies) < least:
-            need = "threshold" if least == self.parameters.threshold else "quorum"
-            raise ProtocolAbort(
-                f"{what} must be ≥ {need} = {least} of {len(self.parameters.clients)} clients, "
-                f"got {len(replies)}. Skip this round, or wait longer for clients."
-            )
-
-    def _check_rows(self, rows: Mapping[int, bytes], wanted: Collection[int], client: int) -> None:
-        if rows.keys() != set(wanted):
-            raise ProtocolAbort(f"rows from client {client} must be for clients {sorted(wanted)}, got {sorted(rows)}. Abort the round.")
 
     def _read(self, reply: bytes, kind: Kind, client: int, size: int) -> memoryview:
         body = messages.unframe(reply, kind, self.parameters.digest, origin=f"client {client}")
