@@ -83,7 +83,7 @@ def gradient_rule(
     def rule(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
         now = replace(context, step=next(steps))
         if each:
-            (defense,) = each  # experiments.spec refuses two: after the first there are no per-example gradients left
+            (defense,) = each  # experiments.refusals refuses two: after the first there are no per-example gradients left
             apart = training.per_example_gradients(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
             gradient: Tensors = defense.on_gradient(apart, now)
         else:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from defenses.audit import Measured, Verdict, audit
 from experiments.conclude import in_order
+from experiments.directory import SPEC, read_facts, read_trials
 from experiments.groups import independent, told_apart
 from experiments.result import ArmFacts, Trial
-from experiments.run import SPEC, read_facts, read_trials
 from experiments.spec import Experiment
 from simulator import config
 from simulator.errors import FedpeekError, SpecError

@@ -21,6 +21,8 @@ EQUIVALENCE_DB = 3.0
 FLAGS: dict[str, str] = {
     "not_converged": f"more than {TOLERATED_UNCONVERGED:.0%} of the attacks stopped while still improving: the leakage may be larger",
     "floor_not_beaten": "the interval of the gain over the best floor reaches 0 or below: no leakage was shown, which is not its absence",
+    "prior_only": "on the same victims the attack did no better than on shuffled updates (the interval reaches 0 or below): what it shows "
+    "may be its prior, such as the mean of a class",
     "control_failed": "the undefended attack did not beat its own floor: no defense can take credit here",
     "no_control": "there is no undefended run on the same victims: no defense can take credit",
     "oracle_used": "the threat model disclosed labels to the attack: the leakage holds for that adversary only",
@@ -67,6 +69,7 @@ def flags_for(
     active: bool = False,
     candidates_told: bool = False,
     colluding: bool = False,
+    prior: Interval | None = None,
 ) -> list[str]:
     """Return the flags that a row of the summary deserves, in the order of :data:`FLAGS`.
 
@@ -88,6 +91,7 @@ def flags_for(
         active: whether the server tampered with the model.
         candidates_told: whether the row says who was identified by an attack that was handed the candidates.
         colluding: whether clients told the server what they sent.
+        prior: PSNR minus that of the same attack on shuffled updates in dB, on the same victims; None where none were shuffled.
         prediction_missed: whether fewer records are exact than identifiability predicted.
     """
     if gain is None:
@@ -97,6 +101,7 @@ def flags_for(
     raised = {
         "not_converged": unconverged > TOLERATED_UNCONVERGED * statuses.get("ok", 0),
         "floor_not_beaten": gain.low <= 0,
+        "prior_only": prior is not None and prior.low <= 0 < gain.low,
         "control_failed": control_gain is not None and control_gain.low <= 0,
         "no_control": not controlled,
         "oracle_used": oracle,

@@ -81,15 +81,17 @@ def run(
     Ctrl-C leaves a run that --resume completes.
     """
     from experiments import spec as specs
+    from experiments.arms import slug
     from experiments.estimate import plan
+    from experiments.refusals import check
     from experiments.run import run as run_experiment
     from experiments.workers import cores, parse
 
     if resume and out is None:
         raise SpecError("--resume must come with --out, got none. Name the directory of the run.")
-    experiment, slug, at_once = specs.load(spec, assign or ()), specs.slug, parse(workers)
+    experiment, at_once = specs.load(spec, assign or ()), parse(workers)
     if estimate:
-        specs.check(experiment)
+        check(experiment)
         _say(plan(experiment).sentence(at_once if isinstance(at_once, int) and at_once else cores()))
         raise typer.Exit(OK)
     out = out or Path("fedpeek-out") / f"{slug(experiment.name)}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -12,14 +12,15 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
+from experiments.arms import Arm
+from experiments.directory import FACTS, HOW, SPEC, TRANSCRIPTS, mixed, read_facts, read_trials
 from experiments.gallery import gallery
 from experiments.marginals import marginals
 from experiments.marginals import table as layers_table
 from experiments.report import html
 from experiments.report.table import table as terminal_table
 from experiments.result import Trial
-from experiments.run import FACTS, HOW, SPEC, TRANSCRIPTS, read_facts, read_trials
-from experiments.spec import Arm, Experiment
+from experiments.spec import Experiment
 from experiments.summary import summarize
 from simulator import config
 from simulator.errors import FedpeekError, SpecError
@@ -48,8 +49,8 @@ def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
     control = experiment.control
     summary = summarize(
         trials, facts, candidates=candidates(experiment), control_arm=control.name if control else None,
-        environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
-        stacks={arm.name: stack(arm) for arm in experiment.arms}, colluding=experiment.threat.colluding > 0,
+        controls=experiment.controls, environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
+        stacks=stacks(experiment), colluding=experiment.threat.colluding > 0,
         one_round=experiment.threat.rounds == "one",
     )  # fmt: skip
     if experiment.layers:
@@ -68,7 +69,8 @@ def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
     shown: list[RenderableType] = [terminal_table(summary)]
     if experiment.layers:
         shown.append(layers_table(summary["layers"]))
-    return Group(*shown), report, missing + failed + lost
+    differs = [f"the run was resumed by another state of fedpeek, and its rows are of both: {'; '.join(mixed(how))}"] if mixed(how) else []
+    return Group(*shown), report, missing + failed + lost + differs
 
 
 def first_reason(row: Mapping[str, Any]) -> str:
@@ -101,10 +103,22 @@ def candidates(experiment: Experiment) -> int:
     return min(experiment.evaluation.candidates or records, records)
 
 
-def stack(arm: Arm) -> tuple[str, ...]:
-    """The names of an arm's defenses; a changed recipe counts as one."""
-    changed = (f"training: {', '.join(arm.training)}",) if arm.training else ()
-    return (*(defense.name or type(defense).__name__ for defense in arm.defenses), *changed)
+def stacks(experiment: Experiment) -> dict[str, tuple[str, ...]]:
+    """The names of each arm's defenses; what it changes of the world and its control does not counts as one.
+
+    The number of senders is a strength of a channel and no defense of its own beside it.
+    """
+    arms = {arm.name: arm for arm in experiment.arms}
+    return {name: _stack(arm, arms.get(experiment.controls.get(name, ""))) for name, arm in arms.items()}
+
+
+def _stack(arm: Arm, control: Arm | None) -> tuple[str, ...]:
+    alike = control.changes if control else {}
+    own = [place for place, value in arm.changes.items() if alike.get(place) != value]
+    changed = [(table, name) for table, name in own if table != "federation" or not arm.defenses]
+    tables = {table: [name for other, name in changed if other == table] for table, _ in changed}
+    words = [f"{table}: {', '.join(names)}" for table, names in tables.items()]
+    return (*(defense.name or type(defense).__name__ for defense in arm.defenses), *words)
 
 
 def threat(experiment: Experiment) -> dict[str, object]:

@@ -26,8 +26,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES, MEASURED = DOCS / "defenses", DOCS / "defenses.json"
 
 KEPT = (
-    "defense", "attack", "view", "answered", "control", "rounds", "victims", "seeds", "uploads", "statuses", "stack", "identified", "gain",
-    "epsilon", "delta", "ceiling", "accuracy", "cost", "solvers", "flags",
+    "defense", "attack", "view", "answered", "control", "against", "rounds", "victims", "seeds", "uploads", "statuses", "stack",
+    "identified", "gain", "epsilon", "delta", "ceiling", "accuracy", "cost", "solvers", "flags",
 )  # fmt: skip
 """What the pages need of a row of a summary."""
 
@@ -166,12 +166,13 @@ def _content() -> dict[str, object]:
 
 
 def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:
-    """The arms that this defense is in, and the undefended one, as a table; empty without any."""
+    """The arms that this defense is in, and the undefended ones that they are judged against, as a table; empty without any."""
     heads = strongest(rows)
     mine = [row for row in heads if defense in texts_of(row, "stack")]
     if not mine:
         return ""
-    shown = [*[row for row in heads if row.get("control")], *mine]
+    against = {row.get("against") for row in mine}
+    shown = [*[row for row in heads if row.get("control") and (row.get("against") in against or None in against)], *mine]
     head = "| arm | identified | PSNR gain, dB | ε | ceiling | accuracy | upload | client |\n|---|---|---|---|---|---|---|---|"
     victims = {int(value) for row in shown if (value := number(row.get("victims"))) is not None}
     seeds = max((int(value) for row in shown if (value := number(row.get("seeds"))) is not None), default=0)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from experiments.arms import Arm
 from experiments.spec import Experiment
 
 
@@ -17,7 +18,7 @@ class Plan:
         arms, seeds: whose product is the number of federations.
         attacks: run on each of them.
         uploads: under attack by each attack, over all arms and seeds; fewer where a sample is empty.
-        shuffled: whether each attack runs on shuffled updates, too.
+        shuffled: reconstructions from shuffled updates beside those of the attacks.
         seconds: of CPU, after which budgets have stopped every attack; infinite where one has none.
     """
 
@@ -25,15 +26,16 @@ class Plan:
     seeds: int
     attacks: int
     uploads: int
-    shuffled: bool
+    shuffled: int
     seconds: float
 
     def sentence(self, workers: int) -> str:
         """The plan in words, with the time on so many workers."""
         federations, runs = self.arms * self.seeds, self.uploads * self.attacks
+        more = "as many" if self.shuffled == runs else str(self.shuffled)
         said = (
             f"{self.arms} arms × {self.seeds} seeds = {federations} federations; {self.attacks} attacks × {self.uploads} uploads = {runs} "
-            f"reconstructions{', and as many on shuffled updates' if self.shuffled else ''}."
+            f"reconstructions{f', and {more} on shuffled updates' if self.shuffled else ''}."
         )
         if math.isinf(self.seconds):
             return f"{said} How long is said when the first arm has ended."
@@ -43,15 +45,22 @@ class Plan:
 
 def plan(experiment: Experiment) -> Plan:
     """What this experiment has to do from its start."""
-    evaluation, federation = experiment.evaluation, experiment.federation
-    senders = federation.cohort_size - experiment.threat.colluding
-    seen = [1 if any(defense.channel for defense in arm.defenses) else senders for arm in experiment.arms]
-    uploads = sum(min(evaluation.victims or count, count) for count in seen) * len(evaluation.rounds) * len(experiment.seeds)
+    counts, seeds = [_uploads(experiment, arm) for arm in experiment.arms], len(experiment.seeds)
+    names = [attack.name for attack in experiment.rungs]
     budgets = [float(getattr(attack, "seconds", math.inf)) for attack in experiment.rungs]
+    blind = [seeds * sum(experiment.evaluation.shuffled(name, count) for count in counts) for name in names]
+    uploads = seeds * sum(counts)
     return Plan(
-        arms=len(experiment.arms), seeds=len(experiment.seeds), attacks=len(budgets), uploads=uploads,
-        shuffled=evaluation.shuffled_control, seconds=sum(budgets) * uploads * (2 if evaluation.shuffled_control else 1),
+        arms=len(counts), seeds=seeds, attacks=len(names), uploads=uploads, shuffled=sum(blind),
+        seconds=sum(budget * (uploads + more) for budget, more in zip(budgets, blind, strict=True) if uploads + more),
     )  # fmt: skip
+
+
+def _uploads(experiment: Experiment, arm: Arm) -> int:
+    """The uploads of one federation that are attacked."""
+    evaluation, senders = experiment.judged(arm), experiment.federation_of(arm).cohort_size - experiment.threat.colluding
+    count = 1 if any(defense.channel for defense in arm.defenses) else senders
+    return min(evaluation.victims or count, count) * len(evaluation.rounds)
 
 
 def left(spent: Sequence[tuple[str, float]], waiting: Sequence[str], workers: int) -> float | None:

@@ -18,7 +18,7 @@ from experiments.groups import Row, mean
 from experiments.guarantee import guarantee_of
 from experiments.result import ArmFacts
 from experiments.rounding import rounding_error as measured_rounding_error
-from experiments.trial import Victim
+from experiments.under_attack import Victim
 from experiments.utility import accuracy
 from simulator.transcript import Record
 from simulator.types import Upload

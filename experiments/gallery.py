@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from experiments.arms import Arm
+from experiments.directory import PICTURES
 from experiments.ladder import BEST
 from experiments.report.html import Picture
 from experiments.result import Trial
-from experiments.run import PICTURES
-from experiments.spec import Arm, Experiment
+from experiments.spec import Experiment
 
 Shown = tuple[Trial, int, NDArray[Any], NDArray[Any]]
 """A trial, the place of a record in it, the record, and the guess."""

@@ -14,7 +14,7 @@ from defenses.bounds import Ceilings, ceilings
 from defenses.client.clip import Clip
 from defenses.client.dp_sgd import DPSGD
 from defenses.client.gaussian_noise import GaussianNoise
-from experiments.trial import Victim
+from experiments.under_attack import Victim
 from simulator.front import first_is_linear
 from simulator.models.normalize import Normalize
 from simulator.rng import stream

@@ -7,44 +7,31 @@ dies takes the victim under way with it, as a failed trial with the reason; the 
 
 The evaluator imports an attack's module as well, to check its settings; it never calls it.
 
-Longer than our usual, so that all that crosses the boundary can be read in one sitting.
+Here stands all that crosses the boundary; :mod:`experiments.host` starts the process and ends it.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from experiments.disclose import ARCHITECTURE_SEED
-from simulator import config, parcel, progress
+from experiments.host import LONGEST_LINE, Died, Host, search_path
+from simulator import config, progress
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.answer import checked, printable
 from simulator.errors import SpecError
 from simulator.types import Observation
 
-KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "TORCH_HOME", "SYSTEMROOT")
-"""Environment variables that the attack's process gets; what else is set may say something, or hold a secret."""
-
-THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 SPARE_BYTES = 16 << 20
 """What an answer may take besides its tensors: traces, certificates, reasons."""
 
-LONGEST_REASON, LONGEST_LINE, LAST_WORDS = 2000, 300, 12
+LONGEST_REASON = 2000
 TOGETHER = -1
 """Index of what is under way when it is all victims at once."""
 
@@ -67,85 +54,6 @@ class Question:
 
 
 Answer = Reconstruction | Refused
-
-
-class Died(Exception):
-    """The attack's process is no more, or no longer speaks the protocol; the message is the reason."""
-
-
-class Host:
-    """The attack's process, alive until :meth:`close`."""
-
-    def __init__(self, modules: Sequence[str] = ()) -> None:
-        self._scratch = tempfile.mkdtemp(prefix="fedpeek-attack-")
-        environment = {name: os.environ[name] for name in KEPT if name in os.environ} | THREADS | {"TMPDIR": self._scratch}
-        spec = find_spec("simulator.host")
-        assert spec is not None
-        assert spec.origin is not None
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", spec.origin], cwd=self._scratch, env=environment, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._requests, self._replies = self._process.stdin, self._process.stdout
-        self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
-        self._relay = threading.Thread(target=_relay, args=(self._process.stderr, self._last_words), daemon=True)
-        self._relay.start()
-        with contextlib.suppress(OSError):  # it died at once; the first question tells
-            self._requests.write(json.dumps({"path": _path(), "modules": list(modules)}).encode() + b"\n")
-            self._requests.flush()
-
-    def ask(self, job: Mapping[str, Any], hear: Callable[[Mapping[str, Any]], None], limit: int) -> None:
-        """Send a job and hear every message about it.
-
-        Raises:
-            Died: the process ended, or sent what is no message.
-        """
-        try:
-            parcel.write(self._requests, job)  # type: ignore[arg-type]
-            while True:
-                message = parcel.read(self._replies, limit)  # type: ignore[arg-type]
-                if message["kind"] == "done":
-                    return
-                hear(message)
-        except (EOFError, OSError):
-            raise Died(f"the attack's process {self._end()}") from None
-        except (parcel.ParcelError, KeyError, TypeError, ValueError, AttributeError) as error:
-            self.close()
-            raise Died(f"the attack's process sent what is no answer: {error}") from error
-        except BaseException:  # interrupted in the middle of a message: the next job would read its rest
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """End the process and whatever it is at."""
-        self._process.kill()
-        self._process.wait()
-        self._relay.join(1.0)
-        for stream in (self._requests, self._replies):
-            with contextlib.suppress(OSError):
-                stream.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can be asked."""
-        return self._process.poll() is None
-
-    def _end(self) -> str:
-        """How the process ended, with its last line on standard error."""
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed the pipe and live on
-            self._process.wait(2.0)
-        code = self._process.poll()
-        self.close()
-        how = "closed its pipe" if code is None else f"ended with exit code {code}"
-        if code is not None and code < 0:
-            known = {item.value: item.name for item in signal.Signals}
-            how = f"was killed by {known.get(-code, -code)}" + (", as when memory runs out" if -code == signal.SIGKILL else "")
-        words = next((line for line in self._last_words if "error" in line.lower()), "")
-        return how + (f": {words}" if words else "")
 
 
 _host: Host | None = None
@@ -243,7 +151,7 @@ def _job(attack: Any, model: Mapping[str, Any], questions: Sequence[Question], *
     public = {id(question.knowledge.public): question.knowledge.public for question in questions}
     pools = {key: place for place, key in enumerate(public)}
     return {
-        "path": _path(),
+        "path": search_path(),
         "module": cls.__module__, "qualname": cls.__qualname__, "name": attack.name, "settings": _settings(attack),
         "model": dict(model), "model_seed": ARCHITECTURE_SEED,
         "views": [question.view for question in questions],
@@ -292,18 +200,7 @@ def _limit(questions: Sequence[Question]) -> int:
     return SPARE_BYTES + max(8 * q.knowledge.num_examples * (2 + torch.Size(q.knowledge.schema.shape).numel()) for q in questions)
 
 
-def _path() -> list[str]:
-    """Where modules are imported from, without what is relative to the evaluator's directory."""
-    return [os.path.abspath(entry) if entry else os.getcwd() for entry in sys.path]
-
-
 def _text(value: Any) -> str:
     return printable(str(value), LONGEST_LINE)
 
 
-def _relay(stream: IO[bytes], last_words: deque[str]) -> None:
-    """Pass on what the attack prints, line by line, and keep the end of it."""
-    for line in stream:
-        text = printable(line.decode(errors="replace").rstrip("\n"), 10 * LONGEST_LINE)
-        last_words.append(printable(text.strip(), LONGEST_LINE))
-        print(text, file=sys.stderr)

@@ -14,11 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments import isolated
+from experiments.arms import Arm
+from experiments.directory import RESULTS, SPEC
 from experiments.isolated import Question, Refused
+from experiments.refusals import check_budget
 from experiments.report import pictures
-from experiments.run import RESULTS, SPEC
-from experiments.spec import Arm, Experiment, check_budget
-from experiments.trial import attack_victims, find_victims, outlook
+from experiments.spec import Experiment
+from experiments.trial import attack_victims
+from experiments.under_attack import find_victims, outlook
 from experiments.workers import Notify
 from simulator import config, lookup, progress
 from simulator.adversary import Knowledge
@@ -82,12 +85,11 @@ def _run_of(directory: Path, root: Path) -> tuple[Experiment, Arm, int] | None:
 def _scored(
     record: Record, attack: Any, rounds: tuple[int, ...], experiment: Experiment, arm: Arm, seed: int, out: Path, say: Say
 ) -> tuple[Table, list[str]]:
-    experiment = replace(experiment, evaluation=replace(experiment.evaluation, rounds=rounds))
-    world = experiment.world(arm, seed)
-    victims = find_victims(experiment, world, record)
+    evaluation, world = replace(experiment.judged(arm), rounds=rounds), experiment.world(arm, seed)
+    victims = find_victims(experiment, world, record, evaluation)
     for victim in victims:
         say(_outlook(victim.view, victim.knowledge, seed))
-    outcome = attack_victims(attack, victims, experiment.evaluation, world, arm.name)
+    outcome = attack_victims(attack, victims, evaluation, world, arm.name)
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text("".join(f"{trial.to_json()}\n" for trial in outcome.trials), encoding="utf-8")
     table = Table(

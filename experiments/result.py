@@ -156,6 +156,7 @@ class ArmFacts:
         peak_bytes: the most memory of the process in which server and clients ran, that of Python and its libraries included.
         quantization_error: rms difference of a coordinate to the exact aggregate, in the update's unit; None without quantization.
         train_seconds: wall-clock time of the federation.
+        seconds: the same of federation and attacks, those before a kill included; None in lines of an older version.
     """
 
     arm: str
@@ -177,6 +178,7 @@ class ArmFacts:
     upload_bytes_formula: float | None = field(default=None, metadata=SINCE)
     psnr_ceiling_db: float | None = field(default=None, metadata=SINCE)
     mse_floor: float | None = field(default=None, metadata=SINCE)
+    seconds: float | None = field(default=None, metadata=SINCE)
 
     def to_json(self) -> str:
         """Return the facts as one line."""

@@ -110,6 +110,33 @@ def clustered_rate(hits: Sequence[bool], clusters: Sequence[Hashable], *, rng: n
     return Rate(rate.rate, max(0.0, min(rate.low, between.low)), min(1.0, max(rate.high, between.high)))
 
 
+def paired_t(differences: Sequence[float]) -> Interval:
+    """Return the mean of paired differences and Student's interval: for a few seeds, each of which is one number."""
+    count, mean = len(differences), math.fsum(differences) / len(differences)
+    if count == 1:
+        return Interval(mean, -math.inf, math.inf)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+    return Interval(mean, mean - margin, mean + margin)
+
+
+def difference(one: Interval, other: Interval) -> Interval:
+    """Return the interval of ``one − other`` from the intervals of both, as if they were independent.
+
+    Method of variance estimates recovery (Zou and Donner, 2008; for rates Newcombe, 1998). Too wide for two arms of the same
+    victims, which go up and down together.
+    """
+    mean = one.mean - other.mean
+    low = math.hypot(one.mean - one.low, other.high - other.mean)
+    high = math.hypot(one.high - one.mean, other.mean - other.low)
+    return Interval(mean, mean - low, mean + high)
+
+
+def above_chance(rate: float, chance: float) -> float:
+    """A rate on the scale on which chance is 0 and certainty 1, so that rates with different chances may be compared."""
+    return (rate - chance) / (1 - chance)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for having looked at all of them: below α, each one holds at family-wise error α."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

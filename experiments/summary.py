@@ -10,25 +10,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from experiments.checks import flags_for
 from experiments.comparison import compare, correct
-from experiments.controls import best_floor, label_floor
 from experiments.facts import columns
-from experiments.groups import Group, Row, Scored, Upload, bounds, independent, interval_of, mean, rate_of, told_apart
+from experiments.groups import Group, Row, Scored, bounds, independent, interval_of, mean, rate_of, told_apart
 from experiments.ladder import BEST, best_per_victim
-from experiments.metrics import chance
 from experiments.result import ArmFacts, Trial, plain
-from experiments.statistics import Interval, Rate
+from experiments.row_scores import above_floor, floor, guessed, over_prior, scores
 
 SCHEMA = 1
-
-SCORES = ("psnr_db", "ssim", "mse", "lpips")
-"""Scores of images, with a distribution over victims; ``lpips`` only where every record has it."""
 
 
 def summarize(
@@ -37,6 +29,7 @@ def summarize(
     *,
     candidates: int,
     control_arm: str | None,
+    controls: Mapping[str, str] | None = None,
     environment: Mapping[str, object],
     version: str,
     by_round: bool = False,
@@ -51,6 +44,7 @@ def summarize(
     Args:
         candidates: N, the records among which the true one must be the nearest.
         control_arm: name of the undefended arm; None where there is none.
+        controls: name of the arm that each arm is judged against; arms that are missing here are judged against ``control_arm``.
         by_round: one row for each attacked round, to see the initial beside the trained model, instead of one for all.
         stacks: the names of each arm's defenses, by which the report finds arms of one family.
         colluding: whether clients told the server what they sent.
@@ -63,7 +57,7 @@ def summarize(
     rows = [
         _row(
             group,
-            _control(group, groups, control_arm),
+            _control(group, groups, (controls or {}).get(group.arm, control_arm)),
             [fact for fact in facts if fact.arm == group.arm],
             candidates=candidates,
             colluding=colluding,
@@ -106,6 +100,7 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
     pictured = [] if group.labels_only or group.chosen else scored
     named = [] if group.labels_only else scored
     gain = interval_of([item.gain_db for item in pictured], pictured) if pictured else None
+    prior = over_prior(pictured)
     identified = rate_of([item.record.identified for item in named], named) if named else None
     comparison = compare(pictured, control.scored) if pictured and control and control is not group else None
     certified_wrong = sum(bool(item.record.certificate) and not item.record.exact for item in scored)
@@ -121,9 +116,10 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         seeds=len(seeds),
         uploads=len(uploads),
         unconverged=sum(trial.status == "ok" and not trial.converged for trial in group.trials),
-        gain=_above_floor(group, candidates),
+        gain=above_floor(group, candidates),
+        prior=prior[0] if prior else None,
         controlled=control is not None and not {item.key for item in scored}.isdisjoint(item.key for item in control.scored),
-        control_gain=_above_floor(control, candidates) if control else None,
+        control_gain=above_floor(control, candidates) if control else None,
         difference=comparison.interval if comparison else None,
         identified=against_ceiling,
         epsilon=max((fact.epsilon for fact in facts), default=math.inf),
@@ -142,17 +138,19 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         "view": group.view,
         "answered": "labels" if group.labels_only else "candidates" if group.chosen else "inputs",
         "control": control is group,
+        "against": control.arm if control else None,
         "rounds": sorted({trial.round for trial in group.trials}),
         "victims": len(scored),
         "seeds": len(seeds),
         "uploads": len(uploads),
         "statuses": statuses,
         "reasons": sorted({trial.reason for trial in group.trials if trial.reason}),
-        "scores": _scores(group) if scored else {},
-        "floor": _floor(pictured) if pictured else None,
+        "scores": scores(group) if scored else {},
+        "floor": floor(pictured) if pictured else None,
         "gain": {"psnr_db": bounds(gain)} if gain else None,
+        "over_prior": {"psnr_db": bounds(prior[0]), "records": prior[1]} if prior else None,
         "difference_to_control": comparison.row if comparison else None,
-        "identified": bounds(identified) | {"chance": _guessed(group, candidates), "candidates": candidates} if identified else None,
+        "identified": bounds(identified) | {"chance": guessed(group, candidates), "candidates": candidates} if identified else None,
         "certified": {
             "records": sum(bool(item.record.certificate) for item in scored),
             "wrong": certified_wrong,
@@ -171,88 +169,3 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
     }
 
 
-def _above_floor(group: Group, candidates: int) -> Interval | None:
-    """What the attack reached over its floor: in dB of PSNR, as a share of labels, or as a rate over chance; None without scores.
-
-    Labels without a known floor are taken to be worth nothing: the tool claims no leakage that it cannot compare.
-    """
-    scored = group.scored
-    if not scored:
-        return None
-    if group.chosen:
-        identified, chance = rate_of([item.record.identified for item in scored], scored), _chance(scored, candidates) or 0.0
-        return Interval(identified.rate - chance, identified.low - chance, identified.high - chance)
-    if not group.labels_only:
-        return interval_of([item.gain_db for item in scored], scored)
-    labels = _labels(group)
-    floor = 1.0 if labels is None or labels.floor is None else labels.floor
-    return Interval(*(end - floor for end in (vars(labels.accuracy).values() if labels else (0.0, 0.0, 0.0))))
-
-
-def _scores(group: Group) -> Row:
-    """Each score of a row; those of images are null where the attack answered none."""
-    scored, row = group.scored, Row()
-    for name in SCORES:
-        values = [getattr(item.record, name) for item in scored]
-        if None not in values:
-            row[name] = None if group.labels_only or group.chosen else _distribution(values, scored)
-    labels = _labels(group)
-    if labels:
-        accuracy = labels.accuracy
-        row["label_accuracy"] = {"mean": accuracy.rate, "low": accuracy.low, "high": accuracy.high, "floor": labels.floor}
-    row["exact"] = None if group.labels_only or group.chosen else bounds(rate_of([item.record.exact for item in scored], scored))
-    return row
-
-
-def _distribution(values: Sequence[float], scored: Sequence[Scored]) -> Row:
-    return bounds(interval_of(values, scored)) | {
-        "min": min(values),
-        "median": float(np.median(values)),
-        "p95": float(np.quantile(values, 0.95)),
-        "max": max(values),
-    }
-
-
-@dataclass(frozen=True)
-class Labels:
-    """How many labels an attack got right, and how many a guess would that knows the class frequencies; None if unknown."""
-
-    accuracy: Rate
-    floor: float | None
-
-
-def _labels(group: Group) -> Labels | None:
-    """Judge the labels of a row; None where the attack gave none. Matched among themselves only where no picture decides."""
-    labelled = [item for item in group.scored if item.record.label_correct is not None]
-    if not labelled:
-        return None
-    batches: dict[Upload, list[int]] = {}
-    for item in labelled:
-        if item.record.label is not None:
-            batches.setdefault(item.upload, []).append(item.record.label)
-    known = sum(map(len, batches.values())) == len(labelled)
-    floor = label_floor(list(batches.values()), matched=group.labels_only) if known else None
-    return Labels(rate_of([bool(item.record.label_correct) for item in labelled], labelled), floor)
-
-
-def _floor(scored: Sequence[Scored]) -> Row:
-    """The mean of each record's best floor, the floor that is best most often, and the mean of every floor."""
-    best = [best_floor(item.record.floors) for item in scored]
-    names = dict.fromkeys(name for item in scored for name in item.record.floors)
-    return {
-        "psnr_db": mean([score.psnr_db for _, score in best]),
-        "name": Counter(name for name, _ in best).most_common(1)[0][0],
-        "by_name": {
-            name: {"psnr_db": mean([item.record.floors[name].psnr_db for item in scored if name in item.record.floors])} for name in names
-        },
-    }
-
-
-def _guessed(group: Group, candidates: int) -> float | None:
-    """Chance of the identification: that of one guess, or of two where each victim has its best attack."""
-    one = _chance(group.scored, candidates)
-    return one if one is None or group.attack != BEST else min(1.0, 2 * one)
-
-
-def _chance(scored: Sequence[Scored], candidates: int) -> float | None:
-    return mean([chance(len(item.trial.records), candidates) for item in scored])

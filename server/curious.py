@@ -12,7 +12,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from simulator import wire
-from simulator.transcript import Transcript, broadcast_event, released_tensors, upload_event
+from simulator.events import broadcast_event, released_tensors, upload_event
+from simulator.transcript import Transcript
 from simulator.types import Broadcast, Tensors, Upload
 
 

@@ -3,8 +3,6 @@
 ``transcript.jsonl`` holds one event a line. Each line carries the SHA-256 of the line before it, and of the tensor file that
 belongs to it, so that an altered, reordered or missing piece is found, with the round where it breaks. The last line is an
 ``end`` event; without it the transcript was cut short.
-
-Writer and reader share this file, longer than our usual, because they must agree on every field of the format.
 """
 
 from __future__ import annotations
@@ -13,22 +11,18 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-import numpy as np
-import torch
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load, save
 from torch import Tensor
 
 from simulator.errors import TranscriptError
-from simulator.types import Broadcast, LocalTraining, Observation, Tensors, Update, Upload
-
-Arrays = Callable[[], Mapping[str, "np.ndarray[Any, Any]"] | Tensors]
-"""Named arrays on demand, all of NumPy or all of torch (which has bfloat16): parsed in the writer's thread."""
+from simulator.events import Arrays, broadcast_of, model_of, upload_of
+from simulator.types import Broadcast, Observation, Tensors, Upload
 
 SCHEMA = 1
 LINES = "transcript.jsonl"
@@ -36,9 +30,6 @@ GENESIS = "0" * 64
 END, CUT = "end", "cut short"
 IN_FLIGHT = 32
 """Events that may wait to be written: bounds the memory that a slow disk can cost."""
-
-PARAMETERS, BUFFERS, UPDATE = "parameters", "buffers", "update"
-"""First part of a tensor's name in a transcript file, and the key of its record in a Flower message."""
 
 
 class Transcript:
@@ -195,35 +186,16 @@ def _parse(directory: Path, events: list[dict[str, Any]]) -> Record:
             continue
         tensors, round = _tensors(directory, event), int(event["round"])
         if event["kind"] == "broadcast":
-            recipe = LocalTraining(**event["training"])
-            broadcasts[round] = Broadcast(round, _under(tensors, PARAMETERS), _under(tensors, BUFFERS), recipe)
+            broadcasts[round] = broadcast_of(event, tensors)
         elif event["kind"] == "upload" and not (len(event["senders"]) == 1 and (round, event["senders"][0]) in refused):
-            update = Update(event["update"], _under(tensors, UPDATE))
-            senders = frozenset(int(sender) for sender in event["senders"])
-            uploads.setdefault(round, []).append(Upload(senders, update, _under(tensors, BUFFERS), int(event["num_examples"])))
+            uploads.setdefault(round, []).append(upload_of(event, tensors))
         elif event["kind"] == "released":
-            released = (_under(tensors, PARAMETERS), _under(tensors, BUFFERS))
+            released = model_of(tensors)
     observations = tuple(
         Observation(broadcasts[round], tuple(sorted(uploads.get(round, []), key=lambda upload: min(upload.senders))))
         for round in sorted(broadcasts)
     )
     return Record(events[0], observations, released, tuple(lost), events[-1])
-
-
-def broadcast_event(broadcast: Broadcast) -> tuple[dict[str, Any], Tensors]:
-    """A broadcast as the facts and tensors of an event."""
-    return {"training": asdict(broadcast.training)}, released_tensors(broadcast.parameters, broadcast.buffers)
-
-
-def released_tensors(parameters: Tensors, buffers: Tensors) -> Tensors:
-    """A model's tensors under the names that a transcript file uses."""
-    return {**_over(parameters, PARAMETERS), **_over(buffers, BUFFERS)}
-
-
-def upload_event(upload: Upload) -> tuple[dict[str, Any], Tensors]:
-    """An upload as the facts and tensors of an event."""
-    facts = {"senders": sorted(upload.senders), "update": upload.update.kind, "num_examples": upload.num_examples}
-    return facts, {**_over(upload.update.tensors, UPDATE), **_over(upload.buffers, BUFFERS)}
 
 
 def _verified_events(directory: Path, half_is_none: bool) -> list[dict[str, Any]]:
@@ -278,27 +250,3 @@ def _serialized(found: Mapping[str, Any]) -> bytes:
     if all(isinstance(value, Tensor) for value in found.values()):
         return save({name: tensor.detach().contiguous() for name, tensor in found.items()})
     return save_arrays(dict(found))
-
-
-def _over(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
-
-
-def equal(left: Observation, right: Observation) -> bool:
-    """Whether two observations are the same to the bit."""
-    pairs = [(left.broadcast.parameters, right.broadcast.parameters), (left.broadcast.buffers, right.broadcast.buffers)]
-    if left.broadcast.training != right.broadcast.training or len(left.uploads) != len(right.uploads):
-        return False
-    for mine, theirs in zip(left.uploads, right.uploads, strict=True):
-        if (mine.senders, mine.num_examples, mine.update.kind) != (theirs.senders, theirs.num_examples, theirs.update.kind):
-            return False
-        pairs += [(mine.update.tensors, theirs.update.tensors), (mine.buffers, theirs.buffers)]
-    return all(a.keys() == b.keys() and all(_same_bits(a[name], b[name]) for name in a) for a, b in pairs)
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from clients import app as client_module
 from clients.local import local_upload
@@ -16,7 +18,7 @@ from server.strategy import cohort, step
 from simulator import config, engine
 from simulator.network import network, tensors
 from simulator.transcript import Record, read
-from simulator.types import Broadcast, Tensors
+from simulator.types import Broadcast, Observation, Tensors
 from simulator.world import World
 
 SMALL: dict[str, Any] = {"data": "digits", "model": {"name": "mlp"}, "federation": {"clients": 4, "rounds": 2}}
@@ -61,3 +63,19 @@ def misbehaving(act: Callable[[int, Message, Callable[[], Message]], Message]) -
     app.train("update")(through(client_module.update))
     app.train("channel")(through(client_module.channel))
     return app
+
+
+def equal(left: Observation, right: Observation) -> bool:
+    """Whether two observations are the same to the bit."""
+    pairs = [(left.broadcast.parameters, right.broadcast.parameters), (left.broadcast.buffers, right.broadcast.buffers)]
+    if left.broadcast.training != right.broadcast.training or len(left.uploads) != len(right.uploads):
+        return False
+    for mine, theirs in zip(left.uploads, right.uploads, strict=True):
+        if (mine.senders, mine.num_examples, mine.update.kind) != (theirs.senders, theirs.num_examples, theirs.update.kind):
+            return False
+        pairs += [(mine.update.tensors, theirs.update.tensors), (mine.buffers, theirs.buffers)]
+    return all(a.keys() == b.keys() and all(_same_bits(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)

@@ -1,23 +1,30 @@
 """What a defense buys and what it costs, as numbers: accuracy lost against leakage's upper limit, who is dominated, and by whom.
 
-An arm dominates another if it loses no more accuracy and leaks no more, and one of the two less. Plain Gaussian noise and DP-SGD are the
-baselines: a heuristic that one of them dominates is not worth its trouble.
+An arm dominates another if, by what was measured, it loses no more accuracy and leaks no more, and one of the two differences is larger
+than its uncertainty: the intervals of the leakages are disjoint, or that of the difference in accuracy, paired by seed (Student's t),
+leaves out 0. Where neither is, the two are not distinguishable. Plain Gaussian noise and DP-SGD are the baselines: a heuristic that one
+of them dominates is not worth its trouble.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from experiments.report import values
-from experiments.report.headline import name, strongest, texts_of
-from experiments.report.values import estimate, lookup, number
+from experiments.report.headline import name, rows_by_arm, strongest, texts_of
+from experiments.report.values import Estimate, estimate, lookup, number
+from experiments.statistics import above_chance, paired_t
 
 BASELINES: Mapping[tuple[str, ...], str] = {("gaussian_noise",): "plain Gaussian noise", ("dp_sgd",): "DP-SGD"}
 """Families that a heuristic must beat."""
 
-PANELS = {"identified": "Identified victims, upper limit, %", "gain": "PSNR gain over the best floor, upper limit, dB"}
+PANELS = {
+    "identified": "Identified victims above chance, upper limit, %",
+    "gain": "PSNR gain over the best floor, upper limit, dB",
+}
+"""Chance differs between arms, since one of k records of a sum is met more easily: 0 is chance, 100 % everybody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +34,26 @@ class Arm:
     Attributes:
         name: of the arm.
         family: names of its defenses; empty for no defense, with the arm's own name where it changes the recipe instead.
-        drop: accuracy lost against no defense, in percentage points.
+        drop: accuracy lost against the arm's undefended control, in percentage points.
+        drops: the same by seed.
         leak: upper limit of the 95 % interval, in the panel's unit; the mean where it is ``unbounded``.
+        least: lower limit of the same interval; −∞ where there is none.
         cost: what its area shows; None where it was not measured.
         unbounded: whether there is no upper limit, as with a single upload; whatever leaks less in the mean may leak more.
-        dominated_by: the arms that are better in one respect and as good in the other.
+        dominated_by: the arms that are better in one respect beyond its uncertainty, and as good in the other.
+        undecided: the arms that are as good in both respects, but not distinguishable in either.
     """
 
     name: str
     family: tuple[str, ...]
     drop: float
+    drops: Mapping[str, float] = field(default_factory=dict)
     leak: float
+    least: float = -math.inf
     cost: float | None
     unbounded: bool = False
     dominated_by: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> bool:
@@ -49,27 +62,49 @@ class Arm:
 
 
 def panel(rows: Sequence[Mapping[str, object]], which: str) -> list[Arm]:
-    """Return the arms of one panel, in order; one without accuracy, without this leakage, or without a control is left out."""
+    """Return the arms of one panel, in order.
+
+    One without accuracy, without this leakage, or without a control is left out; so is a control of other arms, to which these are
+    compared, and an arm that shares no attacked round with the first control: the model of another time leaks otherwise (:func:`apart`).
+    """
     heads = strongest(rows)
-    control = next((row for row in heads if row.get("control")), None)
-    if control is None or not math.isfinite(undefended := number(control.get("accuracy")) or math.nan):
+    by_name = {name(row, "defense"): row for row in heads}
+    first = next((row for row in heads if row.get("control")), None)
+    if first is None:
         return []
-    found = []
+    elsewhere, found = set(apart(rows)), []
     for row in heads:
-        leak = estimate(row, "identified") if which == "identified" else estimate(row, "gain", "psnr_db")
+        control = by_name.get(str(row.get("against"))) if row.get("against") is not None else first
+        if control is None or name(row, "defense") in elsewhere or (row.get("control") and row is not first):
+            continue
+        undefended, accuracy, leak = number(control.get("accuracy")), number(row.get("accuracy")), _leak(row, which)
         bounded = leak.high is not None and math.isfinite(leak.high)
         high = leak.high if bounded else leak.value
-        accuracy = number(row.get("accuracy"))
-        if high is None or accuracy is None or not (math.isfinite(high) and math.isfinite(accuracy)):
+        if high is None or accuracy is None or undefended is None or not all(map(math.isfinite, (high, accuracy, undefended))):
             continue
-        scale = 100.0 if which == "identified" else 1.0
         cost = number(lookup(row, "cost", "client_seconds"))
         arm = Arm(
-            name=name(row, "defense"), family=family_of(row), drop=100 * (undefended - accuracy), leak=scale * high,
-            cost=cost if cost is not None and math.isfinite(cost) else None, unbounded=not bounded,
+            name=name(row, "defense"), family=family_of(row), drop=100 * (undefended - accuracy), drops=_drops(row, control), leak=high,
+            least=-math.inf if leak.low is None else leak.low, cost=cost if cost is not None and math.isfinite(cost) else None,
+            unbounded=not bounded,
         )  # fmt: skip
         found.append(arm)
-    return [replace(arm, dominated_by=tuple(other.name for other in found if _dominates(other, arm))) for arm in found]
+    return [
+        replace(
+            arm,
+            dominated_by=tuple(other.name for other in found if _no_worse(other, arm) and _better(other, arm)),
+            undecided=tuple(other.name for other in found if _no_worse(other, arm) and not _better(other, arm)),
+        )
+        for arm in found
+    ]
+
+
+def apart(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """The arms that share no attacked round with the first control, such as those of the trained model beside the initial one."""
+    arms = rows_by_arm(rows)
+    first = next((name(row, "defense") for row in rows if row.get("control")), None)
+    rounds = {arm: {attacked for row in members for attacked in texts_of(row, "rounds")} for arm, members in arms.items()}
+    return [] if first is None else [arm for arm in arms if rounds[arm] and rounds[first] and not rounds[arm] & rounds[first]]
 
 
 def family_of(row: Mapping[str, object]) -> tuple[str, ...]:
@@ -89,14 +124,46 @@ def sentences(rows: Sequence[Mapping[str, object]]) -> list[str]:
         if not baselines:
             return [f"No baseline: this run has no arm of {values.join(list(BASELINES.values()))} alone, which a heuristic must beat."]
         beaten = [arm.name for arm in others if baselines & set(arm.dominated_by)]
-        rest = [arm.name for arm in others if not baselines & set(arm.dominated_by)]
+        close = [arm.name for arm in others if arm.name not in beaten and baselines & set(arm.undecided)]
+        rest = [arm.name for arm in others if arm.name not in (*beaten, *close)]
         what = title.partition(",")[0].lower().replace("psnr", "PSNR")
         said.append(
-            f"By {what}: dominated by a baseline: {', '.join(beaten) or 'none'}; not dominated by one: {', '.join(rest) or 'none'}."
+            f"By {what}: dominated by a baseline: {', '.join(beaten) or 'none'}; not distinguishable from one that did no worse: "
+            f"{', '.join(close) or 'none'}; not dominated by one: {', '.join(rest) or 'none'}."
         )
+    if said and (elsewhere := apart(rows)):
+        said.append(f"Attacked in other rounds, and so not compared here: {', '.join(elsewhere)}.")
     return said
 
 
-def _dominates(one: Arm, other: Arm) -> bool:
+def _leak(row: Mapping[str, object], which: str) -> Estimate:
+    if which != "identified":
+        return estimate(row, "gain", "psnr_db")
+    found, chance = estimate(row, "identified"), number(lookup(row, "identified", "chance")) or 0.0
+    if chance >= 1:  # whoever is named is among the candidates' true ones: the rate says nothing
+        return Estimate(None, None, None)
+    ends = (None if end is None else 100 * above_chance(end, chance) for end in (found.value, found.low, found.high))
+    return Estimate(*ends)
+
+
+def _drops(row: Mapping[str, object], control: Mapping[str, object]) -> dict[str, float]:
+    """Accuracy lost by seed, in percentage points, of the seeds that both have."""
+    own, undefended = row.get("accuracy_by_seed"), control.get("accuracy_by_seed")
+    if not isinstance(own, Mapping) or not isinstance(undefended, Mapping):
+        return {}
+    pairs = {str(seed): (number(undefended.get(seed)), number(accuracy)) for seed, accuracy in own.items()}
+    return {seed: 100 * (before - after) for seed, (before, after) in pairs.items() if before is not None and after is not None}
+
+
+def _no_worse(one: Arm, other: Arm) -> bool:
+    """Whether one lost no more accuracy and leaks no more by what was measured, and the two are not the same point."""
     leak, others = (math.inf if arm.unbounded else arm.leak for arm in (one, other))
     return one.drop <= other.drop and leak <= others and (one.drop < other.drop or leak < others)
+
+
+def _better(one: Arm, other: Arm) -> bool:
+    """Whether one is better in one of the two respects beyond its uncertainty."""
+    if not one.unbounded and one.leak < other.least:
+        return True
+    shared = [seed for seed in one.drops if seed in other.drops]
+    return len(shared) > 1 and paired_t([one.drops[seed] - other.drops[seed] for seed in shared]).high < 0

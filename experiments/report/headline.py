@@ -35,9 +35,23 @@ def texts_of(row: Row, key: str) -> list[str]:
 
 
 def control_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """Return the undefended row of the same attack on the same rounds: the one that says so, else the first that is compared with none."""
-    same = [other for other in rows if (other.get("attack"), other.get("rounds")) == (row.get("attack"), row.get("rounds"))]
-    return next((other for other in same if other.get("control", not other.get("difference_to_control"))), None)
+    """Return the row that this one is compared with: that of the same attack on the arm which it names, else on any undefended one.
+
+    Of several rows of that arm it is the one of the same rounds; where a row is named, other rounds do as well.
+    """
+    same = [other for other in rows if other.get("attack") == row.get("attack")]
+    at_once = [other for other in same if other.get("rounds") == row.get("rounds")]
+    if (against := row.get("against")) is not None:
+        return next((other for other in [*at_once, *same] if other.get("defense") == against), None)
+    return next((other for other in at_once if other.get("control", not other.get("difference_to_control"))), None)
+
+
+def rows_by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each arm, in order."""
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        arms.setdefault(name(row, "defense"), []).append(row)
+    return arms
 
 
 def laddered(rows: Iterable[Row]) -> bool:

@@ -18,6 +18,7 @@ from experiments.report import costs, front, limits, pareto, plots, values, word
 from experiments.report import pictures as pixels
 from experiments.report.headline import laddered, name, rows_of, strongest
 from experiments.report.rows import SCORES, Line, lines, main_lines
+from experiments.report.theme import DARK, LIGHT
 from experiments.report.values import estimate
 from experiments.report.verdict import Verdict
 
@@ -48,7 +49,7 @@ def write(
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = rows_of(summary)
-    light, dark = (plots.png(plots.leakage_vs_accuracy(rows, theme)) for theme in (plots.LIGHT, plots.DARK))
+    light, dark = (plots.png(plots.leakage_vs_accuracy(rows, theme)) for theme in (LIGHT, DARK))
     (directory / PLOT).write_bytes(light)
     fronts = _fronts(rows, directory / FRONT)
     main, details = main_lines(summary), lines(summary)
@@ -64,7 +65,7 @@ def write(
         ladder=laddered(rows),
         costs=costs.lines(rows),
         limits=limits.lines(rows),
-        layers=[(row["layer"], marginals.cells(row)) for row in _listed(summary, "layers")],
+        layers=[line for row in _listed(summary, "layers") for line in marginals.lines(row)],
         layer_headings=marginals.HEADINGS,
         chances=list(dict.fromkeys(values.percent(line.chance) for line in main if line.chance is not None)),
         several=len({line.attack for line in details}) > 1,
@@ -99,7 +100,7 @@ def _fronts(rows: Sequence[Mapping[str, object]], path: Path) -> list[str]:
     """Write the Pareto plot as an SVG file, and return it for the page, light and dark; none where no arm can be compared with another."""
     if max(len(front.panel(rows, which)) for which in front.PANELS) < 2:
         return []
-    light, dark = (pareto.pareto(rows, theme) for theme in (plots.LIGHT, plots.DARK))
+    light, dark = (pareto.pareto(rows, theme) for theme in (LIGHT, DARK))
     path.write_text(pareto.svg(light), encoding="utf-8")
     return [pixels.data_uri(plots.png(drawn)) for drawn in (light, dark)]
 

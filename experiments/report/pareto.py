@@ -16,7 +16,9 @@ from matplotlib.lines import Line2D
 
 from experiments.report import values
 from experiments.report.front import BASELINES, PANELS, Arm, panel
-from experiments.report.plots import LIGHT, Point, Theme, axes_style, label_points
+from experiments.report.labels import Point, label_points
+from experiments.report.plots import axes_style
+from experiments.report.theme import LIGHT, Theme
 
 SMALLEST, LARGEST = 24.0, 300.0
 """Areas in square points of the cheapest and of the costliest arm."""
@@ -33,7 +35,7 @@ HUES = (
 def pareto(rows: Sequence[Mapping[str, object]], theme: Theme | None = None) -> Figure:
     """Draw each arm's accuracy loss against the upper limit of what leaks, by identification and by PSNR gain.
 
-    Dominated arms are hollow. The area of a bubble is the client's CPU time of one round.
+    Dominated arms are hollow, ones that may be are pale. The area of a bubble is the client's CPU time of one round.
     """
     theme = theme or LIGHT
     drawn = {which: panel(rows, which) for which in PANELS}
@@ -93,7 +95,8 @@ def _draw(axes: Axes, arms: Sequence[Arm], colors: Mapping[tuple[str, ...], str]
         for arm in members:
             axes.scatter(
                 [arm.drop], [arm.leak], s=_area(arm.cost, costs, smallest), marker=_marker(family), zorder=height,
-                facecolor=theme.paper if arm.dominated_by else color, edgecolor=color, linewidth=1.3, alpha=0.92,
+                facecolor=theme.paper if arm.dominated_by else (*to_rgb(color), 0.4) if _pale(arm) else color, edgecolor=color,
+                linewidth=1.3,
             )  # fmt: skip
             if arm.unbounded:
                 arrow = {"arrowstyle": "<-", "color": color, "linewidth": 1.3}
@@ -109,6 +112,10 @@ def _named(arms: Sequence[Arm]) -> list[Arm]:
     if len(arms) < CROWDED:
         return list(arms)
     return [arm for arm in arms if arm.baseline or not arm.family or not arm.dominated_by]
+
+
+def _pale(arm: Arm) -> bool:
+    return bool(arm.undecided) and not arm.dominated_by
 
 
 def _point(arm: Arm) -> Point:
@@ -148,7 +155,9 @@ def _legend(
         if family in present:
             entries.append((_marker(family), theme.ink, theme.ink, "--", f"baseline: {words}"))
     entries += [("o", _color(family, colors, theme), _color(family, colors, theme), "-", " + ".join(family)) for family in colors]
-    entries.append(("o", theme.paper, theme.quiet, "none", "hollow: dominated"))
+    entries.append(("o", theme.paper, theme.quiet, "none", "hollow: dominated beyond the intervals"))
+    if any(_pale(arm) for arms in drawn.values() for arm in arms):
+        entries.append(("o", theme.rule, theme.quiet, "none", "pale: no better than another, not distinguishable from it"))
     if any(arm.unbounded for arms in drawn.values() for arm in arms):
         entries.append((r"$\uparrow$", theme.quiet, theme.quiet, "none", "mean; too few uploads for an upper limit"))
     if costs:

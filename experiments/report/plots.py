@@ -1,27 +1,23 @@
-"""Leakage against accuracy: one point an arm, 95 % intervals, labels beside the points; light and dark.
-
-Longer than our usual by the placing of labels, which nothing else needs.
-"""
+"""Leakage against accuracy: one point an arm, 95 % intervals, labels beside the points; light and dark."""
 
 from __future__ import annotations
 
 import io
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.transforms import Bbox
 
 from experiments.report.headline import name, strongest
+from experiments.report.labels import Point, label_points
+from experiments.report.theme import LIGHT, Theme
 from experiments.report.values import Estimate, estimate, lookup, number
-from experiments.report.verdict import Level, level
+from experiments.report.verdict import level
 
 MARKERS = {"aggregate": "s"}
 VACUOUS = 0.9995  # a ceiling this close to 1 rules nothing out and is not drawn
@@ -168,123 +164,5 @@ def _legend(figure: Figure, points: Sequence[Point], *, ceilings: bool, theme: T
         text.set_parse_math(False)
 
 
-def label_points(axes: Axes, points: Sequence[Point], lines: Iterable[float], canvas: FigureCanvasAgg, theme: Theme) -> None:
-    """Write each arm's name beside its point, at the nearest place where it covers nothing; a thin line leads to it when that is far."""
-    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
-    unit = renderer.points_to_pixels(1.0)
-    frame = axes.get_window_extent(renderer)
-    taken = [text.get_window_extent(renderer) for text in axes.texts]
-    taken += [_around(frame.x0, axes.transData.transform((0, y))[1], frame.x1, axes.transData.transform((0, y))[1], unit) for y in lines]
-    for point in points:
-        low, middle, high = (axes.transData.transform((point.x, y)) for y in (point.low, point.y, point.high))
-        taken += [_around(low[0], low[1], high[0], high[1], 4 * unit), _around(middle[0], middle[1], middle[0], middle[1], 5 * unit)]
-    for point in sorted(points, key=lambda each: (-each.y, each.x)):
-        text = axes.annotate(
-            point.arm,
-            (point.x, point.y),
-            xytext=(0, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=theme.ink,
-            zorder=5,
-            parse_math=False,
-            path_effects=[withStroke(linewidth=2.6, foreground=theme.paper)],
-        )
-        extent = text.get_window_extent(renderer)
-        x, y = axes.transData.transform((point.x, point.y))
-        boxes = {(dx, dy): _box(x + dx * unit, y + dy * unit, extent.width, extent.height, dx) for dx, dy in OFFSETS}
-        dx, dy = min(boxes, key=lambda offset: _cost(boxes[offset], taken, frame) + math.hypot(*offset))
-        taken.append(boxes[dx, dy])
-        text.set_position((dx, dy))
-        text.set_horizontalalignment("left" if dx > 0 else "right" if dx < 0 else "center")
-        if math.hypot(dx, dy) > FAR:
-            arrow = {"arrowstyle": "-", "color": theme.rule, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
-            axes.annotate("", (point.x, point.y), xytext=(dx, dy), textcoords="offset points", arrowprops=arrow, zorder=2)
 
 
-OFFSETS = [
-    (dx, dy) for dy in (0, *(sign * far for far in (10, 16, 24, 36, 50, 66, 84) for sign in (1, -1))) for dx in (9, -9, 24, -24, 48, -48)
-]
-OFFSETS += [(0, 14), (0, -14)]
-FAR = 24  # points; from here on a label needs a line to its point
-
-
-def _cost(box: Bbox, taken: Iterable[Bbox], frame: Bbox) -> float:
-    """Return how bad a place for a label is: pixels that it covers, and far worse, pixels by which it leaves the panel."""
-    outside = sum(max(0.0, beyond) for beyond in (frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0, box.y1 - frame.y1))
-    return float(0.5 * sum(_overlap(box, other) for other in taken) + 100 * outside)
-
-
-def _box(x: float, y: float, width: float, height: float, side: float) -> Bbox:
-    left = x - (0 if side > 0 else width if side < 0 else width / 2)
-    return Bbox.from_bounds(left, y - height / 2, width, height)
-
-
-def _around(x0: float, y0: float, x1: float, y1: float, margin: float) -> Bbox:
-    return Bbox.from_extents(x0 - margin, y0 - margin, x1 + margin, y1 + margin)
-
-
-def _overlap(a: Bbox, b: Bbox) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return float(width * height) if width > 0 and height > 0 else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One arm in one panel, in the axes' units."""
-
-    arm: str
-    view: str
-    level: Level
-    x: float
-    y: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Theme:
-    """Colours of the page that the plot stands on; hues from Okabe and Ito, told apart by the colour-blind."""
-
-    paper: str
-    ink: str
-    quiet: str
-    rule: str
-    grid: str
-    colors: Mapping[Level, str]
-
-
-LIGHT = Theme(
-    paper="#ffffff",
-    ink="#1b1f24",
-    quiet="#57606a",
-    rule="#8c959f",
-    grid="#eaeef2",
-    colors={
-        "recognizable": "#c2410c",
-        "partial": "#d99100",
-        "identifiable": "#d99100",
-        "labels": "#d99100",
-        "faint": "#7a8490",
-        "floor": "#0072b2",
-        "unmeasured": "#7a8490",
-    },
-)
-DARK = Theme(
-    paper="#1a1e24",
-    ink="#e8ebee",
-    quiet="#a5afba",
-    rule="#6b7683",
-    grid="#2b3139",
-    colors={
-        "recognizable": "#ff8a57",
-        "partial": "#f0b429",
-        "identifiable": "#f0b429",
-        "labels": "#f0b429",
-        "faint": "#a5afba",
-        "floor": "#56b4e9",
-        "unmeasured": "#a5afba",
-    },
-)

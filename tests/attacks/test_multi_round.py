@@ -16,17 +16,19 @@ from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.multi_round_matching import MultiRoundMatching
 from experiments import isolated, trial
 from experiments.isolated import Question
+from experiments.refusals import check
 from experiments.run import run
-from experiments.spec import Experiment, check, load
-from experiments.trial import find_victims
+from experiments.spec import Experiment, load
+from experiments.under_attack import find_victims
 from simulator import config, host, lookup, parcel
 from simulator.adversary import Knowledge, ThreatModel
 from simulator.errors import SpecError
 from simulator.rng import stream
-from simulator.transcript import Record, equal, read
+from simulator.transcript import Record, read
 from simulator.types import Batch, LocalTraining, Observation, Tensors, Update
 from simulator.world import World
 from tests.attacks.victims import attack_surface, build, photos, psnr_db, records, smooth
+from tests.federations import equal
 
 SHAPE = (1, 4, 4)
 FULL = LocalTraining(batch_size=0)

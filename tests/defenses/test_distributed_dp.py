@@ -335,7 +335,8 @@ def test_the_server_sees_the_clipped_mean_with_the_noise_of_all_shares(mode: str
 def test_colluding_clients_take_their_noise_with_them(tmp_path: Path) -> None:
     """What the server is left with is the sum over the others, with their noise alone; no more may collude than the claim allows."""
     from experiments.collude import reduced
-    from experiments.spec import check, load
+    from experiments.refusals import check
+    from experiments.spec import load
     from simulator.errors import SpecError
 
     settings = {"federation": {"clients": 6, "rounds": 1}, "training": {"batch_size": 4}}

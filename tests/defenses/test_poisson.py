@@ -14,7 +14,8 @@ from clients.local import local_upload
 from clients.private import private_record_ids, private_records, records_held, round_indices, stated_examples
 from defenses.accounting import guarantee
 from defenses.client.dp_sgd import DPSGD
-from experiments.spec import check, load
+from experiments.refusals import check
+from experiments.spec import load
 from simulator import training
 from simulator.errors import SpecError
 from simulator.network import network, tensors

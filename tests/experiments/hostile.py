@@ -82,7 +82,7 @@ class Prying(_Willing):
 
 def _images(knowledge: Knowledge) -> int:
     shape, known = knowledge.schema.shape, {id(knowledge.public)}
-    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and id(item) not in known]
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and id(item) not in known]  # wakes no lazy module
     return sum(tensor.shape[-3:] == torch.Size(shape) for tensor in tensors)
 
 

@@ -20,10 +20,11 @@ import torch
 from typer.testing import CliRunner
 
 from experiments.cli import app, main
-from experiments.run import FACTS, RESULTS
+from experiments.directory import FACTS, RESULTS
 from simulator import lookup
 from simulator.errors import SpecError, TranscriptError
-from simulator.transcript import Transcript, broadcast_event, read, upload_event
+from simulator.events import broadcast_event, upload_event
+from simulator.transcript import Transcript, read
 from simulator.types import Upload
 from tests.federations import federate, world
 
@@ -260,30 +261,31 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
-def test_attack_that_misbehaves_is_a_counted_failure_and_no_success(body: str, tmp_path: Path) -> None:
+def test_attacks_that_misbehave_are_counted_failures_and_no_success(tmp_path: Path) -> None:
     from experiments.conclude import conclude
     from experiments.run import run
     from experiments.spec import load
 
-    name = f"broken{abs(hash(body))}"
-    (tmp_path / f"{name}.py").write_text(
-        "import torch\nfrom dataclasses import dataclass\nfrom simulator.adversary import Reconstruction\n\n\n"
-        "@dataclass(frozen=True)\nclass Broken:\n    def supports(self, view, knowledge):\n        return None\n\n"
-        f"    def __call__(self, view, knowledge, *, rng):\n        {body}\n"
-    )
+    names = [f"broken{place}:Broken" for place in range(len(BROKEN))]
+    for name, body in zip(names, BROKEN.values(), strict=True):
+        (tmp_path / f"{name.split(':')[0]}.py").write_text(
+            "import torch\nfrom dataclasses import dataclass\nfrom simulator.adversary import Reconstruction\n\n\n"
+            "@dataclass(frozen=True)\nclass Broken:\n    def supports(self, view, knowledge):\n        return None\n\n"
+            f"    def __call__(self, view, knowledge, *, rng):\n        {body}\n"
+        )
     path = tmp_path / "spec.toml"
-    path.write_text(TINY.replace('"random_guess"', f'"{name}:Broken"'))
+    path.write_text(TINY.replace('["random_guess"]', json.dumps(names)))
     sys.path.insert(0, str(tmp_path))
     try:
         assert run(load(str(path)), tmp_path / "out", workers=1) == []
         _, _, warnings = conclude(tmp_path / "out")
     finally:
         sys.path.remove(str(tmp_path))
-    assert len(warnings) == 2
+    assert len(warnings) == 2 * (len(names) + 1)  # in each arm, each and the best of them on each victim
     assert all("no trial ended well" in warning for warning in warnings)
     trials = [json.loads(line) for line in (tmp_path / "out" / RESULTS).read_text().splitlines()]
-    assert [trial["status"] for trial in trials] == ["failed"] * 8
+    assert [(trial["attack"], trial["status"]) for trial in trials].count((names[0], "failed")) == 8
+    assert [trial["status"] for trial in trials] == ["failed"] * 8 * len(names)
     assert not any(record["identified"] for trial in trials for record in trial["records"])
 
 
@@ -345,7 +347,8 @@ def _marked(mark: str) -> list[str]:
 
 
 def test_specs_that_ship_are_sound() -> None:
-    from experiments.spec import check, load, specs
+    from experiments.refusals import check
+    from experiments.spec import load, specs
 
     assert {"demo", "dlg-digits", "dlg-faces", "cifar10", "fedavg"} <= set(specs())
     for name in specs():

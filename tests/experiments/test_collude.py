@@ -13,7 +13,8 @@ from clients.private import splits
 from experiments import spec
 from experiments.collude import colluders, reduced
 from experiments.disclose import architecture
-from experiments.trial import find_victims
+from experiments.refusals import check
+from experiments.under_attack import find_victims
 from simulator.aggregate import mean_update
 from simulator.errors import SpecError
 from tests.federations import federate, world
@@ -61,7 +62,7 @@ def test_victims_and_truth_are_those_of_the_others(tmp_path: Path) -> None:
 
 def test_somebody_must_be_left() -> None:
     with pytest.raises(SpecError, match="colluding must be < the cohort of 4, got 4"):
-        spec.check(spec.config.build(spec.Experiment, {**TABLE, "threat": {"colluding": 4}}))
+        check(spec.config.build(spec.Experiment, {**TABLE, "threat": {"colluding": 4}}))
     with pytest.raises(SpecError, match="colluding must be ≥ 0"):
         spec.config.build(spec.Experiment, {**TABLE, "threat": {"colluding": -1}})
 
@@ -88,17 +89,17 @@ def test_more_colluders_than_the_protocol_stands_are_no_experiment(channel: dict
     }  # fmt: skip
     experiment = spec.config.build(spec.Experiment, table)
     if reason is None:
-        spec.check(experiment)
+        check(experiment)
         return
     with pytest.raises(SpecError, match=reason):
-        spec.check(experiment)
+        check(experiment)
 
 
 def test_colluders_outside_of_a_cohort_may_be_too_many_inside() -> None:
     """8 of 10 clients collude: 7, 8 or 6 of a cohort of 9 may be among them."""
     table = {**TABLE, "federation": {"clients": 10, "cohort": 9}, "threat": {"colluding": 8}}
     with pytest.raises(SpecError, match="below 7 in a cohort of 9"):
-        spec.check(spec.config.build(spec.Experiment, table))
+        check(spec.config.build(spec.Experiment, table))
 
 
 def test_the_order_of_candidates_is_keyed_by_the_secret(tmp_path: Path) -> None:

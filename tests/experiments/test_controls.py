@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -141,6 +142,7 @@ QUICK = {
 VICTIMS = 6
 
 
+@cache
 def victims() -> list[tuple[Observation, Knowledge, torch.Tensor]]:
     """One digit each, under one initial model, with the image behind the update."""
     model = smooth((1, 8, 8))

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from experiments import spec
+from experiments.refusals import check
 from experiments.result import Trial
 from experiments.summary import summarize
-from experiments.trial import attack_victims, find_victims
+from experiments.trial import attack_victims
+from experiments.under_attack import find_victims
 from simulator import config
 from tests.federations import federate
 
@@ -30,7 +32,7 @@ def rows(tmp_path: Path, arms: list[dict[str, Any]], attacks: list[dict[str, Any
     """The rows of the summary, by arm and attack."""
     table = {**BASE, **changes, "arms": arms, "attacks": attacks}
     experiment = config.build(spec.Experiment, table)
-    spec.check(experiment)
+    check(experiment)
     trials: list[Trial] = []
     for arm in experiment.arms:
         of = experiment.world(arm, 0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from experiments.trial import Victim, foreseen
+from experiments.under_attack import Victim, foreseen
 from simulator import progress
 from tests.attacks.victims import attack_surface, build, digits
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from experiments.directory import PICTURES
 from experiments.gallery import gallery
 from experiments.ladder import BEST
 from experiments.result import Trial
-from experiments.run import PICTURES
 from experiments.spec import Experiment
 from simulator import config
 from tests.experiments.test_summary import record, trial

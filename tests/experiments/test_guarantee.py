@@ -14,7 +14,7 @@ from clients.private import private_record_ids, splits
 from defenses import fisher
 from experiments.disclose import architecture, disclose
 from experiments.guarantee import PROBES, clipping_and_noise, guarantee_of, leakage
-from experiments.trial import Victim
+from experiments.under_attack import Victim
 from simulator.adversary import ThreatModel
 from simulator.dataset import take
 from simulator.network import tensors

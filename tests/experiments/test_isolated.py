@@ -19,7 +19,8 @@ from experiments import isolated
 from experiments.isolated import Answer, Question, Refused
 from experiments.run import run
 from experiments.spec import Experiment, load
-from experiments.trial import Victim, attack_victims, find_victims
+from experiments.trial import attack_victims
+from experiments.under_attack import Victim, find_victims
 from simulator import config, lookup, parcel, progress
 from simulator.adversary import BatchedAttack, Reconstruction
 from simulator.rng import stream

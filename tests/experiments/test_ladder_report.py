@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from experiments.ladder import BEST
-from experiments.report import costs, front, limits, pareto, plots, words
+from experiments.report import costs, front, limits, pareto, words
 from experiments.report.headline import headlines, laddered, rows_of, strongest
 from experiments.report.rows import lines, main_lines
+from experiments.report.theme import LIGHT
 from experiments.report.verdict import level
 from tests.experiments.test_report import Page, difference, no_plot, row, terminal, write  # noqa: F401
 
@@ -100,13 +101,45 @@ def test_who_is_dominated_and_by_whom() -> None:
     arms = {each.name: each for each in front.panel(rows_of(ladder()), "identified")}
     assert arms["none"].drop == 0
     assert arms["top-k"].drop == pytest.approx(9.0)
-    assert arms["DP-SGD"].leak == pytest.approx(35.0)
-    assert arms["top-k"].dominated_by == ("noise 1", "DP-SGD", "sign")
+    assert arms["DP-SGD"].leak == pytest.approx(100 * (0.35 - 0.01) / 0.99)
+    assert arms["top-k"].dominated_by == ("DP-SGD", "sign")
+    assert arms["top-k"].undecided == ("noise 1",)  # 75 to 85 % named, top-k 85 to 95 %
     assert arms["sign"].dominated_by == ()
     assert arms["noise 2"].dominated_by == ("DP-SGD", "sign")
     assert [each.name for each in arms.values() if each.baseline] == ["noise 1", "noise 2", "DP-SGD"]
     first, *_ = front.sentences(rows_of(ladder()))
-    assert first == "By identified victims: dominated by a baseline: top-k; not dominated by one: sign."
+    assert first == (
+        "By identified victims above chance: dominated by a baseline: top-k; not distinguishable from one that did no worse: none; "
+        "not dominated by one: sign."
+    )
+
+
+def test_dominated_is_only_who_is_worse_beyond_the_intervals() -> None:
+    def panel(accuracy: dict[str, float], named: float) -> front.Arm:
+        seeds = {"none": {"0": 0.94, "1": 0.95, "2": 0.93}, "DP-SGD": {"0": 0.90, "1": 0.91, "2": 0.89}, "top-k": accuracy}
+        mean = {name: sum(found.values()) / 3 for name, found in seeds.items()}
+        rows = [
+            *arm("none", [], accuracy=mean["none"], named=1.0, accuracy_by_seed=seeds["none"]),
+            *arm("DP-SGD", ["dp_sgd"], accuracy=mean["DP-SGD"], named=0.3, accuracy_by_seed=seeds["DP-SGD"]),
+            *arm("top-k", ["top_k"], accuracy=mean["top-k"], named=named, accuracy_by_seed=seeds["top-k"]),
+        ]
+        return next(each for each in front.panel(rows, "identified") if each.name == "top-k")
+
+    noisy, steady = {"0": 0.94, "1": 0.85, "2": 0.87}, {"0": 0.88, "1": 0.89, "2": 0.87}
+    assert (panel(noisy, 0.3).dominated_by, panel(noisy, 0.3).undecided) == ((), ("DP-SGD",))
+    assert (panel(steady, 0.3).dominated_by, panel(steady, 0.3).undecided) == (("DP-SGD",), ())  # 2 points on every seed
+    assert panel(noisy, 0.5).dominated_by == ("DP-SGD",)  # 45 to 55 % against 25 to 35 %
+    assert (panel(noisy, 0.28).dominated_by, panel(noisy, 0.28).undecided) == ((), ())  # leaks less
+
+
+def test_identification_of_a_sum_is_drawn_above_its_own_chance() -> None:
+    """One of 50 among 100 is met by chance: 51 % of a sum is 2 % above it, and 51 % of single uploads half the way."""
+    summed = {**rate(0.51, 0.0), "chance": 0.5}
+    rows = [*arm("none", [], accuracy=0.9, named=1.0), *arm("clip", ["clip"], accuracy=0.9, named=0.51)]
+    rows += [{**each, "defense": "sum", "identified": summed} for each in arm("sum", ["secure_aggregation"], accuracy=0.9, named=0.51)]
+    leaks = {each.name: each.least for each in front.panel(rows, "identified")}
+    assert leaks["sum"] == pytest.approx(2.0)
+    assert leaks["clip"] == pytest.approx(100 * (0.46 - 0.01) / 0.99)
 
 
 def test_a_run_without_baselines_says_so_and_one_without_control_draws_nothing() -> None:
@@ -116,10 +149,10 @@ def test_a_run_without_baselines_says_so_and_one_without_control_draws_nothing()
 
 
 def test_the_plot_marks_baselines_families_and_dominated_arms() -> None:
-    figure = pareto.pareto(rows_of(ladder()), plots.LIGHT)
+    figure = pareto.pareto(rows_of(ladder()), LIGHT)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend[:5] == ["no defense", "baseline: plain Gaussian noise", "baseline: DP-SGD", "top_k", "sign_sgd"]
-    assert "hollow: dominated" in legend
+    assert "hollow: dominated beyond the intervals" in legend
     left = figure.axes[0]
     names = {text.get_text() for text in left.texts}
     assert {"none", "noise 1", "noise 2", "DP-SGD", "top-k", "sign"} <= names
@@ -129,7 +162,7 @@ def test_the_plot_marks_baselines_families_and_dominated_arms() -> None:
     assert len(dashed) == 1  # the two strengths of noise
     assert pareto.svg(figure).startswith("<?xml")
     assert "no defense" not in pareto.text(rows_of(ladder()))
-    assert "top-k: 9.0 points, 95.0 %" in pareto.text(rows_of(ladder()))
+    assert "top-k: 9.0 points, 94.9 %" in pareto.text(rows_of(ladder()))
 
 
 def test_the_page_holds_the_front_the_costs_and_the_ceilings(tmp_path: Path, no_plot: None) -> None:  # noqa: F811

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +18,14 @@ from defenses.client.gaussian_noise import GaussianNoise
 from defenses.client.qsgd import QSGD
 from defenses.client.sign_sgd import SignSGD
 from defenses.client.top_k import TopK
-from experiments import facts, parts
+from experiments import directory, facts, parts
 from experiments import run as runs
+from experiments.conclude import conclude
 from experiments.cost import upload_bytes
+from experiments.directory import FACTS, HOW, RESULTS, read_facts, read_trials
 from experiments.estimate import left, plan, span
 from experiments.result import Trial
-from experiments.run import FACTS, RESULTS, read_trials, run
+from experiments.run import run
 from experiments.spec import Experiment
 from simulator import config
 from simulator.defense import Defense
@@ -68,7 +73,7 @@ def test_a_kill_loses_one_attack_and_the_rest_is_as_it_would_have_been(tmp_path:
     said: list[str] = []
     assert run(tiny(), tmp_path / "killed", workers=1, resume=True, begun=said.append) == []
     assert done == [("none", "random_guess"), ("none", "linear_leak"), ("clip", "random_guess"), ("clip", "linear_leak")]
-    assert said[0].endswith("1 federations are done.")
+    assert re.search(r" 1 federations are done, about \d+ s left\.$", said[0])
     assert without_seconds(read_trials(tmp_path / "killed")) == without_seconds(read_trials(tmp_path / "whole"))
     assert not (tmp_path / "killed" / parts.PARTS).exists()
 
@@ -86,6 +91,79 @@ def test_what_was_found_on_another_transcript_does_not_count(tmp_path: Path) -> 
     assert without_seconds(read_trials(out)) == without_seconds(trials)
 
 
+def test_an_attack_that_failed_is_done_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, attack_victims, asked = tmp_path / "run", runs.attack_victims, []
+
+    def dies(attack: Any, victims: Any, evaluation: Any, world: Any, arm: str) -> Any:
+        asked.append((arm, attack.name))
+        outcome = attack_victims(attack, victims, evaluation, world, arm)
+        if asked != [("none", "random_guess")]:
+            return outcome
+        records = tuple(replace(record, identified=False) for record in outcome.trials[0].records)
+        dead = replace(outcome.trials[0], status="failed", reason="killed", records=records)
+        return replace(outcome, trials=(dead, *outcome.trials[1:]))
+
+    monkeypatch.setattr(runs, "attack_victims", dies)
+    assert run(tiny(), out, workers=1) == []
+    assert [trial.status for trial in read_trials(out)].count("failed") == 1
+    assert len(asked) == 4
+    assert run(tiny(), out, workers=1, resume=True) == []
+    assert asked[4:] == [("none", "random_guess")]
+    assert [trial.status for trial in read_trials(out)] == ["ok"] * 12
+    assert run(tiny(), out, workers=1, resume=True) == []
+    assert len(asked) == 5
+    assert not (out / parts.PARTS).exists()
+
+
+def test_the_seconds_before_a_kill_count(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(tiny(), out, workers=1) == []
+    first, last = read_facts(out)
+    assert first.seconds is not None
+    assert first.seconds > first.train_seconds
+    trials = [trial for trial in read_trials(out) if trial.arm == "clip"]
+    parts.save(out, "clip-seed0", "random_guess", [trial for trial in trials if trial.attack == "random_guess"], seconds=500.0)
+    (out / FACTS).write_text(f"{replace(first, seconds=1000.0).to_json()}\n")  # the last task was cut off after its first attack
+    said: list[str] = []
+    assert run(tiny(), out, workers=1, resume=True, begun=said.append) == []
+    assert "1 federations are done, about 17 min left." in said[0]
+    again = read_facts(out)[1]
+    assert again.seconds is not None
+    assert 500 + again.train_seconds < again.seconds < 600
+    assert again.train_seconds == last.train_seconds
+
+
+def test_a_run_that_goes_on_with_another_source_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, said = tmp_path / "run", []
+    spec = tiny(attacks=["random_guess"])
+    assert run(spec, out, workers=1) == []
+    how = json.loads((out / HOW).read_text())
+    assert how["environment"]["fedpeek"] == version("fedpeek")
+    assert how["environment"]["source"] == directory.source_digest()
+    assert run(spec, out, workers=1, resume=True, begun=said.append) == []
+    assert (said, directory.mixed(json.loads((out / HOW).read_text()))) == ([], [])  # nothing was to do, nothing is said
+    (out / FACTS).write_text((out / FACTS).read_text().splitlines(keepends=True)[0])
+    monkeypatch.setattr(directory, "source_digest", lambda: "another")
+    for _ in range(2):
+        assert run(spec, out, workers=1, resume=True, begun=said.append) == []
+    assert len(said) == 2
+    assert said[1].endswith(f"source {how['environment']['source']}, then another. Its rows will be of both.")
+    assert directory.mixed(json.loads((out / HOW).read_text())) == [f"source {how['environment']['source']}, then another"]
+    _, _, warnings = conclude(out)
+    assert any("resumed by another state of fedpeek" in warning for warning in warnings)
+
+
+def test_the_source_is_told_by_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(directory, "OURS", ("mine",))
+    before = directory.source_digest()
+    assert directory.source_digest() == before
+    (tmp_path / "mine" / "__init__.py").write_text("x = 2\n")
+    assert directory.source_digest() != before
+
+
 def test_the_plan_counts_what_there_is_to_do() -> None:
     secure = {"name": "secure aggregation", "defenses": ["secure_aggregation"]}
     spec = tiny(
@@ -93,7 +171,7 @@ def test_the_plan_counts_what_there_is_to_do() -> None:
         federation={"clients": 8, "rounds": 2}, threat={"colluding": 1}, evaluation={"rounds": [1, 2], "victims": 5},
     )  # fmt: skip
     planned = plan(spec)
-    assert (planned.arms, planned.seeds, planned.attacks, planned.shuffled) == (3, 2, 2, True)
+    assert (planned.arms, planned.seeds, planned.attacks, planned.shuffled) == (3, 2, 2, 2 * 44)
     assert planned.uploads == (5 + 5 + 1) * 2 * 2
     assert math.isinf(planned.seconds)
     assert planned.sentence(2) == (
@@ -141,7 +219,7 @@ def test_bytes_by_formula(stack: tuple[Defense, ...], expected: float) -> None:
 def test_formulas_of_channels_are_near_what_they_send(tmp_path: Path) -> None:
     spec = tiny(model={"name": "mlp"}, attacks=["random_guess"], arms=[{"name": "secure", "defenses": ["secure_aggregation"]}])
     assert run(spec, tmp_path / "run", workers=1) == []
-    (found,) = runs.read_facts(tmp_path / "run")
+    (found,) = read_facts(tmp_path / "run")
     assert found.upload_bytes_formula is not None
     assert found.upload_bytes_formula == pytest.approx(found.upload_bytes, rel=0.1)
 

@@ -14,6 +14,7 @@ from defenses.client.dp_sgd import DPSGD
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.server.central_dp import CentralDP
 from experiments import spec
+from experiments.refusals import check
 from experiments.stack import misplaced
 from simulator.defense import ClientContext, Defense, Role
 from simulator.errors import SpecError
@@ -66,17 +67,17 @@ def test_accepted(stack: tuple[Defense, ...]) -> None:
 def test_a_spec_with_such_a_stack_is_refused() -> None:
     table = {"data": "digits", "model": "mlp", "arms": [{"name": "upside down", "defenses": ["gaussian_noise", "clip"]}]}
     with pytest.raises(SpecError, match="arm 'upside down': clip must come before noise"):
-        spec.check(spec.config.build(spec.Experiment, table))
+        check(spec.config.build(spec.Experiment, table))
 
 
 def test_an_arm_changes_the_recipe_and_no_more() -> None:
     table = {"data": "digits", "model": "mlp", "training": {"learning_rate": 0.3}, "arms": [{"name": "none"}]}
     table["arms"].append({"name": "larger batch", "training": {"batch_size": 8}})
     experiment = spec.config.build(spec.Experiment, table)
-    spec.check(experiment)
+    check(experiment)
     plain, larger = (experiment.world(arm, 0).training for arm in experiment.arms)
     assert (plain.batch_size, larger.batch_size, larger.learning_rate) == (1, 8, 0.3)
     assert experiment.control is experiment.arms[0]
     table["arms"][1] = {"name": "typo", "training": {"batchsize": 8}}
     with pytest.raises(SpecError, match=r"arm 'typo', training.batchsize must be known .* Did you mean 'batch_size'"):
-        spec.check(spec.config.build(spec.Experiment, table))
+        check(spec.config.build(spec.Experiment, table))

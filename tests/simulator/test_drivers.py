@@ -28,6 +28,7 @@ from simulator import config, engine, fab, superlink, transcript
 from simulator.errors import FederationError, SpecError, TranscriptError
 from simulator.processes import Processes, free_ports
 from simulator.world import World
+from tests.federations import equal
 
 CLIENTS, ROUNDS = 4, 2
 BATCHNORM: dict[str, Any] = {
@@ -173,7 +174,7 @@ def test_every_driver_gives_the_same_bits(sandbox: Path, driver: engine.Driver, 
     assert expected.header == got.header
     assert len(got.observations) == ROUNDS
     assert all(len(observation.uploads) == CLIENTS for observation in got.observations)
-    assert all(transcript.equal(mine, theirs) for mine, theirs in zip(expected.observations, got.observations, strict=True))
+    assert all(equal(mine, theirs) for mine, theirs in zip(expected.observations, got.observations, strict=True))
     assert same_model(expected, got)
     assert not scratches(sandbox), "a success leaves no scratch folder"
 

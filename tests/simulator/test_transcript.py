@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from simulator.errors import TranscriptError
-from simulator.transcript import LINES, Transcript, equal, read, upload_event
+from simulator.events import upload_event
+from simulator.transcript import LINES, Transcript, read
 from simulator.types import Update, Upload
-from tests.federations import federate, world
+from tests.federations import equal, federate, world
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+"""What one row of the summary says of its scores: their distributions, their floors, and how far above these the attack came."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.controls import SAMPLE, best_floor, label_floor
+from experiments.groups import Group, Row, Scored, Upload, bounds, interval_of, mean, rate_of
+from experiments.ladder import BEST
+from experiments.metrics import chance
+from experiments.statistics import Interval, Rate
+
+SCORES = ("psnr_db", "ssim", "mse", "lpips")
+"""Scores of images, with a distribution over victims; ``lpips`` only where every record has it."""
+
+
+def above_floor(group: Group, candidates: int) -> Interval | None:
+    """What the attack reached over its floor: in dB of PSNR, as a share of labels, or as a rate over chance; None without scores.
+
+    Labels without a known floor are taken to be worth nothing: the tool claims no leakage that it cannot compare.
+    """
+    scored = group.scored
+    if not scored:
+        return None
+    if group.chosen:
+        identified, chance = rate_of([item.record.identified for item in scored], scored), _chance(scored, candidates) or 0.0
+        return Interval(identified.rate - chance, identified.low - chance, identified.high - chance)
+    if not group.labels_only:
+        return interval_of([item.gain_db for item in scored], scored)
+    labels = _labels(group)
+    floor = 1.0 if labels is None or labels.floor is None else labels.floor
+    return Interval(*(end - floor for end in (vars(labels.accuracy).values() if labels else (0.0, 0.0, 0.0))))
+
+
+def scores(group: Group) -> Row:
+    """Each score of a row; those of images are null where the attack answered none."""
+    scored, row = group.scored, Row()
+    for name in SCORES:
+        values = [getattr(item.record, name) for item in scored]
+        if None not in values:
+            row[name] = None if group.labels_only or group.chosen else _distribution(values, scored)
+    labels = _labels(group)
+    if labels:
+        accuracy = labels.accuracy
+        row["label_accuracy"] = {"mean": accuracy.rate, "low": accuracy.low, "high": accuracy.high, "floor": labels.floor}
+    row["exact"] = None if group.labels_only or group.chosen else bounds(rate_of([item.record.exact for item in scored], scored))
+    return row
+
+
+def _distribution(values: Sequence[float], scored: Sequence[Scored]) -> Row:
+    return bounds(interval_of(values, scored)) | {
+        "min": min(values),
+        "median": float(np.median(values)),
+        "p95": float(np.quantile(values, 0.95)),
+        "max": max(values),
+    }
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How many labels an attack got right, and how many a guess would that knows the class frequencies; None if unknown."""
+
+    accuracy: Rate
+    floor: float | None
+
+
+def _labels(group: Group) -> Labels | None:
+    """Judge the labels of a row; None where the attack gave none. Matched among themselves only where no picture decides."""
+    labelled = [item for item in group.scored if item.record.label_correct is not None]
+    if not labelled:
+        return None
+    batches: dict[Upload, list[int]] = {}
+    for item in labelled:
+        if item.record.label is not None:
+            batches.setdefault(item.upload, []).append(item.record.label)
+    known = sum(map(len, batches.values())) == len(labelled)
+    floor = label_floor(list(batches.values()), matched=group.labels_only) if known else None
+    return Labels(rate_of([bool(item.record.label_correct) for item in labelled], labelled), floor)
+
+
+def floor(scored: Sequence[Scored]) -> Row:
+    """The mean of each record's best floor, the floor that is best most often, and the mean of every floor."""
+    best = [best_floor(item.record.floors) for item in scored]
+    names = dict.fromkeys(name for item in scored for name in item.record.floors if name != SAMPLE)
+    return {
+        "psnr_db": mean([score.psnr_db for _, score in best]),
+        "name": Counter(name for name, _ in best).most_common(1)[0][0],
+        "by_name": {
+            name: {"psnr_db": mean([item.record.floors[name].psnr_db for item in scored if name in item.record.floors])} for name in names
+        },
+    }
+
+
+def over_prior(scored: Sequence[Scored]) -> tuple[Interval, int] | None:
+    """PSNR in dB above that of the same attack on shuffled updates, on the victims on which that was asked, and how many records these are.
+
+    What is not above it, the attack knew before: of a learned one, the mean of a class, say.
+    """
+    asked = [(item, item.record.floors.get("shuffled_gradient") or item.record.floors.get(SAMPLE)) for item in scored]
+    pairs = [(item, blind) for item, blind in asked if blind is not None]
+    if not pairs:
+        return None
+    return interval_of([item.record.psnr_db - blind.psnr_db for item, blind in pairs], [item for item, _ in pairs]), len(pairs)
+
+
+def guessed(group: Group, candidates: int) -> float | None:
+    """Chance of the identification: that of one guess, or of two where each victim has its best attack."""
+    one = _chance(group.scored, candidates)
+    return one if one is None or group.attack != BEST else min(1.0, 2 * one)
+
+
+def _chance(scored: Sequence[Scored], candidates: int) -> float | None:
+    return mean([chance(len(item.trial.records), candidates) for item in scored])
