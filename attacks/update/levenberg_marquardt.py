@@ -25,7 +25,8 @@ from attacks._gradient import maybe_clipped, unusable
 from attacks._matching.priors import box
 from attacks._matching.simulate import Victim, prepare
 from attacks._rest import in_order
-from attacks._second_order.marquardt import SOLVED, Fit, explicit_bytes, fit, gray_start, redrawn
+from attacks._second_order.apart import set_apart
+from attacks._second_order.marquardt import SOLVED, Fit, explicit_bytes, fit, gray_start
 from attacks._second_order.proof import RADIUS, error_bound
 from attacks._second_order.residual import Residual
 from attacks._second_order.smoothness import is_smooth
@@ -36,9 +37,6 @@ from simulator.registry import register
 from simulator.types import Batch, Observation
 
 PROOF = "unique match"
-
-MIXED = 0.3
-"""Deviation with which records of one class start again from their mean."""
 
 
 @register("attacks", "levenberg_marquardt")
@@ -51,7 +49,7 @@ class LevenbergMarquardt:
         restarts: starts at most; a solved one ends the search, else the lowest residual wins.
         iterations: for each start and resolution, at most.
         deviation: of the smooth random picture that is added to gray as the first start, in units of the pixel range. Records of one
-            class must start apart. Later starts are ten times as far away; every second draws only records that share a class anew.
+            class must start apart. Later starts are ten times as far away; every second only sets records that share a class apart.
         memory_mb: up to which the Jacobian is formed; beyond, conjugate gradients do without, and nothing can be certified.
     """
 
@@ -99,7 +97,7 @@ class LevenbergMarquardt:
                 start = guess.inputs[in_order(guess.labels.tolist(), victim.labels.tolist())]
             mixed = number % 2 == 1 and best is not None and known is victim and len(set(victim.labels.tolist())) < len(victim.labels)
             if mixed and best is not None:
-                start = redrawn(best[0].images, victim.labels, rng, MIXED)
+                start = set_apart(Residual(known, unscaled), best[0].images, victim.labels, rng, deadline=deadline)
             found = fit(
                 Residual(known, unscaled),
                 start,

@@ -12,8 +12,9 @@ from scipy.optimize import least_squares, linear_sum_assignment
 from torch import Tensor, nn
 
 from attacks._matching.simulate import prepare
+from attacks._second_order.apart import set_apart
 from attacks._second_order.linear import conjugate_gradients, gram, ritz_values, weakest
-from attacks._second_order.marquardt import fit, gray_start, redrawn
+from attacks._second_order.marquardt import fit, gray_start
 from attacks._second_order.modes import modes
 from attacks._second_order.proof import error_bound
 from attacks._second_order.residual import Residual
@@ -156,7 +157,7 @@ def solved(residual: Residual, shape: tuple[int, ...], seed: int, seconds: float
         if best.residual < 3e-6:
             break
         coarse = number % 2 == 1 or len(labels.unique()) == len(labels)
-        start = gray_start(rng, shape, 0.2) if coarse else redrawn(best.images, labels, rng, 0.3)
+        start = gray_start(rng, shape, 0.2) if coarse else set_apart(residual, best.images, labels, rng)
     assert best is not None
     return best.images
 
@@ -228,8 +229,21 @@ def test_error_bound_holds() -> None:
         assert max(matched(run.images, batch)) ** 0.5 < bound < 1e-3
 
 
+def test_records_of_one_class_are_set_apart_from_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attacks._second_order.apart.DRAWS", 48)
+    batch = records(2, (1, 8, 8))
+    batch = Batch(batch.inputs, torch.tensor([3, 3]))
+    residual = Residual(prepare(*told(attack_surface(smooth((1, 8, 8)), [batch]), batch)))
+    merged = batch.inputs.double().mean(0).expand(2, 1, 8, 8).clone()
+    apart = set_apart(residual, merged, batch.labels, stream(0))
+    assert torch.allclose(set_apart(residual, merged, torch.tensor([3, 4]), stream(0)), merged), "two classes hold nothing to set apart"
+    guess, truth = apart[0] - apart[1], (batch.inputs[0] - batch.inputs[1]).double()
+    alike = float((guess * truth).sum().abs() / guess.norm() / truth.norm())
+    assert alike > 0.35, "chance gives 0.1"
+
+
 STUCK = ("sigmoid", 4, 4)
-"""Two of its records share a class, and two starts end on their mixture: solved from the third, in 9 CPU seconds, where B11 allows 5."""
+"""Two of its records share a class, and the first start ends on their mixture: solved from the second in 6 CPU seconds; B11 allows 5."""
 
 
 @pytest.mark.slow
@@ -250,7 +264,7 @@ def test_digits_bar(activation: str, count: int) -> None:
             images = solved(residual, (count, 1, 8, 8), seed, 60)
             took = time.process_time() - began
             into.append(max(matched(images, batch)))
-            assert took <= (20 if (activation, count, seed) == STUCK else 5)
+            assert took <= (10 if (activation, count, seed) == STUCK else 5)
             seconds.append(took)
     print(f"levenberg_marquardt, digits, {activation}, b = {count}: worst MSE {max(double):.0e} (float32 update {max(single):.0e}), "
           f"{max(seconds):.1f} CPU s")  # fmt: skip
@@ -261,11 +275,15 @@ def test_digits_bar(activation: str, count: int) -> None:
 LOST = pytest.mark.xfail(reason="B12 is met on 4 of 5: all starts on this picture get stuck, and nothing is certified", strict=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 5))]
+)
 @pytest.mark.parametrize(("size", "activation", "seconds"), [(16, "sigmoid", 30), (16, "softplus", 30), (32, "sigmoid", 60)])
 def test_photos_bar(size: int, activation: str, seconds: float, seed: int, request: pytest.FixtureRequest) -> None:
-    """B12: mean squared error below 1e-12 at 16×16×3 in 30 CPU seconds; B13's target: 45 dB at 32×32×3 in 60."""
+    """Claims B12-sigmoid, B12-softplus: mean squared error below 1e-12 at 16×16×3 in 30 CPU seconds; B13's target: 45 dB at 32×32×3 in 60.
+
+    The first picture is a slow test, the others are nightly ones.
+    """
     if (activation, seed) == ("softplus", 3):
         request.applymarker(LOST)
     pictures = cifar10()
