@@ -9,6 +9,7 @@ from typing import Any
 
 from attacks._gradient import LOSSY, lossy, noise_level
 from attacks._learned.train import compression
+from attacks._matching.coarse import kind_of
 from attacks._second_order.smoothness import is_smooth
 from attacks.update.adaptive_matching import AdaptiveMatching
 from attacks.update.april import April
@@ -117,7 +118,7 @@ class Choice:
     @cached_property
     def hidden(self) -> bool:
         """Whether public records say more than the update: under strong noise, or where signs or few coordinates are all that is left."""
-        if not self.applies(LearningToInvert) or self.applies(MultiRoundMatching):
+        if not self.applies(LearningToInvert) or self.applies(MultiRoundMatching) or kind_of(self.view, self.knowledge):
             return False
         size = sum(tensor.numel() for tensor in self.view.upload.update.tensors.values())
         if self.noise**2 * self.unknowns / size > HIDDEN**2 * max(0.0, 1 - self.noise**2):

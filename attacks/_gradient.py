@@ -24,11 +24,6 @@ NEAR = 1e-4
 """A norm this close to the limit, relatively, may be that of a clipped update."""
 
 
-def local_steps(recipe: LocalTraining, records: int) -> int:
-    """How many local steps one client with this many records takes in a round."""
-    return recipe.local_steps(records)
-
-
 def records_per_sender(view: Observation, knowledge: Knowledge) -> int:
     """Records of one sender, assuming that the senders of an aggregate hold equally many."""
     return -(-knowledge.num_examples // len(view.upload.senders))
@@ -38,7 +33,7 @@ def steps_taken(view: Observation, knowledge: Knowledge) -> int:
     """Local steps behind the upload; 1 for a gradient."""
     if view.upload.update.kind == "gradient":
         return 1
-    return local_steps(knowledge.training, records_per_sender(view, knowledge))
+    return knowledge.training.local_steps(records_per_sender(view, knowledge))
 
 
 def mean_gradient(view: Observation, knowledge: Knowledge) -> Tensors:
@@ -194,9 +189,8 @@ def noise_level(view: Observation, knowledge: Knowledge) -> float:
             batch = min(knowledge.training.batch_size or records, records)
             scale = 1.0 if update.kind == "gradient" else knowledge.training.learning_rate * steps**0.5
             square += (scale * told["noise_multiplier"] * told["clip_norm"] / batch) ** 2
-    norm = float(torch.stack([tensor.double().square().sum() for tensor in update.tensors.values()]).sum().sqrt())
-    count = sum(tensor.numel() for tensor in update.tensors.values())
-    return (square * count / senders) ** 0.5 / norm if square and norm else 0.0
+    size, count = norm(update.tensors), sum(tensor.numel() for tensor in update.tensors.values())
+    return (square * count / senders) ** 0.5 / size if square and size else 0.0
 
 
 def not_finite(view: Observation) -> str | None:

@@ -25,8 +25,8 @@ Head = tuple[Float[Tensor, "classes features"], Float[Tensor, " classes"]]
 
 
 def embedding_counts(
-    weight: Float[Tensor, "classes features"], bias: Float[Tensor, " classes"], head: Head, records: int, recipe: LocalTraining
-) -> tuple[Float[Tensor, " classes"], Float[Tensor, "classes classes"]]:
+    weight: Float[Tensor, "*many classes features"], bias: Float[Tensor, "*many classes"], head: Head, records: int, recipe: LocalTraining
+) -> tuple[Float[Tensor, "*many classes"], Float[Tensor, "*many classes classes"]]:
     """Alternate between the counts and the softmax P_c of each class's mean feature h_c; return counts and covariance of their error.
 
     With ν = n/B, targets Q and A = (P − Q)ᵀ the layer has ∂b = Aν and ∂W = A·diag(ν)·h. The mean of n_c features scatters as 1/n_c
@@ -38,24 +38,26 @@ def embedding_counts(
     to average and the more their features differ: its covariance S/classes, S the scatter of the h_c, gives the counts' B²·J·S·J/classes
     with J the slope of the mean softmax.
     """
-    bias, classes = bias.double(), len(bias)
+    bias, classes = bias.double(), bias.shape[-1]
     logits_slope, targets = weight.double() @ head[0].T, smoothed(torch.eye(classes, dtype=torch.float64), recipe)
     softmax = F.softmax(head[1], 0).expand(classes, -1)
     share = _normal(unsmoothed(softmax[0] - bias, recipe))
-    away = torch.zeros_like(targets)
+    away = torch.zeros_like(logits_slope)
     for _ in range(ROUNDS):
-        system = (softmax - targets).T
-        trust = torch.linalg.pinv(system * (share + RIDGE / records) @ system.T, rtol=1e-9, hermitian=True)
-        energy = bias @ trust @ bias  # zero for an update of zeros, which knows no mean
-        mean = logits_slope.T @ trust @ bias / energy if energy > 0 else torch.zeros_like(bias)
-        away = system.T @ trust @ (logits_slope - torch.outer(bias, mean))
-        softmax = (softmax + F.softmax(mean + away + head[1], 1)) / 2
-        share = (share + _normal(unsmoothed(share @ softmax - bias, recipe))) / 2
+        system = (softmax - targets).mT
+        trust = torch.linalg.pinv(system * (share + RIDGE / records)[..., None, :] @ system.mT, rtol=1e-9, hermitian=True)
+        trusted = _times(bias, trust)
+        energy = (trusted * bias).sum(-1, keepdim=True)  # zero for an update of zeros, which knows no mean
+        mean = torch.where(energy > 0, _times(trusted, logits_slope) / energy, 0.0)
+        away = system.mT @ trust @ (logits_slope - bias[..., :, None] * mean[..., None, :])
+        softmax = (softmax + F.softmax(mean[..., None, :] + away + head[1], -1)) / 2
+        share = (share + _normal(unsmoothed(_times(share, softmax) - bias, recipe))) / 2
     present = records * share / (records * share + 1)
-    scatter = (away.T * present) @ away / present.sum()
-    middle = share @ softmax
-    slope = (middle.diag() - torch.outer(middle, middle)) * records / (1 - recipe.label_smoothing)
-    return records * share, slope @ scatter @ slope / present.sum()
+    classes_seen = present.sum(-1)[..., None, None]
+    scatter = (away.mT * present[..., None, :]) @ away / classes_seen
+    middle = _times(share, softmax)
+    slope = (middle.diag_embed() - middle[..., :, None] * middle[..., None, :]) * records / (1 - recipe.label_smoothing)
+    return records * share, slope @ scatter @ slope / classes_seen
 
 
 def around(estimate: Float[Tensor, " classes"], covariance: Float[Tensor, "classes classes"]) -> Gaussian:
@@ -69,4 +71,9 @@ def around(estimate: Float[Tensor, " classes"], covariance: Float[Tensor, "class
 
 def _normal(share: Tensor) -> Tensor:
     share = torch.nan_to_num(share).clamp(min=0)
-    return share / share.sum() if share.sum() > 0 else torch.full_like(share, 1 / len(share))
+    total = share.sum(-1, keepdim=True)
+    return torch.where(total > 0, share / total, 1 / share.shape[-1])
+
+
+def _times(row: Float[Tensor, "*many rows"], matrix: Float[Tensor, "*many rows columns"]) -> Float[Tensor, "*many columns"]:
+    return (row[..., None, :] @ matrix)[..., 0, :]

@@ -7,7 +7,7 @@ class c; the second term is the uncertainty of m_c. Features come as their produ
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ STEPS = 4
 
 TRIALS = 24
 """Batches of held-out public records on which each belief is tried."""
+
+AT_ONCE_MB = 64
+"""Memory for the covariances of updates that are fitted at once."""
 
 
 @dataclass(frozen=True)
@@ -105,23 +108,62 @@ def only_bias(statistic: Float[Tensor, "*records statistic"], classes: int) -> F
     return statistic.reshape(*statistic.shape[:-1], classes, -1)[..., 0]
 
 
+@dataclass(frozen=True)
+class Fits:
+    """What updates say of their counts.
+
+    Attributes:
+        counts: expected ones.
+        given: slope and curvature of the log-likelihood of each update near its counts.
+        density: log-density of each update.
+    """
+
+    counts: Float[Tensor, "updates classes"]
+    given: Gaussian
+    density: Float[Tensor, " updates"]
+
+    def best(self) -> tuple[Float[Tensor, " classes"], Gaussian]:
+        """Counts and likelihood of the update of the largest density."""
+        place = int(self.density.argmax())
+        return self.counts[place], Gaussian(self.given.slope[place], self.given.curvature[place])
+
+
 def likelihood(
-    observed: Float[Tensor, " statistic"], model: Moments, belief: Belief, records: int, scale: float = 1.0
-) -> tuple[Float[Tensor, " classes"], Gaussian, float]:
-    """The expected counts, what the update says of the counts near them, and the log-density of the update.
+    observed: Float[Tensor, "updates statistic"],
+    model: Moments,
+    belief: Belief,
+    records: int,
+    scales: Float[Tensor, " updates"] | None = None,
+) -> Fits:
+    """The expected counts behind each update, what it says of the counts near them, and its log-density.
 
     Each concentration of the prior gives its own expectation, and the covariance of the update depends on it. They are averaged by
     their evidence, Laplace's; the likelihood is that at the most evident one.
 
     Args:
-        observed: the statistic of the update, divided by ``scale``.
-        scale: the factor of clipping; the density is that of the update as it was uploaded.
+        observed: statistics of updates, each divided by its scale.
+        scales: factors of clipping, 1 if not given; the density is that of the update as it was uploaded.
     """
     white = (observed if belief.features else only_bias(observed, len(model.mean))) @ model.whiten
-    fits = [_fit(white, model, records, concentration, belief.weight) for concentration in CONCENTRATIONS]
-    evidence = torch.tensor([value for _, _, value in fits], dtype=torch.float64)
-    counts = torch.softmax(evidence, 0) @ torch.stack([each for each, _, _ in fits])
-    return counts, fits[int(evidence.argmax())][1], float(evidence.logsumexp(0)) - belief.weight * len(white) * math.log(scale)
+    prior = torch.tensor(CONCENTRATIONS, dtype=torch.float64).repeat(len(white))
+    fits = [_fit(*part, model, records, belief.weight) for part in _pieces(white.repeat_interleave(len(CONCENTRATIONS), 0), prior)]
+    counts, slope, curvature, evidence = (_by_update(torch.cat(each), len(white)) for each in zip(*fits, strict=True))
+    most = torch.arange(len(white)), evidence.argmax(1)
+    density = evidence.logsumexp(1)
+    if scales is not None:
+        density = density - belief.weight * white.shape[1] * scales.log()
+    mean = torch.einsum("uk,ukc->uc", torch.softmax(evidence, 1), counts)
+    return Fits(mean, Gaussian(slope[most], curvature[most]), density)
+
+
+def _by_update(rows: Tensor, updates: int) -> Tensor:
+    return rows.view(updates, -1, *rows.shape[1:])
+
+
+def _pieces(white: Tensor, concentration: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows in pieces whose covariances fit into :data:`AT_ONCE_MB`."""
+    rows = max(1, AT_ONCE_MB * 2**20 // (8 * white.shape[1] ** 2))
+    yield from zip(torch.split(white, rows), torch.split(concentration, rows), strict=True)
 
 
 def most_credible(statistic: Tensor, labels: Int[Tensor, " records"], classes: int, records: int) -> Belief:
@@ -135,41 +177,48 @@ def most_credible(statistic: Tensor, labels: Int[Tensor, " records"], classes: i
     half = torch.rand(len(labels), generator=rng).argsort() % 2 == 0
     error = dict.fromkeys(BELIEFS, 0.0)
     for seen in (half, ~half):
-        models = {belief: moments(statistic[seen], labels[seen], classes, belief) for belief in BELIEFS}
         there = torch.bincount(labels[~seen], minlength=classes) > 0
+        truth, observed = list[Tensor](), list[Tensor]()
         for trial in range(TRIALS // 2):
             concentration = CONCENTRATIONS[trial % len(CONCENTRATIONS)]
             odds = torch._standard_gamma(torch.full((classes,), concentration, dtype=torch.float64), generator=rng) * there + 1e-30 * there
             label = torch.multinomial(odds, records, replacement=True, generator=rng)
             drawn = torch.multinomial(F.one_hot(labels[~seen], classes).double().T[label], 1, generator=rng).flatten()
-            truth, observed = torch.bincount(label, minlength=classes), statistic[~seen][drawn].sum(0)
-            for belief, model in models.items():
-                error[belief] += float((likelihood(observed, model, belief, records)[0] - truth).abs().sum())
+            truth.append(torch.bincount(label, minlength=classes))
+            observed.append(statistic[~seen][drawn].sum(0))
+        for belief in BELIEFS:
+            model = moments(statistic[seen], labels[seen], classes, belief)
+            counts = likelihood(torch.stack(observed), model, belief, records).counts
+            error[belief] += float((counts - torch.stack(truth)).abs().sum())
     return min(error, key=lambda belief: error[belief])
 
 
-def _fit(white: Tensor, model: Moments, records: int, concentration: float, weight: float) -> tuple[Tensor, Gaussian, float]:
+def _fit(white: Tensor, concentration: Tensor, model: Moments, records: int, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts, slope, curvature and evidence for each row: an update under one concentration of the prior."""
     classes = len(model.mean)
-    prior = records / classes * (1 - 1 / classes) * (records + classes * concentration) / (1 + classes * concentration)
+    prior = (records / classes * (1 - 1 / classes) * (records + classes * concentration) / (1 + classes * concentration))[:, None]
     even, eye = torch.full((classes,), records / classes, dtype=torch.float64), torch.eye(classes, dtype=torch.float64)
-    counts = even
+    counts = even.expand(len(white), -1)
     for _ in range(STEPS):
-        given, _ = _given(white, model, counts, weight)
-        precision = given.curvature + eye / prior
-        solved = torch.linalg.solve(precision, torch.stack([given.slope + even / prior, torch.ones_like(even)], 1))
-        counts = solved[:, 0] + solved[:, 1] * (records - solved[:, 0].sum()) / solved[:, 1].sum()
+        slope, curvature, _ = _given(white, model, counts, weight)
+        right = torch.stack([slope + even / prior, torch.ones_like(slope)], 2)
+        solved = torch.linalg.solve(curvature + eye / prior[..., None], right)
+        free, along = solved[..., 0], solved[..., 1]
+        counts = free + along * ((records - free.sum(1)) / along.sum(1))[:, None]
         counts = counts.clamp(min=0.05)
-        counts = counts * records / counts.sum()
-    given, density = _given(white, model, counts, weight)
-    spread = torch.logdet(eye + prior * given.curvature)
-    return counts, given, density - 0.5 * float((counts - even).square().sum() / prior + spread)
+        counts = counts * records / counts.sum(1, keepdim=True)
+    slope, curvature, density = _given(white, model, counts, weight)
+    spread = torch.logdet(eye + prior[..., None] * curvature)
+    return counts, slope, curvature, density - 0.5 * ((counts - even).square().sum(1) / prior[:, 0] + spread)
 
 
-def _given(white: Tensor, model: Moments, counts: Tensor, weight: float) -> tuple[Gaussian, float]:
-    """What the update says of the counts with the covariance of these counts, and its log-density at them."""
+def _given(white: Tensor, model: Moments, counts: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What each update says of its counts, as slope and curvature, with the covariance of these counts, and its log-density at them."""
     scatter = counts + counts.square() / model.records
-    factor = torch.linalg.cholesky(torch.einsum("c,cij->ij", scatter, model.covariance))
-    parts = torch.linalg.solve_triangular(factor, torch.cat([model.mean, white[None]]).T, upper=False)
-    mean, seen = parts[:, :-1], parts[:, -1]
-    density = -0.5 * float((seen - mean @ counts).square().sum()) - float(factor.diagonal().log().sum())
-    return Gaussian(weight * mean.T @ seen, weight * mean.T @ mean), weight * density
+    factor = torch.linalg.cholesky(torch.einsum("rc,cij->rij", scatter, model.covariance))
+    both = torch.cat([model.mean.expand(len(white), -1, -1), white[:, None]], 1).mT
+    parts = torch.linalg.solve_triangular(factor, both, upper=False)
+    mean, seen = parts[..., :-1], parts[..., -1:]
+    left = (seen - mean @ counts[..., None]).square().sum((1, 2))
+    density = -0.5 * left - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    return weight * (mean.mT @ seen)[..., 0], weight * (mean.mT @ mean), weight * density

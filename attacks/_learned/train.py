@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks._labels.counts import to_counts
+from attacks._learned.batches import Pool, drawn, pool
 from attacks._learned.estimate import ALTERED, FOREIGN, PURE, WEIGHTS, Affine, Estimator, Pairs, affine, learn
 from attacks._learned.features import Basis, Shortened, basis, shortened
 from attacks._learned.mechanisms import Compressed, Stack, visible
-from attacks._learned.pairs import Pool, Sender, drawn, pool, sender, updates
+from attacks._learned.pairs import Sender, sender, updates
 from attacks._matching.simulate import flat
 from attacks.update.labels import known_or_recovered, unrecoverable
 from simulator.adversary import Knowledge

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log, log1p
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ class Defended:
     Attributes:
         clip_norm: to which the whole update is scaled down first.
         pruned: share of each tensor that is dropped for being small, where noise then hides which; 0 where the zeros show it.
+        dropped: probability with which a coordinate was left out, where Gaussian noise then hides which; 0 where the zeros show it.
         sigma: deviations of Gaussian noise on each coordinate: none, one for all, or one for each tensor.
         laplace: scale of Laplace noise on each coordinate.
         masked: whether coordinates that are 0 in the observed update were left out of it.
@@ -52,6 +53,7 @@ class Defended:
 
     clip_norm: float = float("inf")
     pruned: float = 0.0
+    dropped: float = 0.0
     sigma: tuple[float, ...] = ()
     laplace: float = 0.0
     masked: bool = False
@@ -86,7 +88,11 @@ class Defended:
             return (seen * rounding((trial - target) / steps)).sum()
         if self.laplace and not self.sigma:
             return (seen * (trial - target).abs()).sum() / self.laplace
-        return (seen * (trial - target).square() / (2 * self.variances(target, spans))).sum()
+        off = (trial - target).square() / (2 * self.variances(target, spans))
+        if self.dropped:
+            out = target.square() / (2 * self.variances(target, spans))
+            off = -torch.logaddexp(log1p(-self.dropped) - off, log(self.dropped) - out)
+        return (seen * off).sum()
 
     def seen(self, target: Flat, spans: Sequence[Span]) -> Flat:
         """The weight of each coordinate: 0 where it is no observation."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attacks._dropout import with_read_mask
-from attacks._gradient import local_steps, records_per_sender
+from attacks._gradient import records_per_sender
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge
 from simulator.training import local_update, loss
@@ -78,7 +78,7 @@ def assumed_order(records: int, recipe: LocalTraining, senders: int) -> tuple[Sp
     number of steps, and for one step exactly the weighted mean of the senders' gradients (except under train-mode BatchNorm,
     where joint batch statistics are assumed). For more steps it approximates the mean of paths by the path of the mean.
     """
-    steps = local_steps(recipe, -(-records // senders))
+    steps = recipe.local_steps(-(-records // senders))
     size = min(recipe.batch_size * senders or records, records) if recipe.algorithm == "fedavg" else records
     if recipe.drop_last and records > size:  # full batches only, from the first record and up to the last in turn, so that all are used
         whole = records // size * size
@@ -159,7 +159,7 @@ def unroll_length(view: Observation, knowledge: Knowledge) -> int:
     """Local steps that the simulation of this upload takes."""
     if view.upload.update.kind == "gradient":
         return 1
-    return local_steps(replace(knowledge.training, algorithm="fedavg"), records_per_sender(view, knowledge))
+    return replace(knowledge.training, algorithm="fedavg").local_steps(records_per_sender(view, knowledge))
 
 
 def casted(tensors: Tensors, dtype: torch.dtype) -> Tensors:

@@ -68,7 +68,9 @@ def known_stack(view: Observation, knowledge: Knowledge) -> Stack:
     for name, settings in knowledge.defenses:
         found = _with(found, name, settings, view, knowledge)
     senders = len(view.upload.senders)
-    if senders > 1:
+    if senders == 1:
+        found = replace(found, distance=hidden(found.distance, view, knowledge))
+    else:
         each = found.distance
         # a sum of sparse updates has a union of supports, and one of signs has levels: what each sender did is no longer seen in it
         sigma = tuple(deviation / senders**0.5 for deviation in each.sigma)
@@ -115,6 +117,23 @@ def _with(found: Stack, name: str, settings: Settings, view: Observation, knowle
     if name == "precode":
         return replace(found, latent=True, distance=replace(distance, weights=before_noise(view, knowledge)))
     return replace(found, mixed=True) if name in ON_RECORDS else found
+
+
+def hidden(distance: Defended, view: Observation, knowledge: Knowledge) -> Defended:
+    """The distance where Gaussian noise came after pruning: no zeros show which coordinates stayed, and the others hold noise alone.
+
+    Coordinates left out at random are then modeled if the others were not rescaled.
+    """
+    tensors = view.upload.update.tensors.values()
+    zeros = sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
+    for name, settings in knowledge.defenses:
+        if name not in ("top_k", "random_pruning") or not distance.sigma or zeros > number(settings, "pruned") / 2:
+            continue
+        if name == "top_k":
+            distance = replace(distance, masked=False, pruned=number(settings, "pruned"))
+        elif not settings["rescaled"]:
+            distance = replace(distance, masked=False, dropped=number(settings, "pruned"))
+    return distance
 
 
 def before_noise(view: Observation, knowledge: Knowledge) -> tuple[float, ...]:

@@ -7,7 +7,9 @@ Which defenses acted, and their settings, is public (Kerckhoffs); what they drew
     nats, against a prior of total variation with a fixed weight in nats, so that noise alone decides what the prior counts;
   - randomness inside the model (PRECODE's ε) is read off one record's gradient, and else optimized along with the images;
   - soft labels of mixed records (MixUp, InstaHide) are optimized along: what is rebuilt is the mixture;
-  - other rounds in which the client took the same records again add their evidence, and noise averages out.
+  - other rounds in which the client took the same records again add their evidence, and noise averages out;
+  - one small record behind random pruning, signs or QSGD alone is, where public records are held, found by sampling
+    (attacks._matching.linearized): descent ends at the first jump that a ReLU makes in the gradient.
 
 Source: Balunović et al., 2022, arXiv:2111.04706, sections 3 to 5 (the objective, and Soteria and PRECODE broken by leaving out what they
     changed); Geiping et al., 2020, arXiv:2003.14053, for the optimizer; Yue et al., 2023, arXiv:2206.04055 (pruned updates on their
@@ -40,6 +42,7 @@ import torch
 from attacks._dropout import layers as dropping_layers
 from attacks._gradient import unusable
 from attacks._matching.client import Client, JointLabels
+from attacks._matching.coarse import kind_of, sampled
 from attacks._matching.latents import Noisy, bottlenecks, prepare_told, readable, unlikely
 from attacks._matching.lbfgs import lbfgs
 from attacks._matching.masks import keep_rate
@@ -151,9 +154,13 @@ class AdaptiveMatching(Matching):
     ) -> list[Reconstruction]:
         """Attack many victims at once, those behind the same defenses together."""
         groups: dict[Plan, list[int]] = {}
-        for place, (view, known) in enumerate(zip(views, knowledge, strict=True)):
-            groups.setdefault(self.plan(view, known), []).append(place)
         found: dict[int, Reconstruction] = {}
+        for place, (view, known, rng) in enumerate(zip(views, knowledge, rngs, strict=True)):
+            kind = kind_of(view, known)
+            if kind is not None and not self.others(view, known):
+                found[place] = sampled(view, known, kind, rng=rng, seconds=self.seconds, task=self.name)
+            else:
+                groups.setdefault(self.plan(view, known), []).append(place)
         for plan, members in groups.items():
             attack, mine = _Planned(self, plan), ([views[i] for i in members], [knowledge[i] for i in members], [rngs[i] for i in members])
             answers = solve(*mine, setting=self.matched(plan), optimize=attack.optimize, task=self.name, ready=attack.ready)

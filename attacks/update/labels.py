@@ -31,6 +31,7 @@ from attacks._labels.counts import Posterior, posterior, to_counts
 from attacks._labels.embeddings import around, embedding_counts
 from attacks._labels.moments import Belief, likelihood, moments, most_credible, statistics
 from attacks._labels.runs import along_the_way, bias_from, reference, weights
+from attacks._labels.visible import nearest_label
 from attacks._layers import Call, last_linear
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -67,11 +68,12 @@ def estimate_counts(view: Observation, knowledge: Knowledge, estimate: Estimate)
     head, records, recipe, classes = _head(view, knowledge), knowledge.num_examples, knowledge.training, knowledge.schema.num_classes
     if estimate == "rlu" and knowledge.public is None:
         raise ValueError("estimate = 'rlu' must come with public data, got none. Set public_data = true in the threat model.")
-    gradient, known = mean_gradient(view, knowledge), reference(knowledge)
-    runs = along_the_way(view, knowledge, known.inputs)
+    gradient = mean_gradient(view, knowledge)
     weight = gradient[head.weight].double()
     if estimate == "idlg":
         return F.one_hot(torch.tensor(published.one_label(weight, gradient.get(head.bias))), classes).double() * records
+    known = reference(knowledge)
+    runs = along_the_way(view, knowledge, known.inputs)
     bias = gradient[head.bias].double() if head.bias in gradient else bias_from(weight, runs[0].head)
 
     def counts(scale: float) -> Tensor:
@@ -105,14 +107,13 @@ def count_posterior(view: Observation, knowledge: Knowledge) -> Posterior:
         return _decided(posterior(around(raw, raw.abs().mean() * torch.eye(len(raw)).double()), records, raw, rng=rng), raw)
     weight, bias = gradient[head.weight].double(), gradient[head.bias].double()
     runs = along_the_way(view, knowledge, torch.full((2, *knowledge.schema.shape), 0.5))
-    best: tuple[float, Tensor, Tensor] = (math.inf, bias, bias)
-    for scale in _scales(view, knowledge):
-        each = [embedding_counts(weight / scale, bias / scale, weights(run.parameters, head), records, knowledge.training) for run in runs]
-        raw, covariance = (torch.stack(parts).mean(0) for parts in zip(*each, strict=True))
-        miss = float((raw - to_counts(raw, records)).abs().sum())
-        if miss < best[0] or not math.isfinite(best[0]):
-            best = miss, raw, covariance
-    _, raw, covariance = best
+    scales = torch.tensor(_scales(view, knowledge), dtype=torch.float64)[:, None]
+    many = weight / scales[..., None], bias / scales
+    each = [embedding_counts(*many, weights(run.parameters, head), records, knowledge.training) for run in runs]
+    raws, covariances = (torch.stack(parts).mean(0) for parts in zip(*each, strict=True))
+    misses = [float((raw - to_counts(raw, records)).abs().sum()) for raw in raws]
+    best = min(range(len(misses)), key=lambda place: misses[place] if math.isfinite(misses[place]) else math.inf)
+    raw, covariance = raws[best], covariances[best]
     return _decided(posterior(around(raw, covariance), records, raw, rng=rng), raw)
 
 
@@ -140,8 +141,8 @@ def _from_public(view: Observation, knowledge: Knowledge, head: Call, rng: torch
     observed = records * observed.flatten()
     belief = most_credible(statistic, labels, classes, records) if biased else Belief(True, 0.3, 0.5, 1.0)
     model = moments(statistic, labels, classes, belief)
-    fits = [likelihood(observed / scale, model, belief, records, scale) for scale in _scales(view, knowledge)]
-    expected, gaussian, _ = max(fits, key=lambda fit: fit[2])
+    scales = torch.tensor(_scales(view, knowledge), dtype=torch.float64)
+    expected, gaussian = likelihood(observed / scales[:, None], model, belief, records, scales).best()
     return _decided(posterior(gaussian, records, expected, rng=rng), expected)
 
 
@@ -152,8 +153,15 @@ def _decided(found: Posterior, expected: Tensor) -> Posterior:
 
 
 def recovered_counts(view: Observation, knowledge: Knowledge, estimate: Estimate = "auto") -> Int[Tensor, " classes"]:
-    """How often each class occurs behind the upload; ``auto`` is iDLG for one record and else the posterior."""
-    if knowledge.num_examples == 1 and last_linear(knowledge, view.broadcast) is not None:
+    """How often each class occurs behind the upload; ``auto`` is iDLG for one record and else the posterior.
+
+    Where a defense left out the one negative entry of ∂b, ``auto`` takes the class of the public record that is nearest in what is seen.
+    """
+    head = last_linear(knowledge, view.broadcast) if knowledge.num_examples == 1 else None
+    if head is not None:
+        near = nearest_label(view, knowledge, mean_gradient(view, knowledge).get(head.bias)) if estimate == "auto" else None
+        if near is not None:
+            return F.one_hot(torch.tensor(near), knowledge.schema.num_classes)
         return estimate_counts(view, knowledge, "idlg").long()
     if estimate in ("auto", "posterior"):
         return count_posterior(view, knowledge).counts

@@ -284,3 +284,29 @@ def test_soteria_and_precode_are_no_protection_against_those_who_know_them() -> 
     for name in ("soteria", "precode"):
         assert means[name] > means["none"] - 2, means
         assert means[name] > means[f"{name}, blunt"] + 5, means
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "margin"),
+    [
+        ("qsgd", {"levels": 3, "bucket": 512}, 2.0),
+        ("sign_sgd", {"scale": "none"}, 3.0),
+        ("random_pruning", {"pruned": 0.9, "masks": "round", "rescaled": False}, 30.0),
+    ],
+)
+def test_small_records_behind_coarse_updates_are_found_by_sampling(name: str, settings: dict[str, object], margin: float) -> None:
+    """Five digits that are not among the public ones, labels unknown: far above the attack that does not ask which defense acted."""
+    model, public, gains = build("cnn", SHAPE, width=8, hidden=64), digits(500, offset=1000), []
+    blunt, attack = InvertingGradients(steps=60), AdaptiveMatching()
+    changes: dict[str, Callable[[int], Change]] = {
+        "qsgd": lambda i: lambda u: qsgd(u, drawn_uniform(u, stream(i, "rounding")), levels=3, bucket=512),
+        "sign_sgd": lambda _: signs,
+        "random_pruning": lambda i: lambda u: masked(u, drawn_masks(u, 0.9, stream(i, "mask"))),
+    }
+    for number in range(5):
+        batch = digits(1, offset=50 + number)
+        view, knowledge = defended(*attack_surface(model, [batch]), changes[name](number), (name, settings))
+        told = replace(knowledge, public=public)
+        found, other = (one(view, told, rng=stream(number)) for one in (attack, blunt))
+        gains.append(psnr_db(found.inputs, batch.inputs) - psnr_db(other.inputs, batch.inputs))
+    assert sum(gains) / 5 > margin, gains

@@ -11,8 +11,9 @@ from scipy.integrate import quad
 from scipy.stats import binom, norm
 from torch import Tensor
 
+from attacks._identify.choice import Evidence, surprises
 from attacks._matching.defended import Defended
-from attacks.update.candidate_identification import CandidateIdentification, Evidence, named, surprises
+from attacks.update.candidate_identification import CandidateIdentification
 from simulator import lookup
 from simulator.adversary import Knowledge
 from simulator.mechanisms.censor import orthogonal_update
@@ -43,7 +44,7 @@ def test_success_is_that_of_the_likelihood_ratio(candidates: int, mu: float, exp
     for _ in range(trials):
         true = int(torch.randint(candidates, (1,), generator=rng))
         seen = Evidence(updates[true] + torch.randn(2000, generator=rng) / mu, updates, ((0, 2000),), Defended(sigma=(1 / mu,)))
-        hits += int(named([seen], candidates, 1)[0]) == true
+        hits += int(seen.surprise(torch.arange(candidates)[:, None]).argmin()) == true
     error = math.sqrt(expected * (1 - expected) / trials)
     assert abs(hits / trials - expected) < 4 * error
     ceiling = float(norm.cdf(norm.ppf(1 / candidates) + mu))

@@ -76,7 +76,7 @@ def test_posterior_of_two_classes_is_bayes_rule_by_hand() -> None:
     belief = next(belief for belief in BELIEFS if belief.features and belief.weight == 1)
     model = moments(statistic, labels, 2, belief)
     observed = statistic[labels == 0][:2].sum(0) + statistic[labels == 1][:4].sum(0)
-    expected, gaussian, _ = likelihood(observed, model, belief, 6)
+    expected, gaussian = likelihood(observed[None], model, belief, 6).best()
     # the same by hand: the mean is linear in the counts, the covariance that of the expected counts at which the likelihood was taken
     found = posterior(gaussian, 6, expected)
     by_hand = []
@@ -98,7 +98,7 @@ def test_gaussian_of_the_update_is_that_of_scipy() -> None:
     model = moments(statistic, labels, 3, belief)
     observed = statistic[:9].sum(0)
     white = (observed @ model.whiten).numpy()
-    expected, gaussian, _ = likelihood(observed, model, belief, 9)
+    expected, gaussian = likelihood(observed[None], model, belief, 9).best()
     weight = expected + expected.square() / model.records
     covariance = (weight[:, None, None] * model.covariance).sum(0).numpy()
     one, other = torch.tensor([3.0, 3.0, 3.0]).double(), torch.tensor([5.0, 1.0, 3.0]).double()

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from attacks._learned.batches import drawn, pool
 from attacks._learned.estimate import PURE, Affine, Estimator, Pairs, affine
 from attacks._learned.features import LONG, shortened
 from attacks._learned.mechanisms import Compressed, chain, compressed, grid, visible
-from attacks._learned.pairs import drawn, pool, sender, updates
+from attacks._learned.pairs import sender, updates
 from attacks._learned.train import Plan, compression, reader, train
 from attacks._matching.simulate import flat
 from attacks.update.inverting_gradients import InvertingGradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -47,21 +48,25 @@ def digits(count: int, shape: tuple[int, int, int] = (1, 8, 8), offset: int = 0)
 
 def photos(count: int, size: int = 32, seed: int = 0) -> Batch:
     """Crops of photographs that ship with scikit-learn and scikit-image, disjoint and halved in size; labels are random."""
+    every, rng = crops(size), stream(seed, "photos", size)
+    order = torch.randperm(len(every), generator=rng)[:count]
+    assert len(order) == count, f"there are {len(every)} crops"
+    return Batch(every[order], torch.randint(10, (count,), generator=rng))
+
+
+@cache
+def crops(size: int) -> Tensor:
     import skimage.data
     from sklearn.datasets import load_sample_images
 
     pictures = [*load_sample_images().images, skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
-    crops = []
+    found = []
     for picture in pictures:
         image = nn.functional.avg_pool2d(torch.tensor(np.array(picture)).permute(2, 0, 1).double()[None] / 255, 2)
         blocks = image[..., : image.shape[2] // size * size, : image.shape[3] // size * size].unfold(2, size, size).unfold(3, size, size)
-        crops.append(blocks[0].permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size).float())
-    every = torch.cat(crops)
-    every = every[every.flatten(1).std(1) > 0.05]  # sky is the same everywhere
-    rng = stream(seed, "photos", size)
-    order = torch.randperm(len(every), generator=rng)[:count]
-    assert len(order) == count, f"there are {len(every)} crops"
-    return Batch(every[order], torch.randint(10, (count,), generator=rng))
+        found.append(blocks[0].permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size).float())
+    every = torch.cat(found)
+    return every[every.flatten(1).std(1) > 0.05]  # sky is the same everywhere
 
 
 def cifar10() -> Batch:
