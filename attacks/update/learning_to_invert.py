@@ -57,7 +57,7 @@ class LearningToInvert:
 
     Attributes:
         pairs: simulated uploads to learn from, for each kind of upload and set of labels; half of them from records of those labels.
-        seconds: CPU time for each victim, about; those of one kind share theirs.
+        seconds: CPU time for each victim, about; those of one kind share theirs. Where it is short, fewer pairs are learned from.
         memory_mb: budget for the simulated updates.
     """
 
@@ -90,11 +90,12 @@ class LearningToInvert:
             first, inverters = members[0], dict[tuple[int, ...], Inverter]()
             told = knowledge[first].labels is not None or knowledge[first].label_counts is not None
             read = None if told else reader(views[first], knowledge[first], seen[first], plan)
-            for i in members:
-                labels = told_labels(views[i], knowledge[i], read)
-                ascending = tuple(labels.sort().values.tolist())
+            labels_of = {i: told_labels(views[i], knowledge[i], read) for i in members}
+            wanted = {i: tuple(labels.sort().values.tolist()) for i, labels in labels_of.items()}
+            own = Plan(self.pairs, self.seconds * len(members) / len(set(wanted.values())), self.memory_mb)
+            for i, labels in labels_of.items():
+                ascending = wanted[i]
                 if ascending not in inverters:
-                    own = Plan(self.pairs, self.seconds, self.memory_mb)
                     inverters[ascending] = train(views[i], knowledge[i], torch.tensor(ascending), seen[i], own)
                 found[i] = answered(views[i], knowledge[i], labels, inverters[ascending], (time.perf_counter() - began) / len(members))
         return [found[i] for i in range(len(views))]

@@ -16,7 +16,7 @@ from attacks._learned.estimate import PURE, Affine, Estimator, Pairs, affine
 from attacks._learned.features import LONG, shortened
 from attacks._learned.mechanisms import Compressed, chain, compressed, grid, visible
 from attacks._learned.pairs import sender, updates
-from attacks._learned.train import Plan, compression, reader, train
+from attacks._learned.train import Plan, affordable, compression, reader, train
 from attacks._matching.simulate import flat
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.learning_to_invert import LearningToInvert
@@ -378,3 +378,12 @@ def test_a_bottleneck_draws_noise_of_its_own_for_every_pair() -> None:
     actual = torch.stack([flat(view.upload.update.tensors, of.names) for view, _ in shown])
     assert float(simulated.std(0).norm()) == pytest.approx(float(actual.std(0).norm()), rel=0.2)
     assert float(actual.std(0).norm()) > 0.05 * float(actual.mean(0).norm())
+
+
+def test_a_short_budget_learns_from_fewer_pairs_and_says_that_it_is_not_whole() -> None:
+    view, known = attack_surface(build("cnn", SHAPE, width=8, hidden=64), [private(1)])
+    known = replace(known, public=public())
+    assert affordable(Plan(1024, 30.0, 1024), 9698) == 1024
+    inverter = train(view, known, private(1).labels, {}, Plan(1024, 0.3, 1024))
+    assert inverter.estimator.curve[-1][0] == affordable(Plan(1024, 0.3, 1024), 9698) < 512
+    assert not inverter.whole
