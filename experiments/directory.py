@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ import secrets
 import shlex
 import sys
 import tomllib
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -113,6 +115,21 @@ def claim(out: Path, spec: str, resume: bool) -> None:
         existing.write_text(spec, encoding="utf-8")
     except OSError as error:
         raise SpecError(f"--out must be a directory that can be written, got {out} ({error}). Choose another.") from error
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the directory: two runs that write into one would each drop what the other has under way. A killed run lets go.
+
+    Raises:
+        SpecError: another run holds it.
+    """
+    with (out / SPEC).open(encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SpecError(f"--out must be held by no other run, got {out}, where one is under way. Wait for it, or end it.") from None
+        yield
 
 
 def forget(out: Path, pending: Set[tuple[str, int]]) -> None:

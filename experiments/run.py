@@ -24,7 +24,20 @@ from safetensors.torch import save_file
 
 from clients.app import app as client_app
 from experiments import cluster, estimate, isolated, parts
-from experiments.directory import FACTS, PICTURES, RESULTS, SPEC, TRANSCRIPTS, claim, forget, note_how, read_facts, read_trials, secret_of
+from experiments.directory import (
+    FACTS,
+    PICTURES,
+    RESULTS,
+    SPEC,
+    TRANSCRIPTS,
+    alone,
+    claim,
+    forget,
+    note_how,
+    read_facts,
+    read_trials,
+    secret_of,
+)
 from experiments.facts import gather, peak_bytes, reset_peak
 from experiments.refusals import check
 from experiments.result import ArmFacts, Trial
@@ -90,6 +103,19 @@ def run(
     out = out.resolve()
     experiment = replace(experiment, secret=experiment.secret or secret_of(out, resume))
     claim(out, tomli_w.dumps(config.dump(experiment)), resume)
+    with alone(out):
+        return _run_what_is_left(experiment, out, workers, notify=notify, done=done, begun=begun)
+
+
+def _run_what_is_left(
+    experiment: Experiment,
+    out: Path,
+    workers: int | str,
+    *,
+    notify: Notify | None,
+    done: Callable[[Task, str], None] | None,
+    begun: Callable[[str], None] | None,
+) -> list[Finished]:
     before = _ended(experiment, out)
     tasks = [Task(arm.name, seed) for seed in experiment.seeds for arm in experiment.arms if Task(arm.name, seed) not in before]
     forget(out, {(task.arm, task.seed) for task in tasks})

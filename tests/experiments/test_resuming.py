@@ -29,6 +29,7 @@ from experiments.run import run
 from experiments.spec import Experiment
 from simulator import config
 from simulator.defense import Defense
+from simulator.errors import SpecError
 from tests.federations import world
 
 SPEC: dict[str, Any] = {
@@ -232,3 +233,13 @@ def test_the_peak_is_of_what_came_after_the_reset() -> None:
     del large
     facts.reset_peak()
     assert facts.peak_bytes() < before + 150_000_000
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(tiny(attacks=["random_guess"]), out, workers=1) == []
+    written = (out / RESULTS).read_bytes()
+    with directory.alone(out), pytest.raises(SpecError, match="held by no other run"):
+        run(tiny(attacks=["random_guess"]), out, workers=1, resume=True)
+    assert (out / RESULTS).read_bytes() == written
+    assert run(tiny(attacks=["random_guess"]), out, workers=1, resume=True) == []
