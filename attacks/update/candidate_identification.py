@@ -3,75 +3,48 @@
 No picture is drawn. For each candidate the update is computed that it would have caused, with what is known of the defenses, and the
 candidate is named under which the observed update is likeliest. Under Gaussian noise that is the argmax of ⟨y, g⟩ − ‖g‖²/2. It is the
 attack that approaches the ceiling of differential privacy, and what it finds where optimization finds nothing shows that a blurred
-picture is no proof of privacy.
+picture is no proof of privacy. Where a defense draws at random what becomes of a record, its likelihood is the mean over the draws:
+  - of ATS, over all policies and signs;
+  - of MixUp and InstaHide, whose mixture one record's gradient gives away: over partners and the mask (attacks/_identify/mixture.py);
+    where noise hides the picture, over mixtures with public records of the classes that the head shows.
 
 Source: Balle, Cherubin and Hayes, 2022, arXiv:2201.04845 (reconstruction robustness: an informed adversary with a prior); Hayes,
     Mahloujifar and Balle, 2023, arXiv:2302.07225, section 4 (the attack that matches the bound: inner products with each candidate's
     clipped gradient).
 Deviations: likelihoods of other mechanisms than Gaussian noise, those of adaptive_matching. Of several records those are named whose mean
     update is likeliest, from nonnegative least squares over all candidates on and then by exchanges of one; several local steps count
-    as the mean of what each record alone would have caused. Randomness of the model that the update does not give away is averaged
-    over. Rounds in which the same client takes the same records again add their evidence. The other records of the training set are not
-    known, as they would be to the adversary of the bound: for one record behind an upload there are none.
+    as the mean of what each record alone would have caused. Senders' updates are clipped before their mean; of senders with several
+    records each, which records share one is a guess. Randomness of the model that the update does not give away is averaged over.
+    Rounds in which the same client takes the same records again add their evidence; of several records that were changed at random,
+    one round counts. The other records of the training set are not known, as they would be to the adversary of the bound: for one
+    record behind an upload there are none.
 Measured: random unit gradients of 2000 numbers, as the bound has them, 2000 trials each; (N, √T/z): (10, 1) .35, (10, 2) .68, (100, 2) .32,
     (100, 4) .91 against ceilings of .389, .764, .372 and .953.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import nnls
 from torch import Tensor
-from torch.func import vmap
 
-from attacks._dropout import layers as dropping_layers
-from attacks._gradient import unusable
-from attacks._matching.distances import Distance, Span
-from attacks._matching.latents import bottlenecks, prepare_told
-from attacks._matching.simulate import Victim, flat
+from attacks._gradient import clip_limit, unusable
+from attacks._identify.alone import clipped, each_alone, prepared, rows_of
+from attacks._identify.choice import Evidence, by_candidate, named, surprises
+from attacks._identify.encoding import read, targets_of, unreadable, without_targets
+from attacks._identify.mixture import Population, weigh
+from attacks._identify.versions import drawn, drawn_given, mixing, transformed
 from attacks._matching.stack import known_stack
 from attacks._rest import in_order
 from attacks._rounds import of_round, redraws, same_sender
 from simulator.adversary import Knowledge, Reconstruction
-from simulator.models.dropout import drawn_masks, masks_from
-from simulator.models.latent import drawn_noise, noise_from
 from simulator.progress import tick
 from simulator.registry import register
-from simulator.training import local_update, per_example_gradients
-from simulator.types import Batch, Observation, Tensors
-
-CHUNK_MB = 64
-SWEEPS = 5
-"""Passes over the named candidates in which each is exchanged for a likelier one, at most."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One round: what was observed, what each candidate alone would have caused, and how likely the one makes the other."""
-
-    target: Float[Tensor, " coordinates"]
-    updates: Float[Tensor, "candidates coordinates"]
-    spans: tuple[Span, ...]
-    distance: Distance
-
-    def surprise(self, chosen: Int[Tensor, "guesses records"]) -> Float[Tensor, " guesses"]:
-        """For each set of candidates, how unlikely the observed update is: −log likelihood, or an angle."""
-        size = max(1, CHUNK_MB * 2**20 // (8 * self.target.numel()))
-        means = (self.updates[some].mean(1) for some in torch.split(chosen, size))
-        return torch.cat([surprises(some, self.target, self.spans, self.distance) for some in means])
-
-
-def surprises(
-    updates: Float[Tensor, "guesses coordinates"], target: Float[Tensor, " coordinates"], spans: Sequence[Span], distance: Distance
-) -> Float[Tensor, " guesses"]:
-    """The distance of each update from the observed one."""
-    found: Tensor = vmap(lambda update: distance(update, target, spans))(updates)
-    return torch.nan_to_num(found, nan=torch.inf)
+from simulator.types import Batch, Observation
 
 
 @register("attacks", "candidate_identification")
@@ -80,14 +53,16 @@ class CandidateIdentification:
     """Names the candidates under which the observed update is likeliest; the answer's pictures are theirs.
 
     Attributes:
-        draws: of the model's randomness, over which a candidate's update is averaged where the upload does not give it away.
+        draws: of what is random and cannot be read off or listed, for each candidate.
         rounds: of those in which the client takes the same records again, at most.
+        seconds: CPU time after which no more candidates are exchanged, and no more steps refine what is read off.
         memory_mb: budget for the candidates' updates; of more than fit the likeliest by themselves are kept.
     """
 
     draws: int = 8
     rounds: int = 8
-    memory_mb: int = 1024
+    seconds: float = 60.0
+    memory_mb: int = 512
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -104,44 +79,90 @@ class CandidateIdentification:
 
     def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
         """Weigh the candidates and name the likeliest."""
-        start = time.perf_counter()
+        begun, deadline = time.perf_counter(), time.process_time() + self.seconds
         assert knowledge.candidates is not None
         pool = possible(knowledge.candidates, knowledge)
         rounds = [(view, knowledge)]
-        if redraws(knowledge.training, knowledge.num_examples) is None:
+        if redraws(knowledge.training, knowledge.num_examples) is None and (knowledge.num_examples == 1 or not knowledge.encoded):
             rounds += [(seen, of_round(knowledge, seen)) for seen in same_sender(view, knowledge)[: self.rounds - 1]]
-        if knowledge.num_examples > 1:
-            pool = self.shortlist(view, knowledge, pool, rng)
-        each = []
-        for place, (seen, known) in enumerate(rounds):
-            tick("candidate_identification", place, len(rounds))
-            each.append(evidence(seen, known, pool, self.draws, rng))
-        chosen, surprise = named(each, len(pool), knowledge.num_examples)
+        if knowledge.num_examples == 1:
+            total = torch.zeros(len(pool), dtype=torch.float64)
+            for place, (seen, known) in enumerate(rounds):
+                tick("candidate_identification", place, len(rounds))
+                total += self.surprise(seen, known, pool, rng)
+            chosen, surprise = total.argmin()[None], float(total.min())
+        else:
+            chosen, surprise = self.several(rounds, pool, deadline, rng)
         labels = pool.labels[chosen]
         if knowledge.labels is not None:
             order = torch.tensor(in_order(labels.tolist(), knowledge.labels.tolist()))
             chosen, labels = chosen[order], knowledge.labels
         return Reconstruction(
-            pool.inputs[chosen], labels, objective=surprise, certificate=("",) * len(labels), seconds=time.perf_counter() - start
+            pool.inputs[chosen], labels, objective=surprise, certificate=("",) * len(labels), seconds=time.perf_counter() - begun
         )
 
-    def shortlist(self, view: Observation, knowledge: Knowledge, pool: Batch, rng: torch.Generator) -> Batch:
-        """As many candidates as fit in memory, those whose own updates are most in line with the observed one."""
-        most = max(2 * knowledge.num_examples, self.memory_mb * 2**20 // (4 * coordinates(view)))
-        if len(pool) <= most:
-            return pool
-        target = prepare_told(view, told(knowledge, pool)).target
-        parts = []
-        for rows in torch.split(torch.arange(len(pool)), max(1, most // 4)):
-            own = evidence(view, knowledge, Batch(pool.inputs[rows], pool.labels[rows]), 1, rng).updates
-            parts.append(own @ target / own.norm(dim=1).clamp(min=1e-30))
-        best = torch.cat(parts).topk(most).indices.sort().values
-        return Batch(pool.inputs[best], pool.labels[best])
+    def surprise(self, view: Observation, knowledge: Knowledge, pool: Batch, rng: torch.Generator) -> Float[Tensor, " candidates"]:
+        """How unlikely the update of one record is for each candidate; a chunk of updates at a time, and none is kept."""
+        mixed, classes = mixing(knowledge), knowledge.schema.num_classes
+        others = knowledge.public if knowledge.public is not None else pool
+        if mixed and not unreadable(view, knowledge):
+            name, settings = mixed
 
+            def rehearse(count: int) -> Tensor:
+                own = rows_of(others, torch.randint(len(others), (count,), generator=rng))
+                return drawn(name, settings, own, others, classes, rng)[0]
 
-def coordinates(view: Observation) -> int:
-    """Numbers in the update."""
-    return sum(tensor.numel() for tensor in view.upload.update.tensors.values())
+            seen = read(view, knowledge, rehearse, seconds=self.seconds)
+            return weigh(seen, pool, Population(others, classes), name=name, settings=settings, rng=rng)
+        versions, owner = transformed(pool, knowledge)
+        if mixed and mixed[0] == "mixup" and not without_targets(view, knowledge):
+            versions, owner = rows_of(pool, owner.repeat_interleave(self.draws)), owner.repeat_interleave(self.draws)
+            inputs, targets = drawn_given(targets_of(view, knowledge), versions, others, rng)
+            versions = Batch(inputs, versions.labels, targets)
+        victim, stack = prepared(view, knowledge, pool), known_stack(view, knowledge)
+        parts = each_alone(victim, versions, stack.record_clip, draws=self.draws, rng=rng)
+        found = torch.cat([surprises(part, victim.target, victim.spans, stack.distance) for part in parts])
+        return by_candidate(found.double(), owner, stack.distance.random)
+
+    def several(
+        self, rounds: list[tuple[Observation, Knowledge]], pool: Batch, deadline: float, rng: torch.Generator
+    ) -> tuple[Int[Tensor, " records"], float]:
+        """The set of candidates that explains all rounds best, and its surprise."""
+        view, knowledge = rounds[0]
+        versions, owner = transformed(pool, knowledge)
+        room = self.memory_mb * 2**20 // (4 * len(prepared(view, knowledge, pool).target) * len(rounds))
+        rows = self.shortlist(view, knowledge, versions, max(2 * knowledge.num_examples, room), rng)
+        versions, owner = rows_of(versions, rows), owner[rows]
+        if len(set(owner.tolist())) < knowledge.num_examples:
+            versions, owner = transformed(pool, knowledge)
+        each = []
+        for place, (seen, known) in enumerate(rounds):
+            tick("candidate_identification", place, len(rounds))
+            each.append(self.evidence(seen, known, versions, rng))
+        best, surprise = named(each, owner, knowledge.num_examples, deadline=deadline)
+        return owner[best], surprise
+
+    def shortlist(self, view: Observation, knowledge: Knowledge, versions: Batch, most: int, rng: torch.Generator) -> Int[Tensor, " rows"]:
+        """As many versions as fit in memory, those whose own updates are most in line with the observed one."""
+        if len(versions) <= most:
+            return torch.arange(len(versions))
+        victim, stack = prepared(view, knowledge, versions), known_stack(view, knowledge)
+        parts = each_alone(victim, versions, stack.record_clip, draws=1, rng=rng)
+        alike = torch.cat([own @ victim.target / own.norm(dim=1).clamp(min=1e-30) for own in parts])
+        return alike.topk(most).indices.sort().values
+
+    def evidence(self, view: Observation, knowledge: Knowledge, versions: Batch, rng: torch.Generator) -> Evidence:
+        """What each version would have caused in this round, beside what was seen."""
+        victim, stack = prepared(view, knowledge, versions), known_stack(view, knowledge)
+        updates, first = torch.empty(len(versions), len(victim.target)), 0
+        for part in each_alone(victim, versions, stack.record_clip, draws=self.draws, rng=rng):
+            updates[first : first + len(part)] = part
+            first += len(part)
+        senders, limit = clipping_of(view, knowledge, stack.distance.clip_norm)
+        distance = stack.distance if limit == math.inf else replace(stack.distance, clip_norm=math.inf)
+        if senders == knowledge.num_examples and limit < math.inf:
+            updates, senders, limit = clipped(updates, limit), 1, math.inf
+        return Evidence(victim.target, updates, victim.spans, distance, senders, limit)
 
 
 def possible(candidates: Batch, knowledge: Knowledge) -> Batch:
@@ -155,97 +176,11 @@ def possible(candidates: Batch, knowledge: Knowledge) -> Batch:
     return Batch(candidates.inputs[fitting], candidates.labels[fitting])
 
 
-def told(knowledge: Knowledge, pool: Batch) -> Knowledge:
-    """The knowledge with labels in place, whichever, so that none are recovered: every candidate has its own."""
-    return knowledge if knowledge.labels is not None else replace(knowledge, labels=pool.labels[: knowledge.num_examples])
-
-
-def evidence(view: Observation, knowledge: Knowledge, pool: Batch, draws: int, rng: torch.Generator) -> Evidence:
-    """What each candidate would have caused in this round, beside what was seen."""
-    victim, stack = prepare_told(view, told(knowledge, pool)), known_stack(view, knowledge)
-    random = bool(bottlenecks(victim.model) or dropping_layers(victim.model))
-    masks, noise = drawn_masks(rng), drawn_noise(rng)
-    total = torch.zeros(len(pool), len(victim.target))
-    for _ in range(draws if random else 1):
-        if not random:
-            total = alone(victim, pool, stack.record_clip)
-            break
-        with masks_from(masks), noise_from(noise):
-            total += alone(victim, pool, stack.record_clip) / draws
-    return Evidence(victim.target, total, victim.spans, stack.distance)
-
-
-def alone(victim: Victim, pool: Batch, record_clip: float) -> Float[Tensor, "candidates coordinates"]:
-    """The update that each candidate would cause if it were the only record."""
-    recipe, rows = victim.recipe, []
-    if recipe.algorithm == "fedsgd":
-        size = max(1, CHUNK_MB * 2**20 // (8 * len(victim.target)))
-        for some in torch.split(torch.arange(len(pool)), size):
-            batch = Batch(pool.inputs[some], pool.labels[some])
-            each = per_example_gradients(victim.model, victim.parameters, victim.buffers, batch, label_smoothing=recipe.label_smoothing)
-            rows.append(clipped(torch.cat([each[name].detach().flatten(1) for name in victim.names], 1), record_clip))
-        return torch.cat(rows)
-    for image, label in zip(pool.inputs, pool.labels, strict=True):
-        steps = [Batch(image[None], label[None])] * len(victim.order)
-        rule = clipping(recipe.label_smoothing, record_clip) if record_clip < float("inf") else None
-        update, _ = local_update(victim.model, victim.parameters, victim.buffers, steps, recipe, rule)
-        rows.append(flat(update.tensors, victim.names).detach())
-    return torch.stack(rows)
-
-
-def clipped(rows: Float[Tensor, "rows coordinates"], limit: float) -> Float[Tensor, "rows coordinates"]:
-    """Each row scaled down to a norm."""
-    return rows if limit == float("inf") else rows * (limit / rows.norm(dim=1, keepdim=True).clamp(min=limit))
-
-
-def clipping(smoothing: float, limit: float) -> Callable[..., tuple[Tensors, Tensors]]:
-    """The gradient rule of one record that clips it."""
-
-    def rule(model: torch.nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
-        each = per_example_gradients(model, parameters, buffers, batch, label_smoothing=smoothing)
-        size = torch.stack([tensor.square().sum() for tensor in each.values()]).sum().sqrt()
-        return {name: tensor[0] * (limit / size.clamp(min=limit)) for name, tensor in each.items()}, buffers
-
-    return rule
-
-
-def named(each: Sequence[Evidence], candidates: int, records: int) -> tuple[Int[Tensor, " records"], float]:
-    """The set of candidates that explains all rounds best, and its surprise."""
-
-    def surprise(chosen: Tensor) -> Tensor:
-        return torch.stack([one.surprise(chosen) for one in each]).sum(0)
-
-    if records == 1:
-        found = surprise(torch.arange(candidates)[:, None])
-        return found.argmin()[None], float(found.min())
-    best = start(each, records)
-    lowest = float(surprise(best[None])[0])
-    for _ in range(SWEEPS):
-        before = lowest
-        for place in range(records):
-            others = torch.tensor([i for i in range(candidates) if i not in set(best.tolist()) - {int(best[place])}])
-            tried = best.repeat(len(others), 1)
-            tried[:, place] = others
-            found = surprise(tried)
-            if float(found.min()) < lowest:
-                lowest, best = float(found.min()), tried[int(found.argmin())]
-        if lowest == before:
-            break
-    return best, lowest
-
-
-def start(each: Sequence[Evidence], records: int) -> Int[Tensor, " records"]:
-    """The candidates with the largest weights in the nonnegative combination of updates that is nearest to the observed ones.
-
-    Where an update has zeros, all are compared on the rest; the problem is reduced to one of as many equations as candidates.
-    """
-    count = len(each[0].updates)
-    gram, seen = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    for one in each:
-        own = (one.updates * (one.target != 0)).double()
-        scale = one.target.double().square().sum().clamp(min=1e-300)
-        gram, seen = gram + own @ own.T / scale, seen + own @ one.target.double() / scale
-    values, vectors = torch.linalg.eigh(gram)
-    root = values.clamp(min=1e-12 * float(values.max())).sqrt()
-    weights, _ = nnls((root[:, None] * vectors.T).numpy(), ((vectors.T @ seen) / root).numpy(), maxiter=30 * len(gram))
-    return torch.tensor(weights).topk(records).indices
+def clipping_of(view: Observation, knowledge: Knowledge, stated: float) -> tuple[int, float]:
+    """Of an aggregate, its senders and the norm to which each one's update was clipped; of one sender the distance knows of it."""
+    senders = len(view.upload.senders)
+    if senders == 1 or knowledge.num_examples % senders:
+        return 1, math.inf
+    told = [clip_limit(view, name, settings) for name, settings in knowledge.defenses if name in ("adaptive_clipping", "simulated_enclave")]
+    limit = min([stated, *told])
+    return (senders, limit) if limit < math.inf else (1, math.inf)

@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from defenses.client._augment import LIBRARY, apply
 from simulator.defense import ClientContext, Defense
+from simulator.mechanisms.augment import LIBRARY, apply, policies
 from simulator.registry import register
 from simulator.types import Batch
 
@@ -53,7 +53,7 @@ class ATS(Defense):
     @property
     def policies(self) -> tuple[tuple[int, ...], ...]:
         """The transformations of each policy."""
-        return tuple(tuple(int(number) for number in policy.split("-")) for policy in self.policy.split("+"))
+        return policies(self.policy)
 
     def on_batch(self, batch: Batch, context: ClientContext) -> Batch:
         """Transform each record by a policy of its own."""

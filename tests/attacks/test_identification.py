@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.integrate import quad
-from scipy.stats import binom, norm
+from scipy.stats import binom, multivariate_normal, norm
 from torch import Tensor
 
-from attacks._identify.choice import Evidence, surprises
+from attacks._identify.choice import Evidence, by_candidate, named, surprises
+from attacks._identify.mixture import filtered
 from attacks._matching.defended import Defended
+from attacks._matching.stack import known_stack
 from attacks.update.candidate_identification import CandidateIdentification
 from simulator import lookup
 from simulator.adversary import Knowledge
@@ -148,3 +150,102 @@ def test_without_candidates_there_is_nothing_to_name() -> None:
     view, knowledge = surface(rows(1, 2))
     for pool in (None, rows(1)):
         assert "candidates" in str(CandidateIdentification().supports(view, replace(knowledge, candidates=pool)))
+
+
+def hidden(pruned: str, noise: float, truth: Batch, seed: int) -> tuple[Observation, Knowledge]:
+    rng = stream(seed, pruned)
+    kept = {"top_k": lambda u: top_k(u, 0.9), "random_pruning": lambda u: masked(u, drawn_masks(u, 0.9, rng))}[pruned]
+    settings: dict[str, object] = {"pruned": 0.9, "rescaled": False} if pruned == "random_pruning" else {"pruned": 0.9}
+    return surface(
+        truth,
+        lambda u: {name: tensor + noise * torch.randn(tensor.shape, generator=rng) for name, tensor in kept(u).items()},
+        (pruned, settings),
+        ("gaussian_noise", {"sigma": noise}),
+    )
+
+
+def test_noise_that_hides_what_was_left_out_is_a_mixture_of_two() -> None:
+    """−log Σ over a coordinate's being kept or not of its Gaussian density, up to a constant; and it names more than one that takes it for noise alone."""
+    view, knowledge = hidden("random_pruning", 0.3, rows(0), 0)
+    distance = known_stack(view, knowledge).distance
+    assert (distance.dropped, distance.masked) == (0.9, False)
+    rng = stream(2)
+    seen, trial = torch.randn(2, 50, generator=rng).double()
+    wanted = -sum(math.log(0.1 * norm.pdf(y, u, 0.3) + 0.9 * norm.pdf(y, 0, 0.3)) for y, u in zip(seen, trial, strict=True))
+    constant = 50 * math.log(0.3 * math.sqrt(2 * math.pi))
+    assert float(distance(trial, seen, ((0, 50),))) + constant == pytest.approx(wanted)
+    knowing = ignoring = 0
+    for number in range(0, 40, 4):
+        view, knowledge = hidden("random_pruning", 0.002, rows(number), number)
+        knowing += hits(view, knowledge, rows(number))
+        ignoring += hits(view, replace(knowledge, defenses=knowledge.defenses[1:]), rows(number))
+    assert knowing >= ignoring + 6
+
+
+def test_noise_after_top_k_is_compared_with_what_top_k_leaves_of_a_candidate() -> None:
+    view, knowledge = hidden("top_k", 0.01, rows(3), 0)
+    distance = known_stack(view, knowledge).distance
+    assert (distance.pruned, distance.masked) == (0.9, False)
+    assert hits(view, knowledge, rows(3)) == 1
+
+
+def test_each_senders_update_is_clipped_and_not_their_mean() -> None:
+    rng = stream(3)
+    updates = torch.randn(12, 40, generator=rng).double() * torch.linspace(0.2, 5, 12, dtype=torch.float64)[:, None]
+
+    def sent(records: list[int]) -> Tensor:
+        own = updates[records].mean(0)
+        return own * min(1.0, 2.0 / float(own.norm()))
+
+    whole = (sent([1, 8]) + sent([11, 3])) / 2
+    seen = Evidence(whole, updates, ((0, 40),), Defended(sigma=(1.0,)), senders=2, limit=2.0)
+    chosen = torch.tensor([1, 8, 11, 3])
+    assert float(seen.surprise(chosen[None])) == pytest.approx(0, abs=1e-12)
+    others = torch.tensor([0, 8, 5])
+    whole_sets = chosen.repeat(3, 1).index_put((torch.arange(3), torch.tensor(1)), others)
+    assert torch.allclose(seen.exchanged(chosen, 1, others), seen.surprise(whole_sets))
+    assert set(named([replace(seen, senders=4)], torch.arange(12), 4)[0].tolist()) != set()
+    alone = torch.stack([sent([i]) for i in (1, 8, 11, 3)]).mean(0)
+    found, surprise = named([Evidence(alone, updates, ((0, 40),), Defended(sigma=(1.0,)), senders=4, limit=2.0)], torch.arange(12), 4)
+    assert sorted(found.tolist()) == [1, 3, 8, 11]
+    assert surprise == pytest.approx(0, abs=1e-12)
+
+
+def test_likelihoods_of_versions_are_averaged_and_angles_are_not() -> None:
+    surprise, owner = torch.tensor([1.0, 3.0, 0.5, math.inf]).double(), torch.tensor([0, 0, 1, 1])
+    wanted = [-math.log((math.exp(-1) + math.exp(-3)) / 2), 0.5 + math.log(2)]
+    assert by_candidate(surprise, owner, True).tolist() == pytest.approx(wanted)
+    assert by_candidate(surprise, owner, False).tolist() == [1.0, 0.5]
+
+
+def test_a_small_budget_names_the_same() -> None:
+    batch = rows(1, 5, 8, 13)
+    view, knowledge = surface(batch)
+    size = sum(tensor.numel() for tensor in view.upload.update.tensors.values())
+    assert 40 * size * 4 > 2**20 // 2
+    found = CandidateIdentification(memory_mb=1)(view, knowledge, rng=stream(0))
+    assert found.inputs is not None
+    assert int((found.inputs[:, None] == batch.inputs[None]).flatten(2).all(2).any(1).sum()) == 4
+
+
+def test_without_a_mask_the_filter_is_the_gaussian_density_and_bounds_count() -> None:
+    rng = stream(4)
+    root = torch.randn(5, 5, generator=rng).double()
+    cover, mean, at = root @ root.T + torch.eye(5), torch.rand(5, generator=rng).double(), torch.rand(5, generator=rng).double()
+    error, most = torch.full((5,), 1e-6, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    found = filtered(at.view(1, 1, 5), mean[None], cover[None], most, error)
+    assert float(found) == pytest.approx(multivariate_normal(mean.numpy(), cover.numpy()).logpdf(at.numpy()))
+    assert float(filtered(at.view(1, 1, 5), mean[None], cover[None], at.max().view(1, 1) - 0.1, error)) < float(found) - 1e4
+
+
+def test_a_masks_signs_are_summed_over_pixel_by_pixel() -> None:
+    """Independent pixels: the product of the mean densities; two dependent ones: near to the sum over the four signs."""
+    mean, spread = torch.tensor([0.3, 0.6]).double(), torch.tensor([[0.04, 0.03], [0.03, 0.05]]).double()
+    either = torch.tensor([[0.2, 0.45], [0.8, 0.55]]).double()
+    error, most = torch.full((2,), 1e-6, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    apart = filtered(either[None], mean[None], spread.diagonal()[None], most, error)
+    wanted = sum(math.log(sum(norm.pdf(either[s, p], mean[p], spread[p, p].sqrt()) for s in (0, 1)) / 2) for p in (0, 1))
+    assert float(apart) == pytest.approx(wanted)
+    density = multivariate_normal(mean.numpy(), spread.numpy())
+    exact = math.log(sum(density.pdf([either[a, 0], either[b, 1]]) for a in (0, 1) for b in (0, 1)) / 4)
+    assert float(filtered(either[None], mean[None], spread[None], most, error)) == pytest.approx(exact, abs=0.15)

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from clients.local import local_upload
 from clients.private import held_by, private_batches, splits
-from defenses.client import _augment as augment
 from defenses.client.ats import ATS
 from defenses.client.instahide import GRAY, InstaHide, draw_shares
 from defenses.client.mixup import MixUp
 from simulator.dataset import take
 from simulator.defense import ClientContext, Defense, Pool
+from simulator.mechanisms import augment
 from simulator.network import network, tensors
 from simulator.rng import secret_stream, stream
 from simulator.training import loss, mean_gradient, per_example_gradients

@@ -6,6 +6,7 @@ to Pillow. Interpolation of shears is torch's bicubic (a = −0.75), where Pillo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -167,3 +168,21 @@ def apply(image: Image, number: int, rng: torch.Generator) -> Image:
     operation, most = SIGNED[name]
     sign = 2 * int(torch.randint(2, (1,), generator=rng)) - 1
     return operation(image, sign * most * level / 9)
+
+
+def policies(text: str) -> tuple[tuple[int, ...], ...]:
+    """The transformations of each policy: numbers with - between them, + between policies."""
+    return tuple(tuple(int(number) for number in policy.split("-")) for policy in text.split("+"))
+
+
+def outcomes(image: Image, policy: tuple[int, ...]) -> list[Image]:
+    """All that a policy can make of a picture, one for each draw of signs: equally likely."""
+    made = [image]
+    for number in policy:
+        name, level = LIBRARY[number]
+        if name in PLAIN:
+            made = [PLAIN[name](each, level) for each in made]
+            continue
+        operation, most = SIGNED[name]
+        made = [operation(each, sign * most * level / 9) for each, sign in itertools.product(made, (-1, 1))]
+    return made
