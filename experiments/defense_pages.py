@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from experiments.directory import HOW
 from experiments.listing import settings
 from experiments.report import values
 from experiments.report.headline import name, rows_of, strongest, texts_of
@@ -150,7 +151,8 @@ def keep(run: Path, command: str) -> None:
     """Put what the pages print of a run's summary into :data:`MEASURED`, with the command that gives it again."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     rows = [{key: row[key] for key in KEPT if key in row} for row in summary["rows"]]
-    content = {"command": command, "fedpeek": summary["fedpeek"], "environment": summary["environment"], "rows": rows}
+    later = [part["environment"] for part in json.loads((run / HOW).read_text(encoding="utf-8")).get("resumed", ())]
+    content = {"command": command, "fedpeek": summary["fedpeek"], "environment": summary["environment"], "later": later, "rows": rows}
     MEASURED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -173,22 +175,22 @@ def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:
         return ""
     against = {row.get("against") for row in mine}
     shown = [*[row for row in heads if row.get("control") and (row.get("against") in against or None in against)], *mine]
-    head = "| arm | identified | PSNR gain, dB | ε | ceiling | accuracy | upload | client |\n|---|---|---|---|---|---|---|---|"
-    victims = {int(value) for row in shown if (value := number(row.get("victims"))) is not None}
-    seeds = max((int(value) for row in shown if (value := number(row.get("seeds"))) is not None), default=0)
-    counts = "–".join(str(count) for count in sorted({min(victims), max(victims)})) if victims else "no"
+    titles = ("arm", "victims, seeds", "identified, chance", "PSNR gain, dB", "ε", "ceiling", "accuracy", "upload", "client")
+    head = f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
     note = (
-        f"Brackets are 95 % intervals over {counts} victims and {seeds} seed{'s' if seeds > 1 else ''}; each victim counts with its "
-        f"strongest attack. An arm with another cohort trains on fewer clients. `{_content().get('command', 'fedpeek run defenses')}`"
+        "Brackets are 95 % intervals; each victim counts with its strongest attack. "
+        + ("The run was resumed while the code was worked on: docs/defenses.json names the states. " if _content().get("later") else "")
+        + f"`{_content().get('command', 'fedpeek run defenses')}`"
     )
     return "\n".join([head, *map(_line, shown), "", note])
 
 
 def _line(row: Mapping[str, object]) -> str:
-    rate, gain = estimate(row, "identified"), estimate(row, "gain", "psnr_db")
+    rate, gain, chance = estimate(row, "identified"), estimate(row, "gain", "psnr_db"), number(lookup(row, "identified", "chance"))
     cells = (
         name(row, "defense"),
-        f"{values.percent(rate.value)} [{values.percent_range(rate.low, rate.high)}]",
+        f"{values.significant(number(row.get('victims')))}, {values.significant(number(row.get('seeds')))}",
+        f"{values.percent(rate.value)} [{values.percent_range(rate.low, rate.high)}], {values.percent(chance)}",
         f"{values.fixed(gain.value, sign=True)} [{values.fixed_range(gain.low, gain.high)}]",
         values.significant(number(row.get("epsilon"))),
         values.percent(number(row.get("ceiling"))),
