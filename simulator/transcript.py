@@ -1,8 +1,7 @@
 """What the server received, on disk: append-only, hash-chained, safetensors and JSON lines, never pickle.
 
 ``transcript.jsonl`` holds one event a line. Each line carries the SHA-256 of the line before it, and of the tensor file that
-belongs to it, so that an altered, reordered or missing piece is found, with the round where it breaks. The last line is an
-``end`` event; without it the transcript was cut short.
+belongs to it, so that an altered, reordered or missing piece is found, with its round. Without an ``end`` event it was cut short.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ SCHEMA = 1
 LINES = "transcript.jsonl"
 GENESIS = "0" * 64
 END, CUT = "end", "cut short"
-IN_FLIGHT = 32
-"""Events that may wait to be written: bounds the memory that a slow disk can cost."""
+IN_FLIGHT = 32  # events that may wait to be written: bounds the memory that a slow disk can cost
 
 
 class Transcript:

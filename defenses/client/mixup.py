@@ -14,10 +14,10 @@ the record was mixed, not that it cannot be told.
 
 Broken by: whatever breaks no defense, and demixing. Digits, mlp, one record for each upload: ``linear_leak`` reads every mixture and all
 shares off exactly; against the record that is 18 dB. Of 100 candidates the nearest is the record in 52 of 100 uploads; the one that
-leaves (x̃ − λ·x)/(1 − λ) nearest to [0, 1] in 92. ``candidate_identification``, which asks how well what is left could be another record,
-names it in 56 of 60 behind a cnn, whose layers it peels (alpha 0.2: 55, 4: 56). Under Gaussian noise of 0.01 it falls to 23 of 40. Where a
-record is used again and again, the median by pixel of its 3, 6 and 33 purest of 5, 20 and 100
-mixtures is at 23, 31 and 37 dB (the public mean: 11). tests/defenses/test_broken_heuristics.py.
+leaves (x̃ − λ·x)/(1 − λ) nearest to [0, 1] in 92. ``candidate_identification`` asks how well
+what is left could be another record (the table on this defense's page). Where a record is used again and
+again, the median by pixel of its 3, 6 and 33 purest of 5, 20 and 100 mixtures is at 23, 31 and 37 dB (the public mean: 11).
+tests/defenses/test_broken_heuristics.py.
 """
 
 from __future__ import annotations

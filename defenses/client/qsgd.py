@@ -14,6 +14,7 @@ Broken by: gradient matching as it stands, or within the step that shows in each
 17.9 and 13.8 dB, and 16.5 and 16.2 dB when it matches the interval that was rounded; 21.4 dB without a defense, 13.5 dB for the mean
 picture (``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of
 one, labels disclosed, mean of 8).
+Where public records are held, ``adaptive_matching`` finds one small record by sampling (the table on this defense's page).
 """
 
 from __future__ import annotations

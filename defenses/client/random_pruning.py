@@ -14,6 +14,7 @@ inverting_gradients gets 8.4 dB, and 18.1 dB when it looks at the support alone 
 two draws, the mean picture is at 13.5); 21.4 dB without a defense, 13.5 dB for the mean picture (``pytest --slow -s
 tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels disclosed, mean of
 8).
+Where public records are held, ``adaptive_matching`` finds one small record by sampling (the table on this defense's page).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ tanh(u/rms(u)), which shows shapes, not shades; 21.4 dB without a defense, 13.5 
 (``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
 disclosed, mean of 8). Learned inverters (Wu et al., 2023) need no derivative. Where the first layer is linear, the signs of a
 record's gradient are those of its pixels around the mean.
+Where public records are held, ``adaptive_matching`` finds one small record by sampling (the table on this defense's page).
 """
 
 from __future__ import annotations
