@@ -18,10 +18,9 @@ Deviations: Soteria's defended layer is matched on the columns that it left, not
     what stands behind its sample is dropped; Balunović et al. drop the bottleneck, too (24.7 dB against 27.4). Signs are matched by the
     angle to u/√(u² + (m/2)²), m the tensor's mean |u|, under three times the total variation. Smooth networks without noise go to
     L-BFGS as in dlg, others to signed Adam. Censor is matched by the norms and the orthogonality that it leaves: nothing to see.
-Measured: mean PSNR in dB, adaptive / inverting_gradients; QSGD, signs and pruning on the pages in docs/defenses (``fedpeek run
-    defenses``). Five digits of 16×16, ConvNet of width 8, 400 steps: none 23.3, Soteria 23.0 / 9.3, PRECODE 23.7 / 7.6. Three of them,
-    sigmoid LeNet, L-BFGS, about 1 CPU second each, against dlg in 4: none 118.9 / 118.9, Soteria 126.7 / 9.7, top-k of 10 % 103.7 / 8.5
-    (tests/attacks/test_adaptive.py).
+Measured: dB, adaptive / inverting_gradients; QSGD, signs and pruning on the pages in docs/defenses (``fedpeek run defenses``). Five
+    digits of 16×16, ConvNet of width 8, 400 steps: none 23.3, Soteria 23.0 / 9.3, PRECODE 23.7 / 7.6. Three of them, sigmoid LeNet,
+    against dlg: none 118.9 / 118.9, Soteria 126.7 / 9.7, top-k of 10 % 103.7 / 8.5 (tests/attacks/test_adaptive.py).
 """
 
 from __future__ import annotations
