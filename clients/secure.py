@@ -23,7 +23,7 @@ from defenses.channel.secure_aggregation import SecureAggregation
 from simulator import wire
 from simulator.errors import ProtocolAbort
 from simulator.rng import secret_stream
-from simulator.types import Broadcast, Upload
+from simulator.types import Broadcast
 from simulator.world import World
 
 MEMORY, RING, ANSWERED = "secagg", "secagg-keys", "secagg-answered"
@@ -94,16 +94,16 @@ def private_vector(world: World, model: nn.Module, client: int, broadcast: Broad
     """The client's update as words modulo 2^bits, rounded and noised with its own randomness: the same in both modes."""
     upload = local_upload(world, model, broadcast, client)
     rng = secret_stream(world.seed, world.secret, "rounding", client, broadcast.round)
-    bound = channel.largest_upload(world)
+    size = sum(tensor.numel() for tensor in upload.update.tensors.values())
     return channel.encode(
-        upload.update, upload.buffers, upload.num_examples, cohort=cohort, max_examples=bound, rng=rng,
-        noise=_noise(world, upload, client, broadcast.round), longest=_longest(world, upload),
+        upload.update, upload.buffers, upload.num_examples, cohort=cohort, max_examples=channel.largest_upload(world), rng=rng,
+        noise=_noise(world, size, client, broadcast.round), longest=_longest(world, size), limit=channel.range_for(world, size),
+        rotation=channel.rotation_for(world, broadcast.round),
     )  # fmt: skip
 
 
-def _noise(world: World, upload: Upload, client: int, round: int) -> Integers | None:
-    """The integer noise of all defenses, or None."""
-    size = sum(tensor.numel() for tensor in upload.update.tensors.values())
+def _noise(world: World, size: int, client: int, round: int) -> Integers | None:
+    """The integer noise of all defenses on so many coordinates, or None."""
     total: Integers | None = None
     for place, defense in enumerate(world.defenses):
         rng = secret_stream(world.seed, world.secret, "integer-noise", client, round, place)
@@ -113,9 +113,8 @@ def _noise(world: World, upload: Upload, client: int, round: int) -> Integers | 
     return total
 
 
-def _longest(world: World, upload: Upload) -> float:
+def _longest(world: World, size: int) -> float:
     """The norm that the rounded update must keep to, in units of the grid: what the integer noise is calibrated to."""
-    size = sum(tensor.numel() for tensor in upload.update.tensors.values())
     return min((defense.longest_rounded(world, size) for defense in world.defenses), default=math.inf)
 
 

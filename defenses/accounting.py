@@ -100,17 +100,10 @@ def guarantee(world: World, *, records_held: Sequence[int], delta: float = 1e-5,
         )
     if not 0 < delta < 1 / records:
         raise SpecError(f"delta must be > 0 and < 1/records = {1 / records:.3g}, got {delta}. Use the default 1e-5, or 0.1/records.")
-    certified: list[Guarantee] = []
-    reasons: list[str] = []
-    for place in range(len(world.defenses)):
-        claim = claim_of(world, place, records_held)
-        reason = claim if isinstance(claim, str) else objection(claim, world, place, adversary)
-        if reason is None and not isinstance(claim, str):
-            certified.append(certify(claim, delta, adversary))
-        elif reason is not None:
-            reasons.append(reason)
+    sound, reasons = certified(world, records_held=records_held, adversary=adversary)
+    found = [certify(claim, delta, adversary) for claim in sound]
     kinds: dict[tuple[str, str], Guarantee] = {}
-    for one in sorted(certified, key=lambda one: one.epsilon):
+    for one in sorted(found, key=lambda one: one.epsilon):
         if one.epsilon < math.inf:
             kinds.setdefault((one.unit, one.adjacency.split()[0]), one)
     if kinds:
@@ -118,6 +111,38 @@ def guarantee(world: World, *, records_held: Sequence[int], delta: float = 1e-5,
         return replace(best, sentence=" ".join(one.sentence for one in (best, *others)), others=tuple(others))
     nothing = "the accountant finds no finite ε" if world.defenses else "no defense is in place"
     return no_guarantee(delta, adversary, reasons or [nothing])
+
+
+def certified(world: World, *, records_held: Sequence[int], adversary: Adversary = "server") -> tuple[list[Claim], list[str]]:
+    """The claims of the world's defenses that hold against ``adversary``, and why the other defenses certify nothing."""
+    claims: list[Claim] = []
+    reasons: list[str] = []
+    for place in range(len(world.defenses)):
+        claim = claim_of(world, place, records_held)
+        reason = claim if isinstance(claim, str) else objection(claim, world, place, adversary)
+        if reason is None and not isinstance(claim, str):
+            claims.append(claim)
+        elif reason is not None:
+            reasons.append(reason)
+    return claims, reasons
+
+
+def until(world: World, last: int) -> World:
+    """The world as if it ended with round ``last``: what it certifies bounds every view that holds nothing later.
+
+    A view is what an attack is handed. That of one round alone, ``last``, is its broadcast and an upload. The broadcast is what the
+    server made of the initial model and of the uploads before, so that it tells of them, and the adversary may know all the rest: with
+    the releases of the attacked round alone, a ceiling could be beaten. Broadcast and upload together are a function of the releases of
+    rounds 1 … ``last``, though, and that function knows nothing of the unit's data but what these say. By post-processing whatever
+    holds of these releases holds of the view. Later releases are no part of it: their noise and what they show of the unit, which was
+    decided before, never reach the attack. A view of several rounds is bounded in the same way, by the latest one that it holds.
+
+    So what counts of a unit (a record, or all that a client holds) is each release that its data enter in rounds 1 … ``last``: of a
+    fixed schedule ``World.participations`` at so many rounds, of Poisson sampling the attacked round in full and q of the earlier ones.
+    """
+    if not 1 <= last <= world.federation.rounds:
+        raise ValueError(f"last must be a round in 1..{world.federation.rounds}, got {last}. Use the latest that the attack saw.")
+    return replace(world, federation=replace(world.federation, rounds=last, record_rounds=()))
 
 
 def claim_of(world: World, place: int, records_held: Sequence[int]) -> Claim | str:

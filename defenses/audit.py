@@ -22,6 +22,8 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 """Probability, at least, that an audit of correct rows fails none of them."""
+NO_TEST = 0.5
+"""Chance of a guess without any update from which on a row that does not fail says nothing: there is little left to be named above it."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Measured:
         successes: trials in which the attack named the true candidate.
         trials: independent ones.
         ceiling: the most that it may succeed, in [0, 1]: ``bounds.reconstruction_ceiling`` at the same number of candidates.
+        chance: of a guess without any update, in [0, 1]: from :data:`NO_TEST` on, naming the true candidate tests nothing.
     """
 
     name: str
     successes: int
     trials: int
     ceiling: float
+    chance: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.successes <= self.trials or self.trials < 1:
@@ -71,6 +75,8 @@ class Verdict:
         """The row in words."""
         row = self.measured
         rate = f"{row.successes} of {row.trials} ({row.successes / row.trials:.1%})"
+        if row.chance >= NO_TEST and not self.failed:
+            return f"{row.name}: {rate} named, no test: guessing alone names {row.chance:.0%}."
         if row.ceiling >= 1:
             return f"{row.name}: {rate} named, nothing is claimed, nothing can fail."
         if self.fails_from is None:

@@ -9,6 +9,8 @@ With P the releases without the unit, Q those with it, and κ the success of the
 For T plain Gaussian releases this is γ = Φ(Φ⁻¹(κ) + √T/z), exactly. For the others every ε gives a valid bound and the least over a
 grid is taken; the grid includes negative ε, without which the bound is loose where γ is large. Where only Rényi DP is known (Skellam
 noise), γ = min_α (κ·e^RDP(α))^((α−1)/α) (Balle et al., 2022), which is looser.
+T counts the releases of the unit's data behind what the attacker holds, his view, not those of the whole training, of which an attack on
+an early round sees the least part: ``accounting.until`` cuts a claim off after the latest round of a view.
 Deviations: δ(ε) is the larger of the two directions of adjacency, so that γ may be larger than the paper's, never smaller.
 
 **No prior**, against an attacker who inverts a linear layer and knows nothing of pictures: Riess et al., 2024, arXiv:2402.12861. The best
@@ -87,10 +89,11 @@ class Ceilings:
 def ceilings(
     claims: Sequence[Claim], candidates: int, *, norms: Sequence[float] = (), pixels: int = 0, dfils: Sequence[float] = ()
 ) -> Ceilings:
-    """All ceilings of an arm.
+    """All ceilings of an arm, for an attacker who has every release that the claims count.
 
     Args:
-        claims: what was certified, each of which bounds every attack, so that the least ceiling holds; may be none.
+        claims: what was certified, each of which bounds every attack, so that the least ceiling holds; may be none. For an attacker who
+            sees less than the whole training: of ``accounting.certified`` on the world ``until`` the latest round that he sees.
         candidates: N.
         norms: of each attacked record as the first layer sees it, in units of a pixel: ‖x‖, or ‖x − mean‖ where the model normalizes.
         pixels: that a record has.

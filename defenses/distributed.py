@@ -59,6 +59,11 @@ def rounded_norm(norm: float, coordinates: int, beta: float = BETA) -> float:
     return min(math.sqrt(likely), certain)
 
 
+def reach(chance: float) -> float:
+    """Standard deviations from 0 beyond which a sub-Gaussian number is with probability ``chance`` at most."""
+    return math.sqrt(2 * math.log(2 / chance))
+
+
 def l1_of(l2: float, coordinates: int) -> float:
     """The largest L1 norm of an integer vector with L2 norm ``l2``: |k| ≤ k² for integers."""
     return min(l2 * math.sqrt(coordinates), l2**2)

@@ -76,6 +76,8 @@ def told_by(client: int, world: World, model: nn.Module, broadcast: Broadcast) -
         private_vector(world, model, client, broadcast, channel, cohort),
         kind=upload.update.kind, template=broadcast.parameters, buffer_template=broadcast.buffers, senders=frozenset({client}),
         cohort=cohort, max_examples=channel.largest_upload(world), noisy=channel.noised(world),
+        limit=channel.range_for(world, sum(tensor.numel() for tensor in upload.update.tensors.values())),
+        rotation=channel.rotation_for(world, broadcast.round),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ def rounding_error(world: World, channel: SecureAggregation, observation: Observ
         return channel.rounding_rms(
             cohort=world.federation.cohort_size, senders=len(upload.senders), num_examples=upload.num_examples,
             max_examples=channel.largest_upload(world),
+            limit=channel.range_for(world, sum(tensor.numel() for tensor in upload.update.tensors.values())),
         )  # fmt: skip
     model = network(world.architecture, world.data.load().schema, world.training, world.seed)
     own = [local_upload(world, model, observation.broadcast, client) for client in sorted(upload.senders)]

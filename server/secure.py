@@ -25,7 +25,7 @@ from simulator import wire
 from simulator.aggregate import mean_update
 from simulator.errors import FederationError, ProtocolAbort, WireError
 from simulator.network import floating
-from simulator.types import Broadcast, Upload
+from simulator.types import Broadcast, Tensors, Upload
 from simulator.world import World
 
 
@@ -66,7 +66,8 @@ def collect_aggregate(
             upload = channel.decode(
                 total, kind="delta" if broadcast.training.algorithm == "fedavg" else "gradient", template=broadcast.parameters,
                 buffer_template=broadcast.buffers, senders=senders, cohort=len(clients), max_examples=channel.largest_upload(world),
-                noisy=channel.noised(world),
+                noisy=channel.noised(world), limit=channel.range_for(world, _floats(broadcast.parameters)),
+                rotation=channel.rotation_for(world, broadcast.round),
             )  # fmt: skip
     except ProtocolAbort as error:
         for client, reason in sorted(lost.items()):
@@ -143,7 +144,7 @@ def _by_trusted_party(
     grid.record_broadcast(broadcast)
     contents = {client: wire.pack_stage("quantized", b"", broadcast) for client in clients}
     answers = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "quantized")
-    length = sum(tensor.numel() for part in (broadcast.parameters, broadcast.buffers) for tensor in floating(part).values()) + 1
+    length = _floats(broadcast.parameters) + _floats(broadcast.buffers) + 1
     bits, vectors = channel.bits_for(len(clients)), {}
     for client, data in answers.items():
         try:
@@ -175,6 +176,11 @@ def _plain_mean(
     tensors = [tensor for upload in uploads for part in (upload.update.tensors, upload.buffers) for tensor in part.values()]
     grid.upload_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return Upload(frozenset().union(*(u.senders for u in uploads)), update, buffers, sum(u.num_examples for u in uploads))
+
+
+def _floats(tensors: Tensors) -> int:
+    """How many numbers of them are summed."""
+    return sum(tensor.numel() for tensor in floating(tensors).values())
 
 
 def _check_quorum(channel: SecureAggregation, senders: int, cohort: int) -> None:

@@ -187,6 +187,14 @@ class Defense:
         """The L2 norm that the rounded update must keep to, in units of the grid of secure aggregation: rounding is repeated until then."""
         return math.inf
 
+    def word_range(self, world: World, coordinates: int) -> float | None:
+        """The largest magnitude that words of secure aggregation make room for, in the update's unit; None takes its ``clip_range``."""
+        return None
+
+    def rotation(self, world: World, round: int) -> torch.Generator | None:
+        """Public randomness by which secure aggregation turns updates before they are rounded, and their sum back; None turns nothing."""
+        return None
+
     def on_aggregate(self, update: Update, context: ServerContext) -> Update:
         """Transform the aggregate at the server, after the observation was taken."""
         return update

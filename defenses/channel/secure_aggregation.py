@@ -21,7 +21,8 @@ masks), ``protocol`` (and masking: all messages). The last two give the same bit
 Distributed DP adds its noise here: a defense that overrides ``Defense.integer_noise(world, shape, rng)`` returns int64 noise for the
 update's coordinates, in units of the grid, :meth:`SecureAggregation.grid`; :meth:`SecureAggregation.encode` adds it to the rounded words
 modulo 2^bits before they are masked, buffers and n_i stay without. ``clip_range`` is then no bound on a coordinate but the room:
-senders' sums wrap beyond ±cohort·clip_range. The weight n_i / max_examples ≤ 1 is in the words before the noise.
+senders' sums wrap beyond ±cohort·clip_range, or beyond what ``Defense.word_range`` asks for instead. The weight n_i / max_examples ≤ 1 is
+in the words before the noise; a random rotation (``Defense.rotation``) precedes the rounding, and :meth:`decode` turns the mean back.
 
 Against an active server (``active``; Bonawitz et al., 2017, section 6, whose bounds t > 2n/3 and c < n/3 are asked for; for the graph of
 Bell et al., 2020, the server must be honest while keys are exchanged, so that it is refused here). Signed adverts: no key of the server's
@@ -39,7 +40,8 @@ client alone touches; unless ``active``, against a server that alters messages: 
 clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector or share of the right
 form spoils the sum, undetected, and who seals garbage for its peers makes them leave. Python erases no keys, nor has constant time.
 Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
-gradient_disaggregation over rounds; n − 1 colluding clients (``colluding`` of the threat model); imprint and trap_weights.
+gradient_disaggregation, support_leak and label_owners over rounds; n − 1 colluding clients (``colluding`` of the threat model); imprint
+and trap_weights.
 
 Cost: per client (k + 1)·d words of keystream, d·bits/8 + 131·k + about 200 bytes of upload (k = n − 1 on the complete graph); on the server
 (senders + dropped · k) · d words. ``quantized`` shows the attacker the same view as ``protocol`` at no cost.
@@ -93,7 +95,8 @@ class SecureAggregation(Defense):
         active: stand against a server that alters messages: signed keys, signed survivors; the complete graph only.
         identities: Ed25519 public keys of all clients in hexadecimal, by client; empty derives them, for simulations.
         setup: ``each round`` agrees on fresh keys; ``once`` derives each round's from keys that outlive it.
-        clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client aborts. Flower's default.
+        clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client aborts. Flower's default; where
+            distributed_dp rotates, its own range takes this one's place.
         buffer_range: the same for floating-point buffers: BatchNorm's running variances exceed gradients by far.
         max_examples: public bound on any client's number of examples; 0 takes the caller's.
         bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold
@@ -175,9 +178,23 @@ class SecureAggregation(Defense):
         """How reals become words in a cohort; the setting ``max_examples`` has precedence over the caller's."""
         return Scale(cohort=cohort, bits=self.bits_for(cohort), max_examples=self.max_examples or max_examples)
 
-    def grid(self, world: World) -> float:
+    def range_for(self, world: World, coordinates: int) -> float:
+        """The largest magnitude that words make room for, of an update of so many coordinates: ``clip_range``, or what a defense asks."""
+        asked = [limit for defense in world.defenses if (limit := defense.word_range(world, coordinates)) is not None]
+        return max(asked, default=self.clip_range)
+
+    def scale_in(self, world: World) -> Scale:
+        """How reals become words in this world."""
+        return self.scale_for(world.federation.cohort_size, self.largest_upload(world))
+
+    def grid(self, world: World, coordinates: int) -> float:
         """The distance of neighboring values of a coordinate of the n_i / max_examples-weighted update, in the update's unit."""
-        return self.scale_for(world.federation.cohort_size, self.largest_upload(world)).step(self.clip_range)
+        return self.scale_in(world).step(self.range_for(world, coordinates))
+
+    def rotation_for(self, world: World, round: int) -> torch.Generator | None:
+        """Public randomness of a round by which updates are turned, set up anew for each who asks; None where no defense wants it."""
+        asked = (defense.rotation(world, round) for defense in world.defenses)
+        return next((rng for rng in asked if rng is not None), None)
 
     def noised(self, world: World) -> bool:
         """Whether a defense adds integer noise to the words."""
@@ -223,28 +240,33 @@ class SecureAggregation(Defense):
             return packed_bytes(numbers + 1, bits)
         return cost.upload_bytes(numbers + 1, bits, plan.degree, active=self.active, standing=self.setup == "once")
 
-    def rounding_rms(self, *, cohort: int, senders: int, num_examples: int, max_examples: int) -> float:
+    def rounding_rms(self, *, cohort: int, senders: int, num_examples: int, max_examples: int, limit: float = 0.0) -> float:
         """Expected rms rounding error of one coordinate of the mean update, in the update's unit: print it with a run."""
-        return self.scale_for(cohort, max_examples).rms_error(self.clip_range, senders=senders, num_examples=num_examples)
+        return self.scale_for(cohort, max_examples).rms_error(limit or self.clip_range, senders=senders, num_examples=num_examples)
 
     def encode(
         self, update: Update, buffers: Tensors, num_examples: int, *, cohort: int, max_examples: int, rng: torch.Generator,
-        noise: Integers | None = None, longest: float = math.inf,
+        noise: Integers | None = None, longest: float = math.inf, limit: float = 0.0, rotation: torch.Generator | None = None,
     ) -> Words:  # fmt: skip
         """A client's vector to be masked: see :func:`_secagg.encoding.encode`.
 
         ``cohort``, the clients invited to the round, fixes the scale, whoever drops out; ``max_examples``, the public bound on n_i, is
-        ignored where the setting of that name is not 0; ``noise`` and ``longest`` are in units of :meth:`grid`.
+        ignored where the setting of that name is not 0; ``noise`` and ``longest`` are in units of :meth:`grid`; ``limit`` is
+        :meth:`range_for` the update, 0 takes ``clip_range``.
         """
-        scale, ranges = self.scale_for(cohort, max_examples), (self.clip_range, self.buffer_range)
-        return encoding.encode(update, buffers, num_examples, ranges=ranges, scale=scale, rng=rng, noise=noise, longest=longest)
+        scale, ranges = self.scale_for(cohort, max_examples), (limit or self.clip_range, self.buffer_range)
+        return encoding.encode(
+            update, buffers, num_examples, ranges=ranges, scale=scale, rng=rng, noise=noise, longest=longest, rotation=rotation
+        )
 
     def decode(
         self, total: Words, *, kind: Literal["gradient", "delta"], template: Tensors, buffer_template: Tensors,
-        senders: frozenset[int], cohort: int, max_examples: int, noisy: bool = False,
+        senders: frozenset[int], cohort: int, max_examples: int, noisy: bool = False, limit: float = 0.0,
+        rotation: torch.Generator | None = None,
     ) -> Upload:  # fmt: skip
         """The upload that the server sees, out of a sum of such vectors: see :func:`_secagg.encoding.decode`."""
-        scale, ranges = self.scale_for(cohort, max_examples), (self.clip_range, self.buffer_range)
+        scale, ranges = self.scale_for(cohort, max_examples), (limit or self.clip_range, self.buffer_range)
         return encoding.decode(
-            total, kind=kind, template=template, buffer_template=buffer_template, senders=senders, ranges=ranges, scale=scale, noisy=noisy
-        )
+            total, kind=kind, template=template, buffer_template=buffer_template, senders=senders, ranges=ranges, scale=scale, noisy=noisy,
+            rotation=rotation,
+        )  # fmt: skip

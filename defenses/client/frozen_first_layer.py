@@ -9,9 +9,11 @@ Hook: ``on_model``.
 What it does not protect: the next layer's input, which its own gradient gives away in the same way, and which is the frozen layer's output:
 a fixed function of the record that everybody knows. A layer that never learns may cost accuracy. It claims nothing (ε = ∞).
 
-Broken by: ``levenberg_marquardt`` where the model is smooth: digits, lenet, one record, 3 of 3 exact and proven, in 1 CPU s each. Behind
-a ReLU the neurons that fire are linear equations: mlp of 256 neurons, 5 of 5 above 80 dB by least squares. ``linear_leak``,
-``r_gap`` and ``hybrid`` refuse it. tests/defenses/test_broken_heuristics.py.
+Broken by: ``r_gap``, which peels the trained layers and then solves z = W·x + b, where W and b are known. Digits, one record: 10 of 10
+exact and proven on mlp (151 dB), lenet (146 dB) and a cnn of width 8 with 64 hidden units (134 dB), in 0.04 CPU s each. Where a ReLU
+leaves fewer live outputs than pixels, as on most records of that cnn, black pixels and dead outputs are bounds that make up for them.
+``levenberg_marquardt`` is exact where the model is smooth. ``linear_leak`` refuses it.
+``pytest -s tests/defenses/test_broken_heuristics.py``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Source: Wu and He, 2018, arXiv:1803.08494; that BatchNorm's statistics are what strong attacks live on: Huang et al., 2021,
     arXiv:2112.00059, section 3; Yin et al., 2021, arXiv:2104.07586.
-Deviations: 8 groups where 8 divides the channels; the paper has 32, for wider layers.
+Deviations: 8 groups unless told otherwise; the paper has 32, for wider layers.
 Hook: ``on_model``.
 
 What it does not protect: the gradient, which then is one of independent records. It takes the running statistics out of the upload, by
@@ -29,7 +29,18 @@ from simulator.world import World
 @register("defenses", "group_norm")
 @dataclass(frozen=True)
 class GroupNorm(Defense):
-    """Puts GroupNorm in place of BatchNorm, so that no statistics of the batch leave the client."""
+    """Puts GroupNorm in place of BatchNorm, so that no statistics of the batch leave the client.
+
+    Attributes:
+        groups: of channels that are normalized together; 1 is layer normalization. A layer whose channels it does not divide takes
+            their largest common divisor.
+    """
+
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"groups must be ≥ 1, got {self.groups}. 8 suits small networks; 1 is layer normalization.")
 
     def refuses(self, world: World) -> str | None:
         """Refuse models without BatchNorm."""
@@ -37,4 +48,4 @@ class GroupNorm(Defense):
 
     def on_model(self, family: Any) -> Any:
         """The family with its norms changed."""
-        return GroupNormed(family)
+        return GroupNormed(family, self.groups)

@@ -78,7 +78,7 @@ def rounding(world: World, clip_norm: float) -> tuple[float, float]:
     longer, channel = unit + smallest * math.sqrt(coordinates) / clip_norm, world.channel
     if not isinstance(channel, SecureAggregation) or channel.mode == "plain":
         return longer, 0.0
-    return longer, channel.grid(world) * math.sqrt(coordinates) / clip_norm * channel.largest_upload(world)
+    return longer, channel.grid(world, coordinates) * math.sqrt(coordinates) / clip_norm * channel.largest_upload(world)
 
 
 def undone(mechanism: Defense, world: World) -> str | None:

@@ -37,9 +37,9 @@ def test_no_rounding_moves_the_mean_by_more_than_the_claim_counts(clip_norm: flo
         direction = torch.randn(COORDINATES, generator=rng)
         update = Update("gradient", {"a": direction / direction.norm() * clip_norm})
         words = channel.encode(update, {}, 1, cohort=CLIENTS, max_examples=1, rng=rng)[:-1]
-        longest = max(longest, float(torch.from_numpy(words.view("<i2").astype(float)).norm()) * channel.grid(of))
+        longest = max(longest, float(torch.from_numpy(words.view("<i2").astype(float)).norm()) * channel.grid(of, COORDINATES))
     assert clip_norm < longest <= sensitivity
-    assert sensitivity == pytest.approx(clip_norm + channel.grid(of) * math.sqrt(COORDINATES))
+    assert sensitivity == pytest.approx(clip_norm + channel.grid(of, COORDINATES) * math.sqrt(COORDINATES))
 
 
 def test_fine_words_and_plain_sums_cost_nothing() -> None:

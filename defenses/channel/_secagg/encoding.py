@@ -11,6 +11,7 @@ import torch
 
 from defenses.channel._secagg.masking import Words, reduced, word_type
 from defenses.channel._secagg.quantization import Integers, Scale, floating, split_like, to_reals, to_words
+from defenses.channel._secagg.rotation import turned_back
 from simulator.errors import ProtocolAbort
 from simulator.types import Tensors, Update, Upload
 
@@ -32,7 +33,7 @@ def ideal_sum(vectors: Mapping[int, Words], bits: int = 64) -> Words:
 
 def encode(
     update: Update, buffers: Tensors, num_examples: int, *, ranges: tuple[float, float], scale: Scale, rng: torch.Generator,
-    noise: Integers | None = None, longest: float = math.inf,
+    noise: Integers | None = None, longest: float = math.inf, rotation: torch.Generator | None = None,
 ) -> Words:  # fmt: skip
     """A client's vector [n_i-weighted update | n_i-weighted floating-point buffers | n_i], to be masked as a whole.
 
@@ -45,6 +46,7 @@ def encode(
         rng: of the stochastic rounding.
         noise: integers to add to the update's coordinates (not to buffers and n_i), tensors in the order of their names, in steps.
         longest: L2 norm of the update's rounded coordinates before the noise, in steps.
+        rotation: public randomness by which to turn the update; a fresh generator at every client and at the server.
 
     Raises:
         ProtocolAbort: a coordinate that is NaN or out of range, or n_i out of bounds. Nothing is ever clipped. The message stays with
@@ -56,9 +58,12 @@ def encode(
     if integers:
         raise ProtocolAbort(f"update must be floating-point, got integer tensors {integers}. Leave them out of the update.")
     weight = num_examples / scale.max_examples
+    own = to_words(
+        floating(update.tensors), weight=weight, limit=ranges[0], scale=scale, rng=rng, noise=noise, longest=longest, rotation=rotation
+    )
     return np.concatenate(
         (
-            to_words(floating(update.tensors), weight=weight, limit=ranges[0], scale=scale, rng=rng, noise=noise, longest=longest),
+            own,
             to_words(floating(buffers), weight=weight, limit=ranges[1], scale=scale, rng=rng),
             np.array([num_examples], word_type(scale.bits)),
         )
@@ -67,7 +72,7 @@ def encode(
 
 def decode(
     total: Words, *, kind: Literal["gradient", "delta"], template: Tensors, buffer_template: Tensors, senders: frozenset[int],
-    ranges: tuple[float, float], scale: Scale, noisy: bool = False,
+    ranges: tuple[float, float], scale: Scale, noisy: bool = False, rotation: torch.Generator | None = None,
 ) -> Upload:  # fmt: skip
     """Means weighted by n_i over ``senders``, and Σ n_i: what a sum of their vectors says.
 
@@ -80,6 +85,7 @@ def decode(
         ranges: as in :func:`encode`.
         scale: as in :func:`encode`.
         noisy: whether integer noise was added, so that no range can be checked.
+        rotation: as in :func:`encode`; the mean is turned back.
 
     Raises:
         ProtocolAbort: a sum of another length or word, or one that no senders' vectors can have.
@@ -98,5 +104,7 @@ def decode(
         )
     weights = num_examples / scale.max_examples
     update = to_reals(total[:size], limit=ranges[0], scale=scale, senders=count, weights=weights, noisy=noisy)
+    if rotation is not None:
+        update = turned_back(torch.from_numpy(update), rotation).numpy()
     buffers = to_reals(total[size:-1], limit=ranges[1], scale=scale, senders=count, weights=weights)
     return Upload(senders, Update(kind, split_like(update, template)), split_like(buffers, buffer_template), num_examples)

@@ -6,7 +6,7 @@ larger relative rounding error. No sum can wrap: |word| ≤ q_max with 2·cohort
 
 Distributed DP adds integer noise to the words of the update before they are masked (:func:`to_words`, ``noise``, in units of the grid).
 Noise has no bound, so that neither has a noised word: values are then taken modulo 2^bits without a check, and who adds the noise
-answers for how seldom the sum wraps, by a ``clip_range`` that leaves room.
+answers for how seldom the sum wraps, by a range that leaves room. It may ask for a random rotation of the update before all that.
 
 Source: uniform stochastic rounding as in Konečný et al. (2016), arXiv:1610.05492; that the sum cannot wrap is our requirement.
 Deviations: a coordinate out of range aborts; nothing is clipped unseen.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from defenses.channel._secagg.masking import Words, reduced, word_type
+from defenses.channel._secagg.rotation import rotated
 from simulator.errors import ProtocolAbort
 from simulator.types import Tensors
 
@@ -82,7 +83,7 @@ def floating(tensors: Tensors) -> dict[str, Tensor]:
 
 def to_words(
     tensors: Tensors, *, weight: float, limit: float, scale: Scale, rng: torch.Generator, noise: Integers | None = None,
-    longest: float = math.inf,
+    longest: float = math.inf, rotation: torch.Generator | None = None,
 ) -> Words:  # fmt: skip
     """``weight`` × each coordinate, in units of a step, rounded up or down at random so that the expectation is exact.
 
@@ -95,6 +96,7 @@ def to_words(
         noise: added to the rounded coordinates, in steps; with it nothing is bounded, and words wrap modulo 2^bits.
         longest: L2 norm, in steps, of the rounded coordinates before the noise: rounding is repeated until it holds (conditional
             rounding, Kairouz et al., 2021, arXiv:2102.06387).
+        rotation: public randomness by which to turn the vector before it is rounded; it needs noise, without which words are bounded.
 
     Raises:
         ProtocolAbort: a coordinate is not finite, or exceeds ``limit`` and there is no noise; or noise of another shape. The message
@@ -109,7 +111,10 @@ def to_words(
                 "Clip the update, or raise the range of secure_aggregation."
             )
     flat = [tensor.detach().double().flatten().cpu() for tensor in tensors.values()]
-    exact = torch.cat(flat) * (weight / scale.step(limit)) if flat else torch.zeros(0, dtype=torch.float64)
+    exact = torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64)
+    if rotation is not None:
+        exact = rotated(exact, rotation)
+    exact = exact * (weight / scale.step(limit))
     floor = exact.floor()
     # Comparing with the fraction, instead of flooring exact + noise, cannot round past q_max.
     for _ in range(ROUNDINGS):
