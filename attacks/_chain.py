@@ -1,8 +1,8 @@
-"""A model as a chain of linear and convolutional layers with activations that can be undone: found by running it, never by names."""
+"""A model, up to a linear layer, as a chain of layers and activations that can be undone: found by running it, never by names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,12 @@ import scipy.sparse as sp
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from attacks._layers import Call, probe
+from attacks._layers import Call, all_buffers, probe
 from simulator.adversary import Knowledge
-from simulator.types import Broadcast
+from simulator.types import Broadcast, Tensors
 
 Elementwise = Callable[[Tensor], Tensor]
 PROBES = 4
@@ -87,6 +88,7 @@ class Layer:
         after: the activation behind it.
         columns: the input that each term of an output takes, or −1 for padding: (terms of an output, places of a channel).
         mean, spread: of its inputs, what is assumed before anything is solved.
+        frozen: whether its weight is not trained, so that there is no gradient of it.
     """
 
     call: Call
@@ -94,6 +96,7 @@ class Layer:
     columns: np.ndarray
     mean: float
     spread: float
+    frozen: bool = False
 
     @property
     def unknowns(self) -> int:
@@ -107,14 +110,16 @@ class Layer:
 
     @property
     def linear(self) -> bool:
-        """Whether it sees its whole input at once, so that its gradient alone tells it."""
-        return isinstance(self.call.layer, nn.Linear)
+        """Whether it sees its whole input at once and is trained, so that its gradient alone tells it."""
+        return isinstance(self.call.layer, nn.Linear) and not self.frozen
 
     def equations(self, outputs: int) -> int:
         """Independent equations on its input at most, if this many outputs are known: these, and those of the gradient.
 
         A channel's gradient is one matrix applied to the channel, of outputs × kernel rows and a column for each place.
         """
+        if self.frozen:
+            return outputs
         channels: int = self.call.inputs.shape[1]
         rows: int = self.call.outputs.shape[1] * self.columns.shape[0] // channels
         return outputs + channels * min(rows, self.unknowns // channels)
@@ -155,7 +160,7 @@ def _columns(call: Call) -> np.ndarray | str:
 
 @dataclass(frozen=True)
 class Chain:
-    """Layers from input to output, and the affine map from pixels to the first one's input."""
+    """Layers from the input to a linear layer with bias, and the affine map from pixels to the first one's input."""
 
     layers: tuple[Layer, ...]
     scale: Float[Tensor, "channel height width"]
@@ -166,18 +171,65 @@ class Chain:
         return ((x.view(self.scale.shape) - self.offset) / self.scale)[None]
 
 
-def chain(knowledge: Knowledge, broadcast: Broadcast) -> Chain | str:
-    """The model as a chain of layers that can be peeled; else which layer it fails at. Found by running the model, never by names."""
+def weights(knowledge: Knowledge, broadcast: Broadcast) -> Tensors:
+    """Weights and biases of all layers by name, frozen ones included, which are buffers."""
+    return {**all_buffers(knowledge.model, broadcast), **broadcast.parameters}
+
+
+def chain(knowledge: Knowledge, broadcast: Broadcast, *, intact: Collection[str] | None = None) -> Chain | str:
+    """The model as a chain of layers that can be peeled; else which layer it fails at. Found by running the model, never by names.
+
+    The chain ends at the last linear layer with bias from which on downwards there is one, and through which alone the layers before it
+    act on the loss: the bias' gradient is what comes back to it, whatever stands behind.
+
+    Args:
+        intact: names of the gradients that are what the client computed; None for all.
+    """
     shape = knowledge.schema.shape
     rng = torch.Generator().manual_seed(0)
     ramp = torch.linspace(0.1, 0.9, int(torch.tensor(shape).prod())).view(shape)
     images = torch.stack([torch.zeros_like(ramp), torch.ones_like(ramp), ramp, *torch.rand(PROBES, *shape, generator=rng)])
-    calls = probe(knowledge, broadcast, images)
+    calls = probe(knowledge, broadcast, images, frozen=True)
     if not calls or len({call.name for call in calls}) != len(calls):
         return "the model must be a chain of layers, each used once, got none or one that is used again"
     names, owners = set(broadcast.parameters), {name for call in calls for name in (call.weight, call.bias)}
     if names - owners:
         return f"every parameter must be a layer's weight or bias, got {sorted(names - owners)[0]}"
+    refused = ""
+    for end in range(len(calls), 0, -1):
+        last, behind = calls[end - 1], end < len(calls)
+        head = isinstance(last.layer, nn.Linear) and last.bias in names and last.inputs.ndim == 2
+        if not behind and not (head and last.layer.out_features == knowledge.schema.num_classes):
+            refused = f"the model must end in a linear layer with bias, got {last.name}: {last.layer}"
+        elif head:
+            below = [name for call in calls[:end] for name in (call.weight, call.bias) if name in names]
+            spoiled = [] if intact is None else [name for name in below if name not in intact]
+            if spoiled:
+                found: Chain | str = f"the gradient of {spoiled[0]} must be what the client computed, got one that a defense changed"
+            elif behind and not _only_way(knowledge, broadcast, images, last):
+                found = f"layers before {last.name} must act on the loss through it alone, got a branch"
+            else:
+                found = _up_to(calls[:end], ramp, names)
+            if isinstance(found, Chain):
+                return found
+            refused = refused or found
+    return refused
+
+
+@torch.no_grad()
+def _only_way(knowledge: Knowledge, broadcast: Broadcast, images: Tensor, call: Call) -> bool:
+    """Whether all images have the same logits once this layer's output is."""
+    handle = call.layer.register_forward_hook(lambda _layer, _inputs, outputs: outputs[:1].expand(outputs.shape))
+    try:
+        logits: Tensor = functional_call(knowledge.model, dict(weights(knowledge, broadcast)), (images,))
+    finally:
+        handle.remove()
+    return torch.allclose(logits, logits[:1].expand(logits.shape), rtol=1e-5, atol=1e-6)
+
+
+def _up_to(calls: Sequence[Call], ramp: Float[Tensor, "channel height width"], trained: Collection[str]) -> Chain | str:
+    """The chain of these calls, of which the first three are of black, white and ``ramp``, the others of noise."""
+    shape = ramp.shape
     layers: list[Layer] = []
     for call, following in zip(calls, [*calls[1:], None], strict=True):
         columns = _columns(call)
@@ -194,10 +246,7 @@ def chain(knowledge: Knowledge, broadcast: Broadcast) -> Chain | str:
                 return f"what stands {where} must be an activation that can be undone, got another, a norm or a branch"
             after = fitting
         noise = call.inputs[3:].double()
-        layers.append(Layer(call, after, columns, float(noise.mean()), SPREAD * float(noise.std())))
-    head = layers[-1].call.layer
-    if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != knowledge.schema.num_classes:
-        return f"the model must end in a linear layer with bias, got {layers[-1].call.name}: {head}"
+        layers.append(Layer(call, after, columns, float(noise.mean()), SPREAD * float(noise.std()), call.weight not in trained))
     zero, one, seen = calls[0].inputs[:3]
     scale = one - zero
     if scale.shape != shape and scale.numel() == ramp.numel():

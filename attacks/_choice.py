@@ -7,7 +7,10 @@ from functools import cached_property
 from math import log2, prod
 from typing import Any
 
-from attacks._gradient import LOSSY, lossy, noise_level
+from attacks._features import relu_entrance
+from attacks._gradient import LOSSY, noise_level
+from attacks._intact import changed, lossy
+from attacks._layers import first_linear
 from attacks._learned.train import compression
 from attacks._matching.coarse import kind_of
 from attacks._second_order.smoothness import is_smooth
@@ -15,7 +18,7 @@ from attacks.update.adaptive_matching import AdaptiveMatching
 from attacks.update.april import April
 from attacks.update.cocktail_party import CocktailParty
 from attacks.update.dlg import DLG
-from attacks.update.fedavg_matching import FedAvgMatching
+from attacks.update.fedavg_matching import FedAvgMatching, once
 from attacks.update.hybrid import Hybrid
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.learning_to_invert import LearningToInvert
@@ -30,8 +33,8 @@ from simulator.types import Observation
 
 LADDER: tuple[type[Any], ...] = (
     CocktailParty,
-    LinearLeak,
     SparseFactorization,
+    LinearLeak,
     April,
     RGap,
     DLG,
@@ -137,8 +140,25 @@ class Choice:
     @property
     def adapted(self) -> tuple[str, ...]:
         """The known defenses that matching in defense space gains on."""
-        known = (*ADAPTED, *NOISY) if self.noise > NOISE else ADAPTED
+        known = (*self.lossy, "precode", *NOISY) if self.noise > NOISE else (*self.lossy, "precode")
         return tuple(name for name, _ in self.knowledge.defenses if name in known)
+
+    @cached_property
+    def lossy(self) -> tuple[str, ...]:
+        """The known defenses after which the update is not what the client computed."""
+        return lossy(self.view, self.knowledge)
+
+    def altered(self, solver: type[Any]) -> str | None:
+        """Why an exact solver cannot trust the tensors that it reads; r_gap says so itself."""
+        if not self.lossy or solver in (LinearLeak, RGap):
+            return None
+        if solver in (SparseFactorization, CocktailParty):
+            first = first_linear(self.knowledge, self.view.broadcast)
+            return first if isinstance(first, str) else changed(self.view, self.knowledge, first[0].weight, first[0].bias)
+        if solver is Hybrid:
+            entrance = relu_entrance(self.knowledge, self.view.broadcast)
+            return entrance if isinstance(entrance, str) else changed(self.view, self.knowledge, entrance.layer.weight, entrance.layer.bias)
+        return f"the update must be what the client computed, got it after {' and '.join(self.lossy)}. adaptive_matching knows them"
 
     def own(self, solver: type[Any]) -> str | None:
         """A solver's own reason not to be asked."""
@@ -155,8 +175,8 @@ class Choice:
         if solver in EXACT and self.noise > NOISE:
             limit = f"the noise must be at most {NOISE:.0%} of the update to be explained exactly"
             return f"{limit}, got {self.noise:.0%} by the known defenses"
-        if solver in EXACT and solver is not LinearLeak and (left := lossy(self.knowledge)):
-            return f"the update must be what the client computed, got it after {' and '.join(left)}. adaptive_matching knows them"
+        if solver in EXACT and (reason := self.altered(solver)) is not None:
+            return reason
         reason = self.own(solver)
         return self.stronger(solver) if reason is None else reason
 
@@ -167,7 +187,8 @@ class Choice:
             return f"a known defense must be {', '.join(ADAPTED)} or noise to be adapted to, got none. inverting_gradients does the same"
         if solver is AdaptiveMatching and self.hidden:
             return "the update must not be hidden by noise, signs or pruning where public records are held. learning_to_invert uses them"
-        if solver in BLUNT and adapted and self.applies(AdaptiveMatching):
+        unharmed = solver is Hybrid and set(adapted) <= set(self.lossy)  # what it reads was asked for before
+        if solver in BLUNT and not unharmed and adapted and self.applies(AdaptiveMatching):
             return f"no known defense must be one that can be adapted to, got {' and '.join(adapted)}. adaptive_matching does"
         if (solver is LearningToInvert) != self.hidden:
             if solver is LearningToInvert:
@@ -175,10 +196,14 @@ class Choice:
             return "the update must not be hidden by noise, signs or pruning where public records are held. learning_to_invert uses them"
         if records > BLIND and solver is SparseFactorization and self.applies(CocktailParty):
             return f"the records must be ≤ {BLIND} for starts by chance, got {records}. cocktail_party has better ones"
+        if solver is SparseFactorization and records == 1 and self.applies(LinearLeak):
+            return "the records must be > 1 to be mixed, got 1. linear_leak divides it out"
         if solver is CocktailParty and records == 1:
             return "the records must be > 1 to be mixed, got 1. linear_leak divides it out"
         if solver is CocktailParty and records <= BLIND and self.applies(SparseFactorization):
             return f"the records must be > {BLIND} for chance to need help, got {records}. sparse_factorization finds them"
+        if solver is SME and once(self.view, self.knowledge, FedAvgMatching().unroll):
+            return "records must be taken more than once, got one short epoch. fedavg_matching takes the same steps in order"
         if solver is InvertingGradients and self.applies(MultiRoundMatching):
             return "one round must be all that shows the records, got several. multi_round_matching uses them all"
         if solver is DLG and not self.smooth:

@@ -156,11 +156,6 @@ def rounding(tensors: Tensors) -> float:
     return relative * norm(tensors) + smallest * float(size**0.5)
 
 
-def lossy(knowledge: Knowledge) -> tuple[str, ...]:
-    """The known defenses of :data:`LOSSY`: what is exact of the uploaded update is then not exact of the records."""
-    return tuple(name for name, _ in knowledge.defenses if name in LOSSY)
-
-
 def noise_level(view: Observation, knowledge: Knowledge) -> float:
     """Norm of the noise that known defenses added before the upload, relative to the norm of the upload; 0 without any.
 

@@ -65,7 +65,7 @@ def all_buffers(model: nn.Module, broadcast: Broadcast) -> Tensors:
 
 
 @contextmanager
-def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+def _recording(model: nn.Module, calls: list[Call], frozen: bool) -> Iterator[None]:
     def record(name: str) -> object:
         def hook(layer: nn.Module, inputs: Sequence[Tensor], outputs: Tensor) -> None:
             calls.append(Call(name, layer, inputs[0].detach(), outputs.detach()))
@@ -75,7 +75,7 @@ def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     handles = [
         layer.register_forward_hook(record(name))
         for name, layer in model.named_modules()
-        if next(layer.parameters(recurse=False), None) is not None
+        if next(layer.parameters(recurse=False), None) is not None or (frozen and isinstance(layer, nn.Linear | nn.Conv2d))
     ]
     try:
         yield
@@ -85,18 +85,21 @@ def _recording(model: nn.Module, calls: list[Call]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, parameters: Tensors, buffers: Tensors, inputs: Tensor) -> tuple[list[Call], Tensor]:
-    """Run the model once; return the calls of its parameterized layers in order, and the logits."""
+def trace(model: nn.Module, parameters: Tensors, buffers: Tensors, inputs: Tensor, *, frozen: bool = False) -> tuple[list[Call], Tensor]:
+    """Run the model once; return the calls of its parameterized layers in order, and the logits.
+
+    With ``frozen`` also of linear and convolutional layers whose weights are buffers.
+    """
     calls: list[Call] = []
     copies = {name: tensor.clone() for name, tensor in buffers.items()}
-    with _recording(model, calls):
+    with _recording(model, calls, frozen):
         logits = functional_call(model, {**parameters, **copies}, (inputs,))
     return calls, logits
 
 
-def probe(knowledge: Knowledge, broadcast: Broadcast, inputs: Tensor) -> list[Call]:
+def probe(knowledge: Knowledge, broadcast: Broadcast, inputs: Tensor, *, frozen: bool = False) -> list[Call]:
     """:func:`trace` at the broadcast parameters and buffers."""
-    return trace(knowledge.model, broadcast.parameters, all_buffers(knowledge.model, broadcast), inputs)[0]
+    return trace(knowledge.model, broadcast.parameters, all_buffers(knowledge.model, broadcast), inputs, frozen=frozen)[0]
 
 
 def last_linear(knowledge: Knowledge, broadcast: Broadcast) -> Call | None:

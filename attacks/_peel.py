@@ -44,6 +44,20 @@ class Known(NamedTuple):
     error: Tensor
 
 
+class System(NamedTuple):
+    """The equations of a layer's input x, in units of their standard errors, and outputs that are known to be not positive.
+
+    Attributes:
+        matrix, right: matrix·x = right, but for errors of about 1.
+        below, most: below·x ≤ most.
+    """
+
+    matrix: sp.csr_matrix
+    right: np.ndarray
+    below: sp.csr_matrix
+    most: np.ndarray
+
+
 class Peeled(NamedTuple):
     """What a layer's equations say of its input.
 
@@ -51,11 +65,13 @@ class Peeled(NamedTuple):
         x: the input.
         misfit: mean square of the residuals in units of their standard errors; about 1 or less where the equations hold.
         short: unknowns in excess of the equations, 0 where there are enough.
+        system: the equations, where they are too few.
     """
 
     x: Known
     misfit: float
     short: int
+    system: System | None = None
 
 
 def undone(f: Activation, a: Known) -> tuple[Known, Known]:
@@ -86,9 +102,12 @@ def through_linear(gradient: Known, delta: Known, layer: Layer) -> Peeled:
 
 
 def through_convolution(
-    layer: Layer, weight: Tensor, bias: Tensor, gradient: Known, *, z: Known, delta: Known, prior: sp.csr_matrix, deadline: float
+    layer: Layer, weight: Tensor, bias: Tensor, gradient: Known | None, *, z: Known, delta: Known, prior: sp.csr_matrix, deadline: float
 ) -> Peeled:
-    """The input of a convolution from both sets of equations; ``prior`` holds rows that are expected to be 0 ± 1."""
+    """The input of a convolution from both sets of equations; ``prior`` holds rows that are expected to be 0 ± 1.
+
+    Of a frozen layer, linear ones included, there is no gradient and only W·x = z − b.
+    """
     channels, places = weight.shape[0], layer.columns.shape[1]
     square = layer.mean**2 + layer.spread**2
     known = torch.isfinite(z.error)
@@ -96,18 +115,24 @@ def through_convolution(
     z_error = torch.hypot(z.error, EPS * z.value.abs().clamp(min=typical))
     slopes, slope_errors = delta.value.view(channels, places), delta.error.view(channels, places)
     summed = EPS**2 * slopes.square().sum(1) * square  # the client's own sums round
-    off = (gradient.error.square() + (slope_errors.square().sum(1) * square + summed)[:, None]).sqrt()
-    off = off.clamp(min=EPS * float(off.mean()) or 1.0).flatten()  # channels that are dead throughout say nothing, exactly
     outputs = (z.value - bias.repeat_interleave(places))[known]
-    right = torch.cat([outputs / z_error[known], gradient.value.flatten() / off]).numpy()
-    told = sp.diags((1 / z_error[known]).numpy()) @ layer.forward(weight)[known.numpy()]
-    matrix = sp.vstack([told, sp.diags((1 / off).numpy()) @ layer.backward(slopes)]).tocsr()
-    right = right - matrix @ np.full(layer.unknowns, layer.mean)
-    x, errors = least_squares(matrix, right, prior, layer.call.inputs.shape[1], deadline)
-    equations = int(known.sum()) + len(off)
-    misfit = float(np.square(right - matrix @ x).sum()) / max(1, equations - layer.unknowns)
+    right, matrix = (outputs / z_error[known]).numpy(), sp.diags((1 / z_error[known]).numpy()) @ layer.forward(weight)[known.numpy()]
+    if gradient is not None:
+        off = (gradient.error.square() + (slope_errors.square().sum(1) * square + summed)[:, None]).sqrt()
+        off = off.clamp(min=EPS * float(off.mean()) or 1.0).flatten()  # channels that are dead throughout say nothing, exactly
+        right = np.concatenate([right, (gradient.value.flatten() / off).numpy()])
+        matrix = sp.vstack([matrix, sp.diags((1 / off).numpy()) @ layer.backward(slopes)]).tocsr()
+    centered = right - matrix @ np.full(layer.unknowns, layer.mean)
+    x, errors = least_squares(matrix, centered, prior, layer.call.inputs.shape[1], deadline)
+    misfit = float(np.square(centered - matrix @ x).sum()) / max(1, len(right) - layer.unknowns)
     found = Known(torch.from_numpy(x) + layer.mean, torch.from_numpy(errors) * max(1.0, misfit) ** 0.5)
-    return Peeled(found, misfit, max(0, layer.unknowns - layer.equations(int(known.sum()))))
+    short = max(0, layer.unknowns - layer.equations(int(known.sum())))
+    if not short:
+        return Peeled(found, misfit, 0)
+    cut = (~known if layer.after.flat else torch.zeros_like(known)).numpy()
+    clear = 2 * CLEAR * float(z_error[known].max()) if bool(known.any()) else math.inf  # so near to 0 an output is no equation
+    below, most = layer.forward(weight)[cut], clear - bias.repeat_interleave(places).numpy()[cut]
+    return Peeled(found, misfit, short, System(matrix.tocsr(), right, below, most))
 
 
 def least_squares(
@@ -196,7 +221,7 @@ def in_time(deadline: float) -> None:
 
 
 def peel(model: Chain, parameters: Tensors, gradient: Mapping[str, Known], *, deadline: float = math.inf) -> list[tuple[Layer, Peeled]]:
-    """The input of every layer, from the last to the first.
+    """The input of every layer, from the last to the first; ``parameters`` are those of :func:`attacks._chain.weights`.
 
     Raises:
         TimeoutError: ``deadline``, a reading of the clock of CPU time, came first.
@@ -206,8 +231,8 @@ def peel(model: Chain, parameters: Tensors, gradient: Mapping[str, Known], *, de
     for place in range(len(model.layers) - 1, -1, -1):
         layer = model.layers[place]
         weight = parameters[layer.call.weight].double().flatten(1)
-        of_weight = Known(*(tensor.flatten(1) for tensor in gradient[layer.call.weight]))
-        if layer.linear:
+        of_weight = None if layer.frozen else Known(*(tensor.flatten(1) for tensor in gradient[layer.call.weight]))
+        if layer.linear and of_weight is not None:
             delta = gradient.get(layer.call.bias, delta)
             peeled = through_linear(of_weight, delta, layer)
         else:

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attacks._dropout import layers, with_read_mask
-from attacks._gradient import lossy, maybe_clipped, mean_gradient, steps_taken
+from attacks._gradient import maybe_clipped, mean_gradient, steps_taken
+from attacks._intact import lossy
 from attacks._layers import all_buffers
 from attacks._matching.latents import bottlenecks, prepare_told
 from attacks._matching.priors import roughness
@@ -49,7 +50,7 @@ def separable(view: Observation, knowledge: Knowledge) -> bool:
     """Whether the update is the mean of gradients of one record each, at a known scale, whole, and without unknown masks or noise."""
     joint = any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in knowledge.model.modules())
     dropped = bool(layers(with_read_mask(view, knowledge)[0]))
-    altered = bool(lossy(knowledge)) or bool(bottlenecks(knowledge.model))
+    altered = bool(lossy(view, knowledge)) or bool(bottlenecks(knowledge.model))
     return steps_taken(view, knowledge) == 1 and not joint and not dropped and not altered and not maybe_clipped(view, knowledge)
 
 

@@ -19,6 +19,10 @@ SOLVED = 1e-4
 """Angle in radians between the simulated and the observed update below which float32 has nothing left to match."""
 
 
+TWIN = 1e-2
+"""Largest difference of a pixel between two exact images of one record."""
+
+
 @dataclass(frozen=True)
 class Proven:
     """One record with a proof, and who gave it."""
@@ -41,8 +45,10 @@ class State:
         guess: the best guess so far of all that ``view`` holds; None before the first.
         answer: of the solver that made most of it; ``solvers`` are those of its records.
         angle, score: of the guess, see :func:`attacks._rest.mismatch`; lower is better.
+        asked: the solvers that were asked about what is left.
         cpu, wall: seconds spent.
         failed: whether a solver raised or diverged, so that its part of the attack is missing.
+        short: whether a solver ended with its time, or was not asked for want of it.
     """
 
     view: Observation
@@ -55,14 +61,21 @@ class State:
     solvers: tuple[str, ...] = ()
     angle: float = torch.inf
     score: float = torch.inf
+    asked: frozenset[type[Any]] = frozenset()
     cpu: float = 0.0
     wall: float = 0.0
     failed: bool = False
+    short: bool = False
 
     @property
     def solved(self) -> bool:
         """Whether no solver can add anything."""
         return self.angle < SOLVED
+
+    @property
+    def whole(self) -> bool:
+        """Whether every record is proven."""
+        return self.guess is None and bool(self.proven)
 
 
 def after(state: State, solver: str, answer: Reconstruction | None) -> State:
@@ -72,6 +85,7 @@ def after(state: State, solver: str, answer: Reconstruction | None) -> State:
     """
     if answer is None or answer.inputs is None or not bool(torch.isfinite(answer.inputs).all()):
         return replace(state, failed=True)
+    state = replace(state, short=state.short or not answer.converged)
     proofs = answer.certificate or ("",) * len(answer.labels)
     sure, rest = [i for i, proof in enumerate(proofs) if proof], [i for i, proof in enumerate(proofs) if not proof]
     new = tuple(Proven(answer.inputs[i], int(answer.labels[i]), proofs[i], solver) for i in sure)
@@ -82,8 +96,21 @@ def after(state: State, solver: str, answer: Reconstruction | None) -> State:
         state = replace(state, view=view, knowledge=knowledge, proven=state.proven + new, guess=None, score=torch.inf)
         return judged(state, solver, answer, rest)
     if sure:
-        state = replace(state, inside=True, proven=max(state.proven, new, key=len))
+        state = replace(state, inside=True, proven=united(state.proven, new, state.knowledge.num_examples))
     return judged(state, solver, answer, range(len(proofs)))
+
+
+def united(one: tuple[Proven, ...], other: tuple[Proven, ...], records: int) -> tuple[Proven, ...]:
+    """What either proved of the same records: of the shorter list those that have no twin in the longer."""
+    long, short = (one, other) if len(one) >= len(other) else (other, one)
+    free = list(long)
+    for item in short:
+        twin = next((i for i, its in enumerate(free) if float((its.image - item.image).abs().max()) < TWIN), None)
+        if twin is None:
+            long = (*long, item)
+        else:
+            free.pop(twin)
+    return long[:records]
 
 
 def judged(state: State, solver: str, answer: Reconstruction, places: Sequence[int]) -> State:
@@ -98,6 +125,15 @@ def judged(state: State, solver: str, answer: Reconstruction, places: Sequence[i
     if len(guess) == 1 or len(guess) != len(state.guess) or better.solved or not separable(state.view, state.knowledge):
         return better
     return blend(better, other)
+
+
+def taken(state: State, solver: str, answer: Reconstruction) -> State:
+    """The state with an answer for all records that are not proven, whatever explains the update better."""
+    assert answer.inputs is not None
+    guess = Batch(answer.inputs, answer.labels)
+    angle, score = mismatch(state.view, state.knowledge, guess)
+    new = replace(state, guess=guess, answer=answer, solvers=(solver,) * len(guess), angle=angle, score=score)
+    return replace(new, short=not answer.converged, failed=False)
 
 
 def blend(better: State, other: State) -> State:
@@ -139,5 +175,5 @@ def merged(state: State, knowledge: Knowledge) -> Reconstruction:
         certificate=tuple(certificates[i] for i in order),
         solver=tuple(solvers[i] for i in order),
         seconds=state.wall,
-        converged=state.solved or (state.answer.converged and not state.failed),
+        converged=state.solved or len(state.proven) >= knowledge.num_examples or not (state.short or state.failed),
     )

@@ -2,7 +2,9 @@
 
 A solver that proves some records of a batch exact takes them out of it: their gradients are subtracted, and the next solver sees the
 mean gradient of the others alone. Of guesses without a proof the one is kept whose own simulated update comes nearest to the observed
-one. Nothing here sees the truth. A solver that fails is logged; unless others solve the victim, it then counts as not converged.
+one. A solver that fails is logged; unless others solve the victim, it then counts as not converged. Where public records are held, what
+is left unsolved is contested (:mod:`attacks._contest`): by the learned inverter, if it was better on uploads of some of those records.
+Nothing here sees the truth.
 
 Source: this project; every solver names its paper.
 Deviations: none.
@@ -18,9 +20,12 @@ from typing import Any
 
 import torch
 
-from attacks._choice import LADDER, Choice
+from attacks._apart import inseparable, part_by_part
+from attacks._choice import EXACT, LADDER, Choice
+from attacks._contest import contested, may_rehearse, share_of_ladder
 from attacks._gradient import unusable
-from attacks._solving import State, after, merged
+from attacks._rest import farthest
+from attacks._solving import State, after, judged, merged
 from attacks.update.dlg import DLG
 from attacks.update.hybrid import Hybrid
 from attacks.update.levenberg_marquardt import LevenbergMarquardt
@@ -53,6 +58,16 @@ def applicable(view: Observation, knowledge: Knowledge) -> tuple[type[Any], ...]
 def with_budget(solver: type[Any], seconds: float) -> Any:
     """The solver with its default settings and, if it takes one, this budget."""
     return solver(seconds=seconds) if any(item.name == "seconds" for item in fields(solver)) else solver()
+
+
+def several_sums(state: State) -> bool:
+    """Whether the sums of other rounds take this one apart."""
+    return len(state.view.upload.senders) > 1 and bool(state.knowledge.history) and inseparable(state.view, state.knowledge) is None
+
+
+def next_solver(state: State) -> type[Any] | None:
+    """The first solver that applies to what is left and was not asked about it."""
+    return next((solver for solver in state.able if solver not in state.asked), None)
 
 
 def ask(solver: Any, states: Sequence[State], rngs: Sequence[torch.Generator]) -> list[tuple[Reconstruction | None, float, float]]:
@@ -102,7 +117,7 @@ class Strongest:
             return reason
         choice = Choice(view, knowledge)
         reasons = {solver.name: choice.refusal(solver) for solver in LADDER}
-        if None in reasons.values():
+        if None in reasons.values() or inseparable(view, knowledge) is None:
             return None
         return "at least one solver must apply, got none: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
@@ -113,19 +128,60 @@ class Strongest:
     def many(
         self, views: Sequence[Observation], knowledge: Sequence[Knowledge], *, rngs: Sequence[torch.Generator]
     ) -> list[Reconstruction]:
-        """Attack many victims at once, solver by solver."""
-        states = [State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)]
-        for place, solver in enumerate(LADDER):
-            tick("solvers", place, len(LADDER), solver.name)
-            able = [i for i, state in enumerate(states) if solver in state.able and not state.solved and self._left(state) > 0]
-            if able:
-                budget = min(self._budget(states[i], solver) for i in able)
-                answers = ask(with_budget(solver, budget), [states[i] for i in able], [rngs[i] for i in able])
-                for i, (answer, cpu, wall) in zip(able, answers, strict=True):
-                    spent = replace(states[i], cpu=states[i].cpu + cpu, wall=states[i].wall + wall)
-                    states[i] = after(spent, solver.name, answer)
-        tick("solvers", len(LADDER), len(LADDER))
+        """Attack many victims at once."""
+        rivals = [may_rehearse(State(view, known, applicable(view, known))) for view, known in zip(views, knowledge, strict=True)]
+        if not any(rivals):
+            return [merged(state, known) for state, known in zip(self._climbed(views, knowledge, rngs), knowledge, strict=True)]
+        ladder = replace(self, seconds=share_of_ladder(sum(rivals)) * self.seconds)
+
+        def climb(views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
+            return [merged(state, known) for state, known in zip(ladder._climbed(views, knowledge, rngs), knowledge, strict=True)]
+
+        states = contested(ladder._climbed(views, knowledge, rngs), rngs, climb, self.seconds)
         return [merged(state, known) for state, known in zip(states, knowledge, strict=True)]
+
+    def _climbed(self, views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator]) -> list[State]:
+        """The ladder, solver by solver."""
+        states = [State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)]
+        whole = {i for i, state in enumerate(states) if several_sums(state)}
+        while (wanted := {i: solver for i, state in enumerate(states) if (solver := self._next(state)) is not None}) or whole:
+            if late := {i for i in whole if i not in wanted or wanted[i] not in EXACT}:
+                whole -= late
+                for i in late:
+                    states[i] = self._apart(states[i], views[i], knowledge[i], rngs[i])
+                continue
+            solver = min(wanted.values(), key=LADDER.index)
+            able = [i for i, wish in wanted.items() if wish is solver]
+            tick("solvers", LADDER.index(solver), len(LADDER), solver.name)
+            budget = min(self._budget(states[i], solver) * (SHARE if i in whole else 1) for i in able)
+            answers = ask(with_budget(solver, budget), [states[i] for i in able], [rngs[i] for i in able])
+            for i, (answer, cpu, wall) in zip(able, answers, strict=True):
+                before = states[i]
+                if answer is not None and solver is DLG and LevenbergMarquardt in before.able:
+                    answer = replace(answer, converged=True)  # the other goes on where it stopped
+                spent = replace(before, asked=before.asked | {solver}, cpu=before.cpu + cpu, wall=before.wall + wall)
+                states[i] = after(spent, solver.name, answer)
+                if states[i].knowledge is not before.knowledge:  # fewer records are left, and other solvers may apply to them
+                    states[i] = replace(states[i], able=applicable(states[i].view, states[i].knowledge), asked=frozenset(), short=False)
+        tick("solvers", len(LADDER), len(LADDER))
+        unasked = [not state.solved and next_solver(state) is not None for state in states]
+        return [replace(state, short=state.short or late) for state, late in zip(states, unasked, strict=True)]
+
+    def _next(self, state: State) -> type[Any] | None:
+        """The solver to be asked next; None where nothing is left to find, no solver, or no time."""
+        return None if state.solved or self._left(state) <= 0 else next_solver(state)
+
+    def _apart(self, state: State, view: Observation, knowledge: Knowledge, rng: torch.Generator) -> State:
+        """The state with what the sums of other rounds say of each sender; they tell of the whole sum, proven records included."""
+        cpu, wall, seconds = time.process_time(), time.perf_counter(), SHARE * self._left(state) / knowledge.num_examples
+        if state.solved or not seconds > 0:
+            return state
+        answer = part_by_part(view, knowledge, replace(self, seconds=seconds), rng=rng)
+        assert answer.inputs is not None
+        cpu, wall = state.cpu + time.process_time() - cpu, state.wall + time.perf_counter() - wall
+        spent = replace(state, cpu=cpu, wall=wall, short=state.short or not answer.converged)
+        rest = farthest(answer.inputs, [] if state.inside else [item.image for item in state.proven])
+        return judged(spent, "gradient_disaggregation", answer, rest.tolist())
 
     def _left(self, state: State) -> float:
         """CPU seconds that are left of the whole upload's budget."""
@@ -134,7 +190,7 @@ class Strongest:
     def _budget(self, state: State, solver: type[Any]) -> float:
         """CPU seconds for one solver: all that are left for the last that applies, else their share."""
         left = self._left(state)
-        if solver is state.able[-1]:
+        if not set(state.able) - state.asked - {solver}:
             return left
         if solver is DLG and LevenbergMarquardt in state.able:
             return max(QUICK * left, min(SCOUT * left, 1.0))

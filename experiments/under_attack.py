@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from attacks._gradient import lossy, noise_level, unusable
+from attacks._gradient import noise_level, unusable
+from attacks._intact import lossy
 from attacks.identifiability import Identifiability, identify
 from clients.private import private_record_ids, splits
 from experiments.collude import colluders, reduced
 from experiments.disclose import architecture, disclose
+from experiments.metadata import withheld
 from experiments.spec import Evaluation, Experiment
 from simulator import progress
 from simulator.adversary import Knowledge
@@ -66,7 +68,8 @@ def find_victims(experiment: Experiment, world: World, record: Record, evaluatio
     parts, found = splits(world), []
     model = architecture(world, parts)
     known = colluders(world, experiment.threat.colluding)
-    rounds = {seen.broadcast.round: reduced(seen, world, model, known) if known else seen for seen in record.observations}
+    shown = record.observations if experiment.threat.metadata else [withheld(seen, world) for seen in record.observations]
+    rounds = {seen.broadcast.round: reduced(seen, world, model, known) if known else seen for seen in shown}
     for round in sorted(evaluation.rounds):
         observation = rounds[round]
         others = [seen for number, seen in rounds.items() if number != round]
@@ -87,26 +90,41 @@ def find_victims(experiment: Experiment, world: World, record: Record, evaluatio
 
 
 def foreseen(victims: Sequence[Victim], seed: int) -> list[Victim]:
-    """The victims, the first of them with what its update can tell by :func:`attacks.identifiability.identify`, said before any attack.
+    """The victims with what their updates can tell by :func:`attacks.identifiability.identify`, said before any attack.
 
-    One stands for all, since it takes as long as a quick attack. Under noise that known defenses added nothing is exact, and nothing
-    is asked.
+    Under noise that known defenses added nothing is exact, and nothing is asked.
     """
-    if not victims:
-        return []
-    first, *others = victims
-    found = outlook(first.view, first.knowledge, seed)
-    if found is None:
-        return list(victims)
-    progress.tick("identifiability", 1, 1, f"{found.exact} of {found.records} records can be exact: {found.prediction}")
-    return [replace(first, predicted=found.exact), *others]
+    found = outlooks([(victim.view, victim.knowledge) for victim in victims], seed)
+    for place, one in enumerate(found):
+        if one is not None:
+            note = f"{one.exact} of {one.records} records can be exact: {one.prediction}"
+            progress.tick("identifiability", place + 1, len(victims), note)
+    return [replace(victim, predicted=None if one is None else one.exact) for victim, one in zip(victims, found, strict=True)]
 
 
 def outlook(view: Observation, knowledge: Knowledge, seed: int) -> Identifiability | None:
-    """What an update can tell; None where it cannot be used, holds known noise, lacks what was left out, or is of changed records."""
-    if knowledge.encoded or lossy(knowledge) or unusable(view, knowledge) or noise_level(view, knowledge) > EXACT_UP_TO:
-        return None
-    return identify(view, knowledge, rng=stream(seed, "identifiability"))
+    """What one update can tell; see :func:`outlooks`."""
+    return outlooks([(view, knowledge)], seed)[0]
+
+
+def outlooks(surfaces: Sequence[tuple[Observation, Knowledge]], seed: int) -> list[Identifiability | None]:
+    """What each update can tell; None where it cannot be used, holds known noise, lacks what was left out, or is of changed records.
+
+    Singular values, which take as long as a quick attack, are those of the broadcast model at likely images: the first upload of a round
+    stands for all that have as many records.
+    """
+    found: list[Identifiability | None] = []
+    known: dict[tuple[int, int], tuple[float, float]] = {}
+    for view, knowledge in surfaces:
+        if knowledge.encoded or lossy(view, knowledge) or unusable(view, knowledge) or noise_level(view, knowledge) > EXACT_UP_TO:
+            found.append(None)
+            continue
+        key = (view.broadcast.round, knowledge.num_examples)
+        one = identify(view, knowledge, rng=stream(seed, "identifiability"), range_of_values=known.get(key))
+        if one.largest_singular_value > 0:  # an update of nothing says nothing of the others
+            known[key] = (one.smallest_singular_value, one.largest_singular_value)
+        found.append(one)
+    return found
 
 
 def candidate_set(victim: Victim, parts: Splits, wanted: int, seed: int) -> tuple[Batch, Int[Tensor, " batch"]]:

@@ -26,6 +26,7 @@ class ThreatModel:
         colluding: clients that tell the server what they sent; they are no victims, and it takes them out of every aggregate.
         candidates: whether it is handed a list of records, labels and all, that holds the true ones among others: it need only guess
             which, as in the definition of reconstruction robustness (Balle et al., 2022, arXiv:2201.04845).
+        metadata: whether it sees what an update comes with: a lone sender's number of examples, and BatchNorm's running statistics.
     """
 
     adversary: Literal["honest-but-curious", "active"] = "honest-but-curious"
@@ -34,6 +35,7 @@ class ThreatModel:
     rounds: Literal["one", "all"] = "one"
     colluding: int = 0
     candidates: bool = False
+    metadata: bool = True
 
     def __post_init__(self) -> None:
         if self.colluding < 0:
@@ -86,8 +88,10 @@ class Reconstruction:
         trace: (step, objective) pairs over the run of the attack.
         certificate: for each record, the name of the proof that it is exact, or "" where there is none.
         solver: for each record, the name of the attack that produced it, where several took part; empty where one did it all.
+        clients: for each record, the sender whom it is attributed to, or −1 where the attack does not say; empty without any.
         seconds: wall-clock time; for attacks that take many victims at once, the victim's share.
-        converged: whether the objective had flattened when the attack stopped.
+        converged: whether more time would have changed nothing: the objective had flattened, or all was tried. An attack that does not
+            say so counts as cut short.
     """
 
     inputs: Float[Tensor, "batch channel height width"] | None
@@ -96,8 +100,9 @@ class Reconstruction:
     trace: tuple[tuple[int, float], ...] = ()
     certificate: tuple[str, ...] = ()
     solver: tuple[str, ...] = ()
+    clients: tuple[int, ...] = ()
     seconds: float = 0.0
-    converged: bool = True
+    converged: bool = False
 
 
 @runtime_checkable

@@ -26,10 +26,10 @@ def checked(answer: Any, knowledge: Knowledge) -> Reconstruction:
     if not isinstance(answer, Reconstruction):
         raise TypeError(f"an attack must answer a Reconstruction, got {type(answer).__name__}.")
     inputs, labels = answer.inputs, answer.labels
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+    if not _dense(labels) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels must be a tensor of class indices, one for each record, got {_kind(labels)}.")
-    if inputs is not None and (not isinstance(inputs, Tensor) or not inputs.is_floating_point()):
-        raise TypeError(f"inputs must be a tensor of floating-point images, got {_kind(inputs)}.")
+    if inputs is not None and (not _dense(inputs) or not inputs.is_floating_point()):
+        raise TypeError(f"inputs must be a dense tensor of floating-point images, got {_kind(inputs)}.")
     if not len(labels) or (inputs is not None and (not inputs.ndim or len(inputs) != len(labels))):
         count = None if inputs is None else len(inputs) if inputs.ndim else 0
         raise ValueError(f"an answer must hold ≥ 1 record and a label for each, got {count} inputs and {len(labels)} labels.")
@@ -47,6 +47,7 @@ def checked(answer: Any, knowledge: Knowledge) -> Reconstruction:
         trace=tuple((int(step), float(value)) for step, value in answer.trace),
         certificate=() if knowledge.encoded else _names(answer.certificate, len(labels), "certificate"),
         solver=_names(answer.solver, len(labels), "solver"),
+        clients=_clients(answer.clients, len(labels)),
         seconds=_seconds(answer.seconds),
         converged=bool(answer.converged),
     )
@@ -65,11 +66,23 @@ def _names(names: Any, records: int, what: str) -> tuple[str, ...]:
     return found
 
 
+def _clients(named: Any, records: int) -> tuple[int, ...]:
+    found = tuple(int(client) for client in named)
+    if len(found) not in (0, records):
+        raise ValueError(f"clients must name one for each of the {records} records, or be empty, got {len(found)}.")
+    return found
+
+
 def _seconds(value: Any) -> float:
     if not 0 <= float(value) < inf:
         raise ValueError(f"seconds must be ≥ 0 and finite, got {value}.")
     return float(value)
 
 
+def _dense(value: Any) -> bool:
+    """Whether it can be sent: another layout would end the process that tried."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
 def _kind(value: Any) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return f"{value.layout} {value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -54,21 +54,22 @@ def sampled_gradient(
 
 
 def per_example_gradients(
-    model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, label_smoothing: float = 0.0
+    model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, label_smoothing: float = 0.0, names: Sequence[str] = ()
 ) -> Tensors:
-    """One gradient for each record, stacked along a first axis of length ``len(batch)``, which may be 0."""
+    """One gradient for each record, stacked along a first axis of length ``len(batch)``, which may be 0; of all parameters or some."""
+    own = {name: parameters[name] for name in names or parameters}
     if not len(batch):
-        return {name: tensor.new_zeros(0, *tensor.shape) for name, tensor in parameters.items()}
+        return {name: tensor.new_zeros(0, *tensor.shape) for name, tensor in own.items()}
 
     wanted = batch.labels if batch.targets is None else batch.targets
 
-    def one(parameters: Tensors, record: Tensor, label: Tensor) -> Tensor:  # a label is an index or a row of targets
-        return loss(model, parameters, buffers, Batch(record[None], label[None]), label_smoothing=label_smoothing)[0]
+    def one(own: Tensors, record: Tensor, label: Tensor) -> Tensor:  # a label is an index or a row of targets
+        return loss(model, {**parameters, **own}, buffers, Batch(record[None], label[None]), label_smoothing=label_smoothing)[0]
 
     if dropping() or noisy():  # masks and noise are drawn, one after the other
-        each = [grad(one)(dict(parameters), record, label) for record, label in zip(batch.inputs, wanted, strict=True)]
-        return {name: torch.stack([gradient[name] for gradient in each]) for name in parameters}
-    gradients: Tensors = vmap(grad(one), in_dims=(None, 0, 0))(dict(parameters), batch.inputs, wanted)
+        each = [grad(one)(own, record, label) for record, label in zip(batch.inputs, wanted, strict=True)]
+        return {name: torch.stack([gradient[name] for gradient in each]) for name in own}
+    gradients: Tensors = vmap(grad(one), in_dims=(None, 0, 0))(own, batch.inputs, wanted)
     return gradients
 
 

@@ -119,6 +119,7 @@ class Record:
         lost: (round, client, reason) of every answer that did not come or was refused.
         end: how the federation ended, and what it cost; its status is :data:`CUT` where nobody wrote it.
         missing: what a transcript that was cut short lacks, as a sentence; empty if it is whole.
+        damaged: a sentence for every tensor file that is gone or altered: what was in it, which is left out, and why.
     """
 
     header: Mapping[str, Any]
@@ -127,6 +128,7 @@ class Record:
     lost: tuple[tuple[int, int, str], ...]
     end: Mapping[str, Any]
     missing: str = ""
+    damaged: tuple[str, ...] = ()
 
     def observation(self, round: int) -> Observation:
         """The observation of ``round``.
@@ -146,10 +148,12 @@ def read(directory: Path, *, whole: bool = True) -> Record:
 
     Args:
         directory: of the transcript.
-        whole: refuse one that was cut short; else take the rounds before the one in which it ends.
+        whole: refuse one that was cut short or has a damaged tensor file; else take the rounds before the one in which it ends, and
+            every observation whose files are as they were written.
 
     Raises:
-        TranscriptError: there is none, it has another schema, or it was truncated or altered; the message names the round.
+        TranscriptError: there is none, it has another schema, it was truncated, its chain of events was altered, or nothing can be read;
+            the message names the round.
     """
     events = _verified_events(directory, half_is_none=not whole)
     last = max((int(event["round"]) for event in events), default=0)
@@ -166,23 +170,31 @@ def read(directory: Path, *, whole: bool = True) -> Record:
             missing = f"the transcript was cut short after round {last}: how the federation ended is missing"
         events = [*kept, {"event": len(kept), "kind": END, "round": 0, "status": CUT}]
     try:
-        return replace(_parse(directory, events), missing=missing)
+        return replace(_parse(directory, events, whole), missing=missing)
     except (KeyError, TypeError, ValueError) as error:
         raise TranscriptError(
             f"events must have the fields of schema {SCHEMA}, got {error!r}. Use the fedpeek version that wrote it."
         ) from error
 
 
-def _parse(directory: Path, events: list[dict[str, Any]]) -> Record:
+def _parse(directory: Path, events: list[dict[str, Any]], whole: bool) -> Record:
     broadcasts: dict[int, Broadcast] = {}
     uploads: dict[int, list[Upload]] = {}
     released: tuple[Tensors, Tensors] | None = None
     lost = [(event["round"], event["client"], event["reason"]) for event in events if event["kind"] == "lost"]
     refused = {(round, client) for round, client, _ in lost}
+    damaged = []
     for event in events:
         if "file" not in event:
             continue
-        tensors, round = _tensors(directory, event), int(event["round"])
+        round = int(event["round"])
+        try:
+            tensors = _tensors(directory, event)
+        except TranscriptError as error:
+            if whole:
+                raise
+            damaged.append(f"{_content(event)}: damaged: {error}")
+            continue
         if event["kind"] == "broadcast":
             broadcasts[round] = broadcast_of(event, tensors)
         elif event["kind"] == "upload" and not (len(event["senders"]) == 1 and (round, event["senders"][0]) in refused):
@@ -193,7 +205,16 @@ def _parse(directory: Path, events: list[dict[str, Any]]) -> Record:
         Observation(broadcasts[round], tuple(sorted(uploads.get(round, []), key=lambda upload: min(upload.senders))))
         for round in sorted(broadcasts)
     )
-    return Record(events[0], observations, released, tuple(lost), events[-1])
+    if not observations and damaged:
+        raise TranscriptError(f"transcript must hold a broadcast that can be read, got none. {damaged[0]}")
+    return Record(events[0], observations, released, tuple(lost), events[-1], damaged=tuple(damaged))
+
+
+def _content(event: Mapping[str, Any]) -> str:
+    """Which observations are lost with the tensors of an event."""
+    if event["kind"] == "upload":
+        return f"round {event['round']}, client {', '.join(map(str, sorted(event['senders'])))}"
+    return f"round {event['round']}, every client" if event["kind"] == "broadcast" else f"the {event['kind']} model"
 
 
 def _verified_events(directory: Path, half_is_none: bool) -> list[dict[str, Any]]:

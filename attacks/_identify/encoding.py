@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attacks._chain import chain
+from attacks._chain import chain, weights
 from attacks._dropout import layers as dropping_layers
-from attacks._gradient import keeps_sizes, lossy, maybe_clipped, mean_gradient, noise_level, steps_taken
+from attacks._gradient import keeps_sizes, maybe_clipped, mean_gradient, noise_level, steps_taken
 from attacks._identify.alone import prepared
+from attacks._intact import lossy
 from attacks._layers import Call, last_linear, probe
 from attacks._matching.latents import bottlenecks, input_of
 from attacks._peel import peel
@@ -68,7 +69,7 @@ def without_targets(view: Observation, knowledge: Knowledge) -> str | None:
     """The reason why the head does not show what one record was trained towards; None if it does, but for noise."""
     if knowledge.num_examples > 1 or steps_taken(view, knowledge) > 1 or not keeps_sizes(view, knowledge):
         return "the update must be one record's gradient"
-    if lossy(knowledge) or knowledge.training.label_smoothing or bottlenecks(knowledge.model) or dropping_layers(knowledge.model):
+    if lossy(view, knowledge) or knowledge.training.label_smoothing or bottlenecks(knowledge.model) or dropping_layers(knowledge.model):
         return "the gradient must be whole, towards targets that are not smoothed and of a model that draws nothing"
     head = last_linear(knowledge, view.broadcast)
     if head is None or head.layer.bias is None or not bool(view.upload.update.tensors[head.bias].any()):
@@ -103,7 +104,7 @@ def read(view: Observation, knowledge: Knowledge, rehearse: Rehearse, *, seconds
     towards, shape = targets_of(view, knowledge), knowledge.schema.shape
     model = chain(knowledge, view.broadcast)
     if not isinstance(model, str):
-        x = peel(model, view.broadcast.parameters, with_errors(view, knowledge))[-1][1].x
+        x = peel(model, weights(knowledge, view.broadcast), with_errors(view, knowledge))[-1][1].x
         error = (x.error / model.scale.flatten()).abs().float()
         return Encoding(model.image(x.value).float().flatten(), error.clamp(min=ROUNDING), towards)
     image, error = regressed(view, knowledge, rehearse)

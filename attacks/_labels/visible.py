@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import vmap
 
-from attacks._gradient import lossy, mean_gradient, several_steps
+from attacks._gradient import mean_gradient, several_steps
+from attacks._intact import lossy
 from attacks._labels.runs import reference
 from attacks._layers import all_buffers
 from simulator.adversary import Knowledge
@@ -41,7 +42,7 @@ def nearest_label(view: Observation, knowledge: Knowledge, bias: Float[Tensor, "
     if bias is not None and float(bias.min()) < 0:
         return None
     public = knowledge.public
-    if not lossy(knowledge) or public is None or knowledge.num_examples != 1 or several_steps(view, knowledge) is not None:
+    if not lossy(view, knowledge) or public is None or knowledge.num_examples != 1 or several_steps(view, knowledge) is not None:
         return None
     size = sum(tensor.numel() for tensor in view.upload.update.tensors.values())
     if int(torch.bincount(public.labels, minlength=knowledge.schema.num_classes).min()) < 2 or 4 * size * len(public) > MOST_MB * 2**20:

@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
+from attacks._gradient import clip_limit
 from simulator.adversary import Knowledge
 from simulator.mechanisms.censor import orthogonal_update
 from simulator.mechanisms.outpost import perturbed, risks
 from simulator.mechanisms.qsgd import drawn_uniform, qsgd
 from simulator.mechanisms.random_pruning import drawn_masks, masked
 from simulator.mechanisms.top_k import top_k
-from simulator.types import Tensors, Update
+from simulator.types import Observation, Tensors, Update
 
 Stack = Float[Tensor, "pairs coordinates"]
 Settings = Mapping[str, object]
@@ -30,11 +31,14 @@ Settings = Mapping[str, object]
 COMPRESSING = ("top_k", "random_pruning", "sign_sgd", "qsgd", "soteria", "outpost", "censor")
 """Heuristics that are simulated by :mod:`simulator.mechanisms`."""
 
-SIMULATED = ("clip", "client_dp", "local_dp", "gaussian_noise", "laplace_noise", "dp_sgd", *COMPRESSING)
+SIMULATED = (
+    "clip", "client_dp", "local_dp", "gaussian_noise", "laplace_noise", "dp_sgd", "central_dp", "adaptive_clipping", "distributed_dp",
+    "simulated_enclave", *COMPRESSING,
+)  # fmt: skip
 """Defenses that change an upload's values and are simulated."""
 
 HARMLESS = (
-    "central_dp", "model_inspection", "secure_aggregation", "ckks_aggregation",
+    "model_inspection", "secure_aggregation", "ckks_aggregation",
     "precode", "no_first_bias", "group_norm", "frozen_first_layer",
 )  # fmt: skip
 """Defenses that leave an honest server's view as it is, change only how many senders one upload has, or are part of the model."""
@@ -72,7 +76,7 @@ class Chain:
         record: on each record's gradient, at every local step; None for none.
         steps: on the whole update, in order, up to the last that is not noise.
         last: deviation of the noise that comes after everything else.
-        unknown: names of defenses that are not simulated.
+        unknown: names of defenses that are not simulated: those that change records, from whose uploads public records are then guessed.
     """
 
     record: PerRecord | None = None
@@ -91,7 +95,7 @@ def number(settings: Settings, name: str) -> float:
     return float(str(settings[name]))
 
 
-def chain(knowledge: Knowledge) -> Chain:
+def chain(view: Observation, knowledge: Knowledge) -> Chain:
     """What the adversary was told of the clients' defenses, in the order in which they act."""
     record, steps, unknown = None, list[Step](), list[str]()
     for name, settings in knowledge.defenses:
@@ -102,6 +106,12 @@ def chain(knowledge: Knowledge) -> Chain:
             steps.append(Step(clip_norm=number(settings, "clip_norm")))
             if name == "client_dp" and (times := number(settings, "noise_multiplier")):
                 steps.append(Step(sigma=times * number(settings, "clip_norm")))
+        elif name in ("central_dp", "adaptive_clipping"):  # the server's noise comes after what it saw
+            steps.append(Step(clip_norm=clip_limit(view, name, settings)))
+        elif name in ("distributed_dp", "simulated_enclave"):  # noise on the sum, of which each sender has its share
+            times = number(settings, "noise_multiplier")
+            steps.append(Step(clip_norm=clip_limit(view, name, settings)))
+            steps.append(Step(sigma=times * number(settings, "clip_norm") / len(view.upload.senders) ** 0.5 if times else 0.0))
         elif name == "gaussian_noise":
             steps.append(Step(sigma=number(settings, "sigma")))
         elif name == "laplace_noise":  # of equal variance: what is learned is linear in the update but for a correction

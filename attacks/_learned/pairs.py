@@ -94,8 +94,8 @@ def sender(view: Observation, knowledge: Knowledge, seen: Mapping[str, Compresse
     """The client behind an upload, or the senders of an aggregate, which are assumed to hold equally many records."""
     count = len(view.upload.senders)
     least, more = divmod(knowledge.num_examples, count)
-    known = chain(knowledge)
-    if steps_taken(view, knowledge) > 1 or not struck(view.upload.update.tensors):  # no telling, or left alone
+    known = chain(view, knowledge)
+    if steps_taken(view, knowledge) > 1 or not struck(view.upload.update.tensors, knowledge.num_examples):  # no telling, or left alone
         known = replace(known, steps=tuple(step for step in known.steps if step.heuristic != "outpost"))
     return Sender(
         knowledge,

@@ -28,6 +28,9 @@ EDGE = 0.3
 STRUCK = 0.15
 """Share of zeros among coordinates of live units from which on Outpost is taken to have acted."""
 
+RANK = 1e-3
+"""Singular value, relative to the largest, from which on it is not rounding."""
+
 SOFT = 0.5
 """Magnitude, relative to its tensor's mean, at which a coordinate's sign counts half in the smooth stand-in for the sign."""
 
@@ -130,8 +133,16 @@ class Defended:
         return whole
 
 
-def struck(update: Tensors) -> bool:
-    """Whether zeros show that Outpost perturbed a single step: those in the midst of others, where no unit and no input is dead."""
+def struck(update: Tensors, records: int = 0) -> bool:
+    """Whether Outpost perturbed a single step: zeros in the midst of others show it, where no unit and no input is dead.
+
+    So does the last layer, the one matrix that sees a record only once, if its rank is above the number of ``records`` (0: unknown).
+    """
+    last = next((tensor for tensor in reversed([*update.values()]) if tensor.ndim == 2), None)
+    if last is not None and 0 < records < min(last.shape):
+        values = torch.linalg.svdvals(last.double())
+        if float(values[records]) > max(RANK, 4 * torch.finfo(last.dtype).eps) * float(values[0]):
+            return True
     zeros = live = 0
     for tensor in update.values():
         if tensor.ndim > 1:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,12 +24,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.func import vmap
 
+from attacks._matching.distances import TINY
 from attacks._matching.simulate import Victim, simulate
 from simulator.progress import tick
 from simulator.types import Batch
 
 Pixels = Float[Tensor, " pixels"]
 Uploads = Float[Tensor, "samples coordinates"]
+Kind = Literal["exact", "signs", "rounded"]
 
 SHRINK = 4.0
 """Most that a round divides a variance of the belief by: without, beliefs collapse around a wrong pattern of active units."""
@@ -46,26 +48,37 @@ JITTER = 2e-3
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What is known of how an update became the upload: exact where it is seen, signs alone, or rounded at random to a grid.
+    """What is known of how an update became the upload: clipped, then noised, then left, reduced to signs, or rounded at random to a grid.
 
     Attributes:
         kind: of the three.
         target: the upload, flat.
         seen: its coordinates that are observations.
         steps: of the grid, for each coordinate; unused by the others.
+        noise: standard deviation on each coordinate before the last; 0 is none. Taken to be Gaussian.
+        clip_norm: to which the whole update is scaled down first.
     """
 
-    kind: Literal["exact", "signs", "rounded"]
+    kind: Kind
     target: Pixels
     seen: Bool[Tensor, " coordinates"]
     steps: Pixels
+    noise: Pixels
+    clip_norm: float = math.inf
+
+    def clipped(self, updates: Uploads) -> Uploads:
+        """The updates of whole records as clipping leaves them."""
+        norms: Tensor = updates.square().sum(1, keepdim=True).sqrt()
+        return updates * (self.clip_norm / (norms + TINY)).clamp(max=1)
 
     def only(self, places: Tensor) -> Mechanism:
         """Some of the coordinates."""
-        return Mechanism(self.kind, self.target[places], self.seen[places], self.steps[places])
+        return replace(self, target=self.target[places], seen=self.seen[places], steps=self.steps[places], noise=self.noise[places])
 
     def drawn(self, updates: Uploads, rng: torch.Generator) -> Uploads:
-        """Uploads of these updates."""
+        """Uploads of these clipped updates."""
+        if bool(self.noise.any()):
+            updates = updates + self.noise * torch.randn(updates.shape, generator=rng)
         if self.kind == "exact":
             return updates
         if self.kind == "signs":
@@ -74,6 +87,7 @@ class Mechanism:
 
     def score(self, uploads: Uploads, at: Pixels, error: Pixels) -> Uploads:
         """d log p(upload | u)/du at u = ``at``, where u is known to ``error``: the likelihood is smoothed by a Gaussian of that width."""
+        error = (error.square() + self.noise.square()).sqrt()
         if self.kind == "exact":
             return (uploads - at) / error.square()
         if self.kind == "signs":
@@ -158,7 +172,7 @@ def updated(victim: Victim, mechanism: Mechanism, prior: Belief, belief: Belief,
     root = torch.linalg.cholesky(belief.covariance + 1e-10 * eye)
     half = torch.randn(samples // 2, pixels, generator=rng, dtype=torch.float64)
     images = (belief.mean + torch.cat([half, -half]) @ root.T).clamp(0, 1)
-    made = updates(victim, images.float(), int(victim.labels[0]))
+    made = mechanism.clipped(updates(victim, images.float(), int(victim.labels[0])))
     live = ((made != 0).any(0) & mechanism.seen).nonzero().flatten()
     if not len(live):
         return prior

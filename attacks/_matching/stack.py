@@ -184,7 +184,7 @@ def outpost(distance: Defended, settings: Settings, view: Observation, knowledge
     steps, update = steps_taken(view, knowledge), view.upload.update
     each = {name: noise * float(risk) for name, risk in risks(view.broadcast.parameters).items() if name in update.tensors}
     if steps == 1:
-        if not struck(update.tensors):
+        if not struck(update.tensors, knowledge.num_examples):
             return distance
         rate = 1.0 if update.kind == "gradient" else knowledge.training.learning_rate
         return replace(distance, masked=True, pruned=pruned, sigma=tuple(max(rate * each[name], 1e-8) for name in each))

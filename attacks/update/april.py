@@ -203,4 +203,5 @@ class April:
             objective=system.residual,
             certificate=(proof if certain else "",),
             seconds=time.perf_counter() - start,
+            converged=time.process_time() < deadline,
         )

@@ -99,8 +99,9 @@ class CandidateIdentification:
             order = torch.tensor(in_order(labels.tolist(), knowledge.labels.tolist()))
             chosen, labels = chosen[order], knowledge.labels
         return Reconstruction(
-            pool.inputs[chosen], labels, objective=surprise, certificate=("",) * len(labels), seconds=time.perf_counter() - begun
-        )
+            pool.inputs[chosen], labels, objective=surprise, certificate=("",) * len(labels), seconds=time.perf_counter() - begun,
+            converged=time.process_time() < deadline,
+        )  # fmt: skip
 
     def surprise(self, view: Observation, knowledge: Knowledge, pool: Batch, rng: torch.Generator) -> Float[Tensor, " candidates"]:
         """How unlikely the update of one record is for each candidate; a chunk of updates at a time, and none is kept."""

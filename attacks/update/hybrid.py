@@ -6,7 +6,8 @@ record by record. What is left is to invert the convolutions for one image at a 
 
 Source: Dimitrov et al., 2024, arXiv:2403.03945 (SPEAR: the factorization); Kariyappa et al., 2023, arXiv:2209.05578, section 5 (feature
     inversion after unmixing). The labels are the linear-algebra reading of Zhao et al., 2020, arXiv:2001.02610, with the features known.
-Deviations: the inversion is finished by Gauss–Newton, since with the right pattern of active units the convolutions are linear: on
+Deviations: where a defense (Soteria) changed the last layer's gradient, a record's label is that whose signal came back to the hidden
+    layer. The inversion is finished by Gauss–Newton, since with the right pattern of active units the convolutions are linear: on
     8 photographs signed Adam alone ends at 57 dB on average (lowest 49), the finish takes them to 74 (lowest 55) in as much time
     again. Where dark regions leave too few active features the prior decides, and nothing is certified.
 """
@@ -21,17 +22,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 
 from attacks._dropout import layers
 from attacks._features import Entrance, Features, relu_entrance
 from attacks._gradient import mean_gradient, several_steps, unusable
-from attacks._layers import last_linear, probe
+from attacks._intact import changed
+from attacks._layers import backward_signals, last_linear, probe
+from attacks._matching.latents import bottlenecks
 from attacks._matching.priors import box
 from attacks._second_order.inversion import Inverted, finish, search, sensitivity
 from attacks._second_order.proof import RADIUS
 from attacks._settings import must_be_positive
 from attacks._sparse.factorize import Layer, factorize
 from attacks.update.labels import known_or_recovered
+from attacks.update.sparse_factorization import explained
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
 from simulator.types import Observation, Tensors
@@ -43,6 +48,8 @@ MISSED = 2e-3
 """Relative feature error that tells of a wrong pattern of active units."""
 SECOND = 0.3
 """Largest negative score of another class, as a share of the lowest; label smoothing makes small ones."""
+AGREED = 1e-2
+"""Relative difference up to which the signal of a class is taken for that which came back to a layer."""
 MARGIN = 8.0
 """By how much an estimated smallest singular value may be too large."""
 
@@ -60,6 +67,14 @@ def label_scores(entrance: Entrance, features: Features, gradient: Tensors, head
         right = torch.cat([right, size * gradient[f"{head}.bias"].double()[None]])
     solution: Tensor = torch.linalg.lstsq(system, right).solution
     return solution
+
+
+def signal_scores(
+    backward: Float[Tensor, "neurons records"], signals: Float[Tensor, "classes records neurons"]
+) -> Float[Tensor, "records classes"]:
+    """The same where the head's gradient is not what the client computed: −1 for the class whose signal is what came back to the layer."""
+    labels, _, difference = explained(backward, signals)
+    return -F.one_hot(labels, len(signals)).double() * (difference < AGREED)[:, None]
 
 
 def one_negative(scores: Float[Tensor, "records classes"]) -> Bool[Tensor, " records"]:
@@ -142,15 +157,19 @@ class Hybrid:
             return Reconstruction(nothing, labels, inf, certificate=("",) * len(labels), seconds=time.perf_counter() - began)
 
         features = found.inputs
-        scores = label_scores(entrance, features, gradient, head.name, torch.full(knowledge.schema.shape, 0.5))
+        inverted = self.invert(entrance, features, knowledge.schema.shape, rng, deadline)
+        if changed(view, knowledge, head.weight) is None or found.backward is None:
+            scores = label_scores(entrance, features, gradient, head.name, torch.full(knowledge.schema.shape, 0.5))
+        else:
+            scores = signal_scores(found.backward, backward_signals(knowledge, view.broadcast, name.name, box(inverted.images).float()))
         told = knowledge.labels if knowledge.labels is not None else None
         if told is None and (knowledge.label_counts is not None or len(features) < knowledge.num_examples):
             told = known_or_recovered(view, knowledge)
         labels = scores.argmin(1) if told is None else told
         order = torch.arange(len(features)) if told is None else assigned(scores, told)
 
-        inverted = self.invert(entrance, features, knowledge.schema.shape, rng, deadline)
-        certain = found.certified if not layers(knowledge.model) else (False,) * len(features)  # dropped features are another picture's
+        random = layers(knowledge.model) or bottlenecks(knowledge.model)  # features of another picture, labels by other noise
+        certain = (False,) * len(features) if random else found.certified
         exact = self.proven(entrance, features, inverted, certain, rng, deadline)
         clear = one_negative(scores)
         agree = [bool(clear[i]) and int(scores[i].argmin()) == int(labels[k]) for k, i in enumerate(order.tolist())]
@@ -160,6 +179,7 @@ class Hybrid:
             objective=float(inverted.error.mean()),
             certificate=tuple(PROOF if i >= 0 and exact[i] and ok else "" for i, ok in zip(order.tolist(), agree, strict=True)),
             seconds=time.perf_counter() - began,
+            converged=time.process_time() < deadline and len(features) == knowledge.num_examples,
         )
 
     def invert(

@@ -219,4 +219,5 @@ class Imprint:
             float(1 - inside.sum() / records),
             certificate=tuple(certificate) if affine.whole else ("",) * records,
             seconds=time.perf_counter() - start,
+            converged=True,
         )

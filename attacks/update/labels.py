@@ -225,4 +225,4 @@ class LabelRecovery:
         else:
             counts = recovered_counts(view, knowledge, self.estimate)
         labels = torch.arange(len(counts)).repeat_interleave(counts)
-        return Reconstruction(None, labels, objective=surprise, seconds=time.perf_counter() - start)
+        return Reconstruction(None, labels, objective=surprise, seconds=time.perf_counter() - start, converged=True)

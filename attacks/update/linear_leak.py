@@ -20,9 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attacks._gradient import lossy, maybe_clipped, mean_gradient, several_steps, unusable
+from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusable
+from attacks._intact import changed
 from attacks._layers import Call, all_buffers, first_linear
 from attacks._rest import labels_left
+from attacks._settings import must_be_positive
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -36,6 +38,40 @@ RANK = 1e-6
 """Singular values below this fraction of the largest are rounding of float32."""
 
 
+@dataclass(frozen=True)
+class Factors:
+    """∂W = left · diag(values) · right of the rank that float32 tells from rounding, one for each record at most; orthonormal sides."""
+
+    left: Float[Tensor, "neurons rank"]
+    values: Float[Tensor, " rank"]
+    right: Float[Tensor, "rank inputs"]
+
+
+def factors(weight: Float[Tensor, "neurons inputs"]) -> Factors:
+    """The singular value decomposition of ∂W, by way of its smaller Gram matrix: the full one takes seconds."""
+    if weight.shape[0] > weight.shape[1]:
+        turned = factors(weight.T)
+        return Factors(turned.right.T, turned.values, turned.left.T)
+    squares, left = torch.linalg.eigh(weight @ weight.T)
+    keep = squares > RANK**2 * squares[-1]
+    left = left[:, keep].flip(1)
+    right = left.T @ weight
+    values = right.norm(dim=1)
+    return Factors(left, values, right / values[:, None])
+
+
+def rank_without(space: Factors, signal: Float[Tensor, " neurons"], x: Float[Tensor, " inputs"]) -> int:
+    """The rank of ∂W − signal·xᵀ, found in the few dimensions that the two span."""
+
+    def inside(basis: Tensor, vector: Tensor) -> Tensor:
+        coordinates = basis.T @ vector
+        return torch.cat([coordinates, (vector - basis @ coordinates).norm()[None]])
+
+    core = torch.nn.functional.pad(torch.diag(space.values), (0, 1, 0, 1))
+    core = core - torch.outer(inside(space.left, signal), inside(space.right.T, x))
+    return int((torch.linalg.svdvals(core) > RANK * space.values[0]).sum())
+
+
 def one_record(weight: Float[Tensor, "neurons inputs"], bias: Float[Tensor, " neurons"]) -> tuple[Float[Tensor, "1 inputs"], float]:
     """The least-squares x in ∂W = ∂b·xᵀ, and the relative residual; 0 means that ∂W has rank one."""
     x = weight.T @ bias / bias.square().sum()
@@ -44,11 +80,11 @@ def one_record(weight: Float[Tensor, "neurons inputs"], bias: Float[Tensor, " ne
 
 
 def isolated_rows(
-    weight: Float[Tensor, "neurons inputs"], bias: Float[Tensor, " neurons"], tolerance: float
+    weight: Float[Tensor, "neurons inputs"], bias: Float[Tensor, " neurons"], space: Factors, tolerance: float
 ) -> list[tuple[Float[Tensor, " inputs"], Int[Tensor, " rows"]]]:
     """Quotients ∂W_i/∂b_i on which at least two neurons agree to a relative ``tolerance``, with the neurons; most frequent first."""
     alive = (bias.abs() > 1e-6 * bias.abs().max()).nonzero().flatten()
-    quotients = weight[alive] / bias[alive, None]
+    quotients = space.left[alive] * space.values / bias[alive, None]  # in the coordinates of the few records
     agree = torch.cdist(quotients, quotients, compute_mode="donot_use_mm_for_euclid_dist") <= tolerance * quotients.norm(dim=1)[:, None]
     found: list[tuple[Tensor, Tensor]] = []
     free = torch.ones(len(alive), dtype=torch.bool)
@@ -74,6 +110,7 @@ def explains(
     image: Float[Tensor, "channel height width"],
     rows: Int[Tensor, " rows"],
     gradient: Tensors,
+    space: Factors,
     layer: Call,
     view: Observation,
     knowledge: Knowledge,
@@ -88,9 +125,10 @@ def explains(
     model, buffers = knowledge.model, all_buffers(knowledge.model, view.broadcast)
     if model.training and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return None  # a record has no gradient of its own
-    weight, seen = gradient[layer.weight].double(), gradient[layer.bias].double()[rows]
+    parameters, seen = view.broadcast.parameters, gradient[layer.bias].double()[rows]
     every = Batch(image.expand(knowledge.schema.num_classes, *image.shape), torch.arange(knowledge.schema.num_classes))
-    alone = per_example_gradients(model, view.broadcast.parameters, buffers, every, label_smoothing=knowledge.training.label_smoothing)
+    smoothing = knowledge.training.label_smoothing
+    alone = per_example_gradients(model, parameters, buffers, every, label_smoothing=smoothing, names=[layer.bias])
     signals = alone[layer.bias].double() / knowledge.num_examples
     factors = signals[:, rows] @ seen / signals[:, rows].square().sum(1)
     difference = (factors[:, None] * signals[:, rows] - seen).norm(dim=1) / seen.norm()
@@ -98,9 +136,10 @@ def explains(
     if not fits.any():
         return None
     label = int(torch.where(fits, difference, torch.inf).argmin())
-    rest = weight - factors[label] * alone[layer.weight][label].double() / knowledge.num_examples
-    values, left = torch.linalg.svdvals(weight), torch.linalg.svdvals(rest)
-    if int((left > RANK * values[0]).sum()) != int((values > RANK * values[0]).sum()) - 1:
+    mine = Batch(image[None], torch.tensor([label]))
+    own = per_example_gradients(model, parameters, buffers, mine, label_smoothing=smoothing, names=[layer.weight, layer.bias])
+    x, _ = one_record(own[layer.weight][0].double(), own[layer.bias][0].double())
+    if rank_without(space, factors[label] * signals[label], x[0]) != len(space.values) - 1:
         return None
     return Candidate(image, label, float(factors[label]))
 
@@ -146,11 +185,14 @@ class LinearLeak:
 
     Attributes:
         tolerance: largest relative difference between two quotients of the same record.
+        seconds: CPU time for proving records of a batch, those with the most neurons first.
     """
 
     tolerance: float = 1e-4
+    seconds: float = 20.0
 
     def __post_init__(self) -> None:
+        must_be_positive(self, "seconds")
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance}. Use 1e-4 for float32 updates.")
 
@@ -163,7 +205,7 @@ class LinearLeak:
 
     def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
         """Divide ∂W by ∂b and undo the normalization."""
-        start = time.perf_counter()
+        start, deadline = time.perf_counter(), time.process_time() + self.seconds
         found = first_linear(knowledge, view.broadcast)
         if isinstance(found, str):
             raise ValueError(found)
@@ -172,26 +214,33 @@ class LinearLeak:
         weight, bias = gradient[layer.weight].double(), gradient[layer.bias].double()
         records, labels = knowledge.num_examples, known_or_recovered(view, knowledge)
 
+        # Soteria leaves a rank of one, with holes where it took columns out
+        whole = affine.whole and changed(view, knowledge, layer.weight, layer.bias) is None
         x, residual = one_record(weight, bias)
         if records == 1:
             image = as_images(affine.undo(x), knowledge)
-            whole = affine.whole and not lossy(knowledge)  # Soteria leaves a rank of one, with holes where it took columns out
             proof = "rank one" if residual < self.tolerance and whole else ""
-            return Reconstruction(image, labels, residual, certificate=(proof,), seconds=time.perf_counter() - start)
+            return Reconstruction(image, labels, residual, certificate=(proof,), seconds=time.perf_counter() - start, converged=True)
 
-        groups = [(as_images(affine.undo(x[None]), knowledge)[0], rows) for x, rows in isolated_rows(weight, bias, self.tolerance)]
-        candidates = [explains(image, rows, gradient, layer, view, knowledge) for image, rows in groups]
-        exact = proven([c for c in candidates if c is not None], scaled=maybe_clipped(view, knowledge))[:records]
+        space, candidates, tried = factors(weight), [], True
+        for x, rows in isolated_rows(weight, bias, space, self.tolerance):
+            if not (tried := time.process_time() < deadline):
+                break
+            image = as_images(affine.undo(x[None]), knowledge)[0]
+            if (candidate := explains(image, rows, gradient, space, layer, view, knowledge)) is not None:
+                candidates.append(candidate)
+        exact = proven(candidates, scaled=maybe_clipped(view, knowledge))[:records]
         strong = bias.abs() > 0.01 * bias.abs().max()
         quotients = affine.undo(weight[strong] / bias[strong, None])
         inside = ((quotients > -1e-3) & (quotients < 1 + 1e-3)).all(1)
         known = [candidate.image.flatten().double() for candidate in exact]
         guesses = best_guesses(quotients[inside] if inside.any() else quotients.clamp(0, 1), known, records)
-        certificate = ("isolated rows" if affine.whole and not lossy(knowledge) else "",) * len(exact) + ("",) * (records - len(exact))
+        certificate = ("isolated rows" if whole else "",) * len(exact) + ("",) * (records - len(exact))
         return Reconstruction(
             as_images(torch.stack(guesses), knowledge),
             with_found_first([c.label for c in exact], labels) if knowledge.labels is None else labels,
             residual,
             certificate=certificate,
             seconds=time.perf_counter() - start,
+            converged=tried,
         )

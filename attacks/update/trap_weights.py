@@ -27,7 +27,18 @@ from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusa
 from attacks._layers import Affine, Call, all_buffers, first_linear
 from attacks.update.imprint import not_active
 from attacks.update.labels import known_or_recovered
-from attacks.update.linear_leak import PROOF, RANK, Candidate, as_images, explains, isolated_rows, proven, with_found_first
+from attacks.update.linear_leak import (
+    PROOF,
+    Candidate,
+    as_images,
+    explains,
+    factors,
+    isolated_rows,
+    one_record,
+    proven,
+    rank_without,
+    with_found_first,
+)  # fmt: skip
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
 from simulator.training import per_example_gradients
@@ -57,8 +68,9 @@ def trapped(view: Observation, knowledge: Knowledge) -> tuple[Call, Affine] | st
 
 def agreeing(rest: Tensors, layer: Call, affine: Affine, view: Observation, knowledge: Knowledge, tolerance: float) -> Iterator[Candidate]:
     """Records that explain rows of what is left of the gradient which agree on them."""
-    for x, rows in isolated_rows(rest[layer.weight], rest[layer.bias], tolerance):
-        found = explains(as_images(affine.undo(x[None]), knowledge)[0], rows, rest, layer, view, knowledge)
+    space = factors(rest[layer.weight])
+    for x, rows in isolated_rows(rest[layer.weight], rest[layer.bias], space, tolerance):
+        found = explains(as_images(affine.undo(x[None]), knowledge)[0], rows, rest, space, layer, view, knowledge)
         if found is not None:
             yield found
 
@@ -71,7 +83,7 @@ def single(rest: Tensors, layer: Call, affine: Affine, view: Observation, knowle
     other neurons is not in the span of the columns.
     """
     weight, bias = rest[layer.weight], rest[layer.bias]
-    alive = bias.nonzero().flatten()
+    space, alive = factors(weight), bias.nonzero().flatten()
     quotients = affine.undo(weight[alive] / bias[alive, None])
     alive = alive[inside(quotients)]
     images, classes = as_images(quotients[inside(quotients)], knowledge), knowledge.schema.num_classes
@@ -80,21 +92,19 @@ def single(rest: Tensors, layer: Call, affine: Affine, view: Observation, knowle
         alone = own_gradients(every, layer, view, knowledge)
         difference = (alone[layer.bias][:, row] / knowledge.num_examples / bias[row] - 1).abs()
         label = int(difference.argmin())
-        if difference[label] < PROOF and _lowers_rank(weight, alone[layer.weight][label] / knowledge.num_examples):
+        x, _ = one_record(alone[layer.weight][label], alone[layer.bias][label])
+        signal = alone[layer.bias][label] / knowledge.num_examples
+        if difference[label] < PROOF and rank_without(space, signal, x[0]) == len(space.values) - 1:
             return Candidate(image, label, 1.0)
     return None
-
-
-def _lowers_rank(weight: Tensor, part: Tensor) -> bool:
-    values, left = torch.linalg.svdvals(weight), torch.linalg.svdvals(weight - part)
-    return int((left > RANK * values[0]).sum()) == int((values > RANK * values[0]).sum()) - 1
 
 
 def own_gradients(batch: Batch, layer: Call, view: Observation, knowledge: Knowledge) -> dict[str, Tensor]:
     """Each record's own gradient of the first layer, in float64."""
     buffers, smoothing = all_buffers(knowledge.model, view.broadcast), knowledge.training.label_smoothing
-    alone = per_example_gradients(knowledge.model, view.broadcast.parameters, buffers, batch, label_smoothing=smoothing)
-    return {name: alone[name].double() for name in (layer.weight, layer.bias)}
+    names = (layer.weight, layer.bias)
+    alone = per_example_gradients(knowledge.model, view.broadcast.parameters, buffers, batch, label_smoothing=smoothing, names=names)
+    return {name: alone[name].double() for name in names}
 
 
 def inside(quotients: Float[Tensor, "row pixels"]) -> Bool[Tensor, " row"]:
@@ -181,4 +191,5 @@ class TrapWeights:
             1 - len(exact) / records,
             certificate=("isolated rows" if affine.whole else "",) * len(exact) + ("",) * (records - len(exact)),
             seconds=time.perf_counter() - start,
+            converged=True,
         )

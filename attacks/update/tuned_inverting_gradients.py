@@ -13,25 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import log10
 
 import torch
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
-from attacks._learned.pairs import sender, updates
-from attacks._learned.train import compression, with_update
+from attacks._learned.train import compression
+from attacks._rehearsal import psnr_db, rehearsal
 from attacks._settings import must_be_positive
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.learning_to_invert import kinds
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
-from simulator.types import Batch, Observation
+from simulator.types import Observation
 
 FACTORS = (3.0, 1.0, 0.3, 0.1, 0.03)
 """On both ends of the weight of inverting_gradients."""
-
-Rehearsed = tuple[list[Observation], list[Knowledge], list[Batch]]
 
 
 @register("attacks", "tuned_inverting_gradients")
@@ -98,30 +93,3 @@ class TunedInvertingGradients:
 def scaled(attack: InvertingGradients, factor: float) -> InvertingGradients:
     """The attack with both ends of its weight of total variation times ``factor``."""
     return replace(attack, tv=factor * attack.tv, tv_final=factor * attack.tv_final)
-
-
-def rehearsal(view: Observation, knowledge: Knowledge, count: int) -> Rehearsed:
-    """Uploads of public records as this client would have sent them, what the attacker would be told of them, and the records."""
-    assert knowledge.public is not None
-    public, rng = knowledge.public, torch.Generator().manual_seed(0)
-    of, records = sender(view, knowledge, compression(view, knowledge)), knowledge.num_examples
-    rows = torch.randperm(len(public), generator=rng)[: count * records].view(count, records)
-    uploads = updates(of, public.inputs[rows], public.labels[rows], rng)
-    uploads = uploads + of.noise * torch.randn(uploads.shape, generator=rng)
-    truth = [Batch(public.inputs[own], public.labels[own]) for own in rows]
-    told = [
-        replace(
-            knowledge,
-            labels=None if knowledge.labels is None else batch.labels,
-            label_counts=None if knowledge.label_counts is None else torch.bincount(batch.labels, minlength=knowledge.schema.num_classes),
-        )
-        for batch in truth
-    ]
-    return [with_update(view, of, upload) for upload in uploads], told, truth
-
-
-def psnr_db(guess: Tensor | None, truth: Batch) -> float:
-    """Mean peak signal-to-noise ratio in dB after the best assignment; a failed attempt counts as mid-gray."""
-    images = torch.full_like(truth.inputs, 0.5) if guess is None or not bool(torch.isfinite(guess).all()) else guess
-    errors = (images.flatten(1)[:, None] - truth.inputs.flatten(1)[None]).square().mean(2).double().numpy()
-    return float(sum(-10 * log10(max(error, 1e-12)) for error in errors[linear_sum_assignment(errors)]) / len(truth))

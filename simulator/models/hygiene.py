@@ -72,9 +72,11 @@ class GroupNormed:
 
     Attributes:
         of: the other model.
+        groups: of channels that are normalized together.
     """
 
     of: Annotated[Any, Plugin("models")] = field(default_factory=ResNet20)
+    groups: int = 8
 
     def build(self, schema: Schema, rng: torch.Generator) -> nn.Module:
         """Build the other model and change its norms; they start with scale 1 and shift 0, as BatchNorm's do."""
@@ -83,5 +85,5 @@ class GroupNormed:
         if not norms:
             raise SpecError("the model must have BatchNorm for group_norm, got none to replace. Drop group_norm.")
         for name, channels in norms.items():
-            replace(model, name, norm_layer("group", channels))
+            replace(model, name, norm_layer("group", channels, self.groups))
         return model

@@ -18,9 +18,13 @@ from attacks._matching.records import PerRecord, clipping
 from attacks._matching.simulate import simulate
 from attacks._matching.stack import Stack, known_stack
 from attacks._rest import mismatch
+from attacks.strongest import Strongest
 from attacks.update.adaptive_matching import AdaptiveMatching
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.linear_leak import LinearLeak
+from defenses.client.clip import clip_to_norm
+from defenses.client.gaussian_noise import add_gaussian
+from defenses.client.laplace_noise import add_laplace
 from simulator import lookup
 from simulator.adversary import Knowledge
 from simulator.mechanisms.outpost import perturbed, risks
@@ -260,8 +264,10 @@ def test_a_smooth_network_gives_the_record_away_to_the_last_digit(name: str) -> 
 
 @pytest.mark.slow
 def test_soteria_and_precode_are_no_protection_against_those_who_know_them() -> None:
-    """Five digits of 16×16, ReLU ConvNet: within 2 dB of the undefended attack at equal steps, far above the attack that does not ask."""
-    shape, attack, blunt = (1, 16, 16), AdaptiveMatching(steps=400), InvertingGradients(steps=400)
+    """Five digits of 16×16, ReLU ConvNet, whose only linear layer is the head, so that nothing is exact: within 2 dB of all that is known
+    of the undefended update, far above the attack that does not ask. Where there is another one: tests/defenses/test_broken_heuristics.py.
+    """
+    shape, attack, blunt = (1, 16, 16), Strongest(seconds=6), InvertingGradients(steps=400)
     plain = build("convnet", shape, width=8)
     bottle = lookup.get("models", "precode")(lookup.get("models", "convnet")(width=8)).build(Schema(shape, CLASSES), stream(0, "model"))
     scores: dict[str, list[float]] = {}
@@ -286,27 +292,44 @@ def test_soteria_and_precode_are_no_protection_against_those_who_know_them() -> 
         assert means[name] > means[f"{name}, blunt"] + 5, means
 
 
+NOISE = ("gaussian_noise", {"sigma": 0.01})
+
+
 @pytest.mark.parametrize(
-    ("name", "settings", "margin"),
+    ("defenses", "margin"),
     [
-        ("qsgd", {"levels": 3, "bucket": 512}, 2.0),
-        ("sign_sgd", {"scale": "none"}, 3.0),
-        ("random_pruning", {"pruned": 0.9, "masks": "round", "rescaled": False}, 30.0),
+        ((("qsgd", {"levels": 3, "bucket": 512}),), 3.0),
+        ((("sign_sgd", {"scale": "none"}),), 4.0),
+        ((("random_pruning", {"pruned": 0.9, "masks": "round", "rescaled": False}),), 30.0),
+        pytest.param((("top_k", {"pruned": 0.99}),), 8.0, marks=pytest.mark.slow),
+        pytest.param((NOISE,), 4.0, marks=pytest.mark.slow),
+        pytest.param((("laplace_noise", {"scale": 0.01}),), 4.0, marks=pytest.mark.slow),
+        pytest.param((("client_dp", {"clip_norm": 3.0, "noise_multiplier": 0.01}),), 4.0, marks=pytest.mark.slow),
+        pytest.param((NOISE, ("sign_sgd", {"scale": "none"})), 4.0, marks=pytest.mark.slow),
     ],
+    ids=lambda value: "+".join(name for name, _ in value) if isinstance(value, tuple) else None,
 )
-def test_small_records_behind_coarse_updates_are_found_by_sampling(name: str, settings: dict[str, object], margin: float) -> None:
-    """Five digits that are not among the public ones, labels unknown: far above the attack that does not ask which defense acted."""
+def test_small_records_behind_coarse_updates_are_found_by_sampling(
+    defenses: tuple[tuple[str, dict[str, object]], ...], margin: float
+) -> None:
+    """Three digits that are not among the public ones, labels unknown: far above the attack that does not ask which defense acted."""
     model, public, gains = build("cnn", SHAPE, width=8, hidden=64), digits(500, offset=1000), []
     blunt, attack = InvertingGradients(steps=60), AdaptiveMatching()
     changes: dict[str, Callable[[int], Change]] = {
         "qsgd": lambda i: lambda u: qsgd(u, drawn_uniform(u, stream(i, "rounding")), levels=3, bucket=512),
         "sign_sgd": lambda _: signs,
         "random_pruning": lambda i: lambda u: masked(u, drawn_masks(u, 0.9, stream(i, "mask"))),
+        "top_k": lambda _: lambda u: top_k(u, 0.99),
+        "gaussian_noise": lambda i: lambda u: add_gaussian(u, 0.01, stream(i, "noise")),
+        "laplace_noise": lambda i: lambda u: add_laplace(u, 0.01, stream(i, "noise")),
+        "client_dp": lambda i: lambda u: add_gaussian(clip_to_norm(u, 3.0), 0.03, stream(i, "noise")),
     }
-    for number in range(5):
+    for number in range(3):
         batch = digits(1, offset=50 + number)
-        view, knowledge = defended(*attack_surface(model, [batch]), changes[name](number), (name, settings))
-        told = replace(knowledge, public=public)
+        view, knowledge = attack_surface(model, [batch])
+        for name, settings in defenses:
+            view, knowledge = defended(view, knowledge, changes[name](number), (name, settings))
+        told = replace(knowledge, public=public, defenses=defenses)
         found, other = (one(view, told, rng=stream(number)) for one in (attack, blunt))
         gains.append(psnr_db(found.inputs, batch.inputs) - psnr_db(other.inputs, batch.inputs))
-    assert sum(gains) / 5 > margin, gains
+    assert sum(gains) / 3 > margin, gains

@@ -71,15 +71,16 @@ def test_linear_leak_refuses_convolutions_and_long_deltas() -> None:
     assert "2 local steps" in str(LinearLeak().supports(view, knowledge))
 
 
-def test_linear_leak_certifies_no_mixture_of_two_classes() -> None:
+@pytest.mark.parametrize(
+    ("linear", "mlp"), [(range(178, 192), range(6)), pytest.param(range(150, 238), range(12), marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_linear_leak_certifies_no_mixture_of_two_classes(linear: range, mlp: range) -> None:
     """With two classes all signals through the last layer are parallel, so that mixtures explain their rows almost as records do.
 
     Seed 185 of linear with 6 records is one that was certified falsely at a tolerance of 1e-3 without the test of the rank.
     """
     data, model_classes = digits(1700), Schema((1, 8, 8), ("even", "odd"))
-    for name, size, seed in [
-        (n, b, s) for n in ("mlp", "linear") for b in (6, 12) for s in (range(150, 238) if n == "linear" else range(12))
-    ]:
+    for name, size, seed in [(n, b, s) for n, seeds in (("mlp", mlp), ("linear", linear)) for b in (6, 12) for s in seeds]:
         batch = drawn(data, size, seed)
         batch = Batch(batch.inputs, batch.labels % 2)
         model = lookup.get("models", name)().build(model_classes, stream(seed, "model"))
@@ -110,7 +111,6 @@ def clipped(surface: tuple[Observation, Knowledge], factor: float) -> tuple[Obse
     return view, replace(knowledge, defenses=(("clip", {"clip_norm": factor * norm}),))
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.1])
 @pytest.mark.parametrize(
     ("attack", "model", "shape", "size"),
     [
@@ -121,19 +121,22 @@ def clipped(surface: tuple[Observation, Knowledge], factor: float) -> tuple[Obse
     ],
     ids=["dlg", "linear_leak", "label_recovery", "inverting_gradients"],
 )
-def test_clipping_changes_nothing(attack: Attack, model: str, shape: tuple[int, int, int], size: int, factor: float) -> None:
+def test_clipping_changes_nothing(attack: Attack, model: str, shape: tuple[int, int, int], size: int) -> None:
+    data = digits(1000, shape)
     for seed in range(3):
-        batch = drawn(digits(1000, shape), size, seed)
+        batch = drawn(data, size, seed)
         surface = attack_surface(build(model, shape, seed=seed), [batch])
-        free, tied = (attack(*s, rng=stream(seed, "attack")) for s in (surface, clipped(surface, factor)))
+        free = attack(*surface, rng=stream(seed, "attack"))
         assert torch.equal(free.labels.sort().values, batch.labels.sort().values)
-        assert torch.equal(tied.labels.sort().values, free.labels.sort().values)
-        assert tied.certificate == free.certificate
-        if free.inputs is None:
-            continue
-        assert tied.inputs is not None
-        error = (tied.inputs - free.inputs).square().mean()
-        assert float(error) < 1e-4
+        for factor in (0.5, 0.1):
+            tied = attack(*clipped(surface, factor), rng=stream(seed, "attack"))
+            assert torch.equal(tied.labels.sort().values, free.labels.sort().values)
+            assert tied.certificate == free.certificate
+            if free.inputs is None:
+                continue
+            assert tied.inputs is not None
+            error = (tied.inputs - free.inputs).square().mean()
+            assert float(error) < 1e-4
 
 
 def test_dlg_on_digits() -> None:

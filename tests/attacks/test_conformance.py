@@ -102,7 +102,7 @@ def test_attack_returns_no_nan_silently(attack: Attack) -> None:
 def test_attack_uses_the_labels_it_is_told(attack: Attack) -> None:
     view, knowledge = surfaces()["a batch"]
     if hasattr(attack, "seconds"):  # wrong labels explain nothing: the search would take all it is given
-        attack = replace(attack, seconds=0.3)  # type: ignore[type-var]
+        attack = replace(attack, seconds=0.15)  # type: ignore[type-var]
     told = replace(knowledge, labels=torch.tensor([9, 0, 4]))
     counts = replace(knowledge, label_counts=torch.bincount(torch.tensor([9, 0, 9]), minlength=10))
     for known, labels in ((told, [9, 0, 4]), (counts, [0, 9, 9])):

@@ -7,16 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from attacks import strongest
 from attacks._cohorts import combination, covariance, mixed, separate
 from attacks._gradient import norm
+from attacks.strongest import Strongest
 from attacks.update.gradient_disaggregation import GradientDisaggregation
+from experiments.matching import assign
 from simulator.adversary import Knowledge
 from simulator.aggregate import weighted_mean
 from simulator.rng import stream
 from simulator.training import local_update
 from simulator.types import Batch, Broadcast, LocalTraining, Observation, Schema, Tensors, Update, Upload
-from tests.attacks.victims import CLASSES, records, smooth
+from tests.attacks.victims import CLASSES, build, digits, psnr_db, records, smooth
 
 SHAPE = (1, 4, 4)
 SIZES = (1, 2, 3, 1)
@@ -26,20 +30,23 @@ def clients() -> list[Batch]:
     return [records(size, SHAPE, seed) for seed, size in enumerate(SIZES)]
 
 
-def own(batch: Batch, parameters: Tensors) -> Tensors:
-    return local_update(smooth(), parameters, {}, [batch], LocalTraining(batch_size=0))[0].tensors
+def own(batch: Batch, parameters: Tensors, model: nn.Module | None = None) -> Tensors:
+    return local_update(model or smooth(), parameters, {}, [batch], LocalTraining(batch_size=0))[0].tensors
 
 
-def federation(cohorts: Sequence[Sequence[int]], rate: float) -> tuple[Observation, Knowledge]:
+def federation(
+    cohorts: Sequence[Sequence[int]], rate: float, model: nn.Module | None = None, everybody: Sequence[Batch] = ()
+) -> tuple[Observation, Knowledge]:
     """The first of the rounds with these cohorts under secure aggregation, and the others as history."""
-    recipe, seen = LocalTraining(batch_size=0), list[Observation]()
-    parameters: Tensors = {name: tensor.detach().clone() for name, tensor in smooth().named_parameters()}
+    recipe, seen, model, everybody = LocalTraining(batch_size=0), list[Observation](), model or smooth(), everybody or clients()
+    sizes, (channels, height, width) = [len(batch) for batch in everybody], everybody[0].inputs.shape[1:]
+    parameters: Tensors = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     for number, cohort in enumerate(cohorts):
-        mean = weighted_mean([own(clients()[i], parameters) for i in cohort], [SIZES[i] for i in cohort])
-        upload = Upload(frozenset(cohort), Update("gradient", mean), {}, sum(SIZES[i] for i in cohort))
+        mean = weighted_mean([own(everybody[i], parameters, model) for i in cohort], [sizes[i] for i in cohort])
+        upload = Upload(frozenset(cohort), Update("gradient", mean), {}, sum(sizes[i] for i in cohort))
         seen.append(Observation(Broadcast(number + 1, parameters, {}, recipe), (upload,)))
         parameters = {name: tensor - rate * mean[name] for name, tensor in parameters.items()}
-    knowledge = Knowledge(smooth(), Schema(SHAPE, CLASSES), recipe, seen[0].upload.num_examples, history=tuple(seen[1:]))
+    knowledge = Knowledge(model, Schema((channels, height, width), CLASSES), recipe, seen[0].upload.num_examples, history=tuple(seen[1:]))
     return seen[0], knowledge
 
 
@@ -116,3 +123,26 @@ def test_every_record_is_answered_and_nothing_is_proven() -> None:
     told = torch.cat([batch.labels for batch in clients()[:3]])
     guess = attack(view, replace(knowledge, labels=told), rng=stream(0, "attack"))
     assert guess.labels.tolist() == told.tolist()
+
+
+def test_strongest_asks_it_where_nothing_else_applies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strongest, "LADDER", ())
+    view, knowledge = federation([(0, 1, 2), (0, 1)], 0.0)
+    assert Strongest().supports(view, knowledge) is None
+    assert "at least one solver" in str(Strongest().supports(view, replace(knowledge, history=())))
+
+
+@pytest.mark.slow
+def test_strongest_keeps_what_the_parts_give_where_the_sum_gives_less() -> None:
+    """A layer so narrow that no solver is exact of the sum, but of each client."""
+    batch, model = digits(4), build("cnn", (1, 8, 8), width=8, hidden=8)
+    everybody = [Batch(batch.inputs[i : i + 1], batch.labels[i : i + 1]) for i in range(4)]
+    view, knowledge = federation([(0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (1, 2, 3)], 1e-4, model, everybody)
+    found = Strongest(seconds=0.3)(view, knowledge, rng=stream(0, "attack"))
+    alone = Strongest(seconds=0.3)(view, replace(knowledge, history=()), rng=stream(0, "attack"))
+    scores = []
+    for guess in (found, alone):
+        assert guess.inputs is not None
+        scores.append(psnr_db(guess.inputs[assign(guess.inputs, batch.inputs)], batch.inputs))
+    assert "gradient_disaggregation" in found.solver
+    assert scores[0] > scores[1] + 4

@@ -7,39 +7,90 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attacks._features import Entrance, relu_entrance
 from attacks._matching.simulate import prepare
 from attacks._second_order.residual import Residual
-from attacks.identifiability import Identifiability, effective_rank, identify, likely_images, singular_values
+from attacks.identifiability import Identifiability, effective_rank, identify, likely_images, separating_share, singular_values
+from experiments.victims import trained
+from simulator.data.photos import Photos
+from simulator.dataset import take
 from simulator.rng import stream
 from simulator.types import Batch
 from tests.attacks.victims import attack_surface, build, records, smooth
 
+KNOWN = (1.0, 1.0)
+"""Singular values where they do not matter: they are what takes time."""
 
-def report(name: str, count: int, shape: tuple[int, int, int] = (3, 32, 32), **settings: object) -> Identifiability:
-    return identify(*attack_surface(build(name, shape, **settings), [records(count, shape)]), rng=stream(0))
+
+def report(
+    name: str, count: int, shape: tuple[int, int, int] = (3, 32, 32), known: tuple[float, float] | None = None, **settings: object
+) -> Identifiability:
+    return identify(*attack_surface(build(name, shape, **settings), [records(count, shape)]), rng=stream(0), range_of_values=known)
 
 
 def test_it_predicts_where_the_factorization_works() -> None:
     """B23 for B5: eight records in 256 neurons are separable, 200 are not, nor is a record that is there twice."""
-    yes, no = report("mlp", 8), report("mlp", 200)
+    yes, no = report("mlp", 8, known=KNOWN), report("mlp", 200, known=KNOWN)
     assert (yes.exact, yes.rank, yes.relu_layers) == (8, 8, (("layer0", 256),))
     assert no.exact == 0
     assert "too many" in no.prediction
     batch = records(4, (3, 32, 32))
     twice = Batch(batch.inputs[[0, 1, 2, 2]], batch.labels[[0, 1, 2, 2]])
-    double = identify(*attack_surface(build("mlp", (3, 32, 32)), [twice]), rng=stream(0))
+    double = identify(*attack_surface(build("mlp", (3, 32, 32)), [twice]), rng=stream(0), range_of_values=KNOWN)
     assert (double.exact, double.rank) == (0, 3)
 
 
 def test_it_predicts_where_features_fix_the_image() -> None:
     """B23 for B16: at width 32 the active features outnumber the pixels, at width 16 they do not."""
-    wide, narrow = report("cnn", 8), report("cnn", 8, width=16)
+    wide, narrow = report("cnn", 8, known=KNOWN), report("cnn", 8, known=KNOWN, width=16)
     assert wide.exact == 8
     assert narrow.exact == 0
     assert wide.active_features is not None
     assert narrow.active_features is not None
     assert narrow.active_features < 3072 < wide.active_features
     assert "active features" in narrow.prediction
+
+
+def test_records_that_switch_nearly_the_same_neurons_are_not_predicted() -> None:
+    """A trained layer's patterns are alike: of 8 records no search surely finds the columns, though rank and width allow it."""
+    shape, batch = (3, 32, 32), records(8, (3, 32, 32))
+    model, photos = build("mlp", shape), Photos().load().records
+    state = trained(model, photos, steps=100, batch_size=16, learning_rate=0.05, seed=0)
+    model.load_state_dict({**state[0], **state[1]}, strict=False)
+    view, knowledge = attack_surface(model, [batch])
+    found = identify(view, knowledge, rng=stream(0), range_of_values=KNOWN)
+    assert (found.exact, found.rank) == (0, 8)
+    assert "apart that are most alike" in found.prediction
+    told = identify(view, replace(knowledge, public=take(photos, torch.arange(0, len(photos), 7))), rng=stream(0), range_of_values=KNOWN)
+    assert told.exact == 0, "and by the patterns of public records"
+    few = attack_surface(model, [records(1, shape)])
+    assert identify(*few, rng=stream(0), range_of_values=KNOWN).exact == 1, "one record is a quotient, however its neurons are switched"
+
+
+def test_random_pictures_are_as_alike_as_photographs() -> None:
+    """The median of the smallest one-sided difference of patterns is that of many batches, and within a factor of 1.6 of photographs'."""
+    view, knowledge = attack_surface(build("mlp", (3, 32, 32)), [records(8, (3, 32, 32))])
+    entrance = relu_entrance(knowledge, view.broadcast)
+    assert isinstance(entrance, Entrance)
+    photos = Photos().load().records.inputs
+    real, random = separating_share(entrance, photos[::3], 8), separating_share(entrance, likely_images(knowledge, stream(0), 64), 8)
+    assert real / 1.6 < random < 1.6 * real
+    weight, bias = (view.broadcast.parameters[name] for name in (entrance.layer.weight, entrance.layer.bias))
+    on = (entrance.features(photos) @ weight.T + bias) > 0
+    least = []
+    for seed in range(200):
+        own = on[torch.randperm(len(on), generator=stream(seed, "batch"))[:8]]
+        least.append(min(int((own[i] & ~own[j]).sum()) for i in range(8) for j in range(8) if i != j))
+    assert 256 * separating_share(entrance, photos, 8) == pytest.approx(float(torch.tensor(least).median()), abs=3)
+
+
+def test_a_direction_below_the_rounding_is_refused() -> None:
+    surface = attack_surface(build("lenet", (1, 8, 8)), [records(1, (1, 8, 8))])
+    assert identify(*surface, rng=stream(0), range_of_values=(1e-4, 1.0)).exact == 1
+    blind = identify(*surface, rng=stream(0), range_of_values=(1e-9, 1.0))
+    assert (blind.exact, blind.smallest_singular_value) == (0, 1e-9)
+    assert "smallest singular value 1e-09" in str(blind)
+    assert f"{blind.equations} equations for 64 unknowns" in str(blind)
 
 
 def test_smooth_networks_are_counted_and_kinked_ones_refused() -> None:

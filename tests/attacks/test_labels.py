@@ -206,7 +206,12 @@ def exact_counts(name: str, size: int, data: Batch, shape: tuple[int, int, int])
 
 @pytest.mark.parametrize(
     ("name", "size", "least"),
-    [("convnet", 8, 19), pytest.param("convnet", 32, 19, marks=pytest.mark.slow), ("lenet", 8, 19), ("lenet", 32, 18)],
+    [
+        ("convnet", 8, 19),
+        pytest.param("convnet", 32, 19, marks=pytest.mark.slow),
+        pytest.param("lenet", 8, 19, marks=pytest.mark.slow),
+        ("lenet", 32, 18),
+    ],
 )
 def test_counts_of_untrained_models_are_exact(name: str, size: int, least: int) -> None:
     """LeNet at 32 is below the bar of 95 % at 3×32×32: test_counts_by_model."""

@@ -187,10 +187,29 @@ def test_an_aggregate_is_the_mean_of_its_senders_and_averages_their_noise() -> N
 
 
 def test_unknown_defenses_are_named_and_harmless_ones_are_not() -> None:
-    _, knowledge = surface("linear", [private(1)])
-    found = chain(replace(knowledge, defenses=(("central_dp", {}), ("magic", {}), ("gaussian_noise", {"sigma": 0.1}))))
+    view, knowledge = surface("linear", [private(1)])
+    found = chain(view, replace(knowledge, defenses=(("model_inspection", {}), ("magic", {}), ("gaussian_noise", {"sigma": 0.1}))))
     assert found.unknown == ("magic",)
     assert found.last == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("name", "settings", "noise"), [
+    ("distributed_dp", {"clip_norm": 0.01, "noise_multiplier": 0.1}, 0.001 / 2),
+    ("simulated_enclave", {"clip_norm": 0.01, "noise_multiplier": 0.1}, 0.001 / 2),
+    ("central_dp", {"clip_norm": 0.01, "noise_multiplier": 0.1}, 0.0),
+    ("adaptive_clipping", {"clip_norm": 5.0, "noise_multiplier": 0.1}, 0.0),
+])  # fmt: skip
+def test_each_sender_is_clipped_and_noise_is_what_the_server_sees_of_it(name: str, settings: dict[str, float], noise: float) -> None:
+    """Two senders: noise of z·S on the sum is z·S/2 on the mean. The server's own comes later; its norm travels with the model."""
+    view, knowledge = surface("linear", [private(2), private(2, 2)])
+    told = {"adaptive_clip_norm": torch.tensor(0.01)} if name == "adaptive_clipping" else {}
+    view = replace(view, broadcast=replace(view.broadcast, buffers={**view.broadcast.buffers, **told}))
+    of = sender(view, replace(knowledge, defenses=((name, settings),)), {})
+    batch = private(4)
+    row = updates(of, batch.inputs[None], batch.labels[None], stream(0))[0]
+    assert of.noise == pytest.approx(noise)
+    assert of.chain.unknown == ()
+    assert 0.005 < float(row.norm()) <= 0.01 + 1e-6
 
 
 @pytest.mark.parametrize(("name", "change", "how"), [

@@ -252,13 +252,17 @@ def test_numbers_that_contradict_each_other_are_refused(surface: Surface) -> Non
     view, knowledge = surface
     assert "num_examples must be ≤ 3: 1 senders with 1 batches of batch_size = 3, got 4" in (unusable(*with_records(surface, 4)) or "")
     assert "num_examples must be what the upload says, 3, got 2" in (unusable(view, replace(knowledge, num_examples=2)) or "")
-    assert "labels must be of num_examples = 3 records, got 2" in (contradiction(view, replace(knowledge, labels=torch.tensor([0, 1]))) or "")
+    assert "labels must be of num_examples = 3 records, got 2" in (
+        contradiction(view, replace(knowledge, labels=torch.tensor([0, 1]))) or ""
+    )
     counts = torch.bincount(torch.tensor([0, 1]), minlength=10)
     assert "label_counts must be of num_examples = 3" in (contradiction(view, replace(knowledge, label_counts=counts)) or "")
     many = replace(view, uploads=(replace(view.upload, senders=frozenset(range(4))),))
     assert "got 3 for 4" in (unusable(many, knowledge) or "")
     steps = LocalTraining(algorithm="fedavg", batch_size=1, steps=2)
-    assert "the update must be a delta with algorithm = 'fedavg', got a gradient" in (unusable(view, replace(knowledge, training=steps)) or "")
+    assert "the update must be a delta with algorithm = 'fedavg', got a gradient" in (
+        unusable(view, replace(knowledge, training=steps)) or ""
+    )
     delta, told = attack_surface(smooth(), [records(3, SHAPE)], replace(steps, steps=3))
     assert unusable(delta, told) is None
     assert "num_examples must be ≤ 2: 1 senders with 2 batches" in (unusable(delta, replace(told, training=steps)) or "")
@@ -267,7 +271,9 @@ def test_numbers_that_contradict_each_other_are_refused(surface: Surface) -> Non
 def test_another_models_update_is_refused(surface: Surface) -> None:
     view, knowledge = surface
     other, _ = attack_surface(smooth((1, 5, 5)), [records(3, (1, 5, 5))], LocalTraining(batch_size=3))
-    assert "the broadcast must have the model's tensors, '1.weight' of shape (12, 16), got of shape (12, 25)" in (unusable(other, knowledge) or "")
+    assert "the broadcast must have the model's tensors, '1.weight' of shape (12, 16), got of shape (12, 25)" in (
+        unusable(other, knowledge) or ""
+    )
     mixed = replace(view, uploads=other.uploads)
     assert "the update must have the model's tensors, '1.weight'" in (unusable(mixed, knowledge) or "")
     tensors = dict(view.upload.update.tensors)
@@ -306,13 +312,13 @@ def test_every_attack_gives_the_reason(name: str, surface: Surface) -> None:
     ids=["adam", "clipped fedprox", "all"],
 )
 def test_simulating_the_clients_own_optimizer_beats_assuming_plain_sgd(settings: dict[str, object]) -> None:
-    """Four steps over two digits; by 3.2, 3.9 and 10 dB on this one, and by at least 2.1 dB on the two others that were tried."""
+    """Four steps over two digits; by 3.0, 3.0 and 9 dB."""
     batch = digits(2, offset=10)
     recipe = LocalTraining(algorithm="fedavg", batch_size=1, epochs=2, **settings)  # type: ignore[arg-type]
     view, knowledge = attack_surface(smooth((1, 8, 8)), [batch], recipe)
     told = replace(knowledge, labels=batch.labels)
     plain = LocalTraining(algorithm="fedavg", batch_size=1, epochs=2, learning_rate=recipe.learning_rate)
-    attack, scores = FedAvgMatching(steps=150), []
+    attack, scores = FedAvgMatching(steps=60), []
     for known in (told, replace(told, training=plain)):
         inputs = attack(view, known, rng=stream(0, "a")).inputs
         assert inputs is not None

@@ -144,6 +144,7 @@ def die(how: str) -> None:
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "closes the pipe":
+        time.sleep(0.2)  # until the thread that waits for jobs is in its read: it would end the process at a closed pipe
         os.closerange(3, 64)
         time.sleep(600)
     for fd in range(3, 64):  # speaks out of turn
@@ -196,8 +197,9 @@ class Careless(_Willing):
 
 @dataclass(frozen=True)
 class Endless(_Willing):
-    """Never answers."""
+    """Never answers; leaves a file in its own directory, for whoever waits until it is at work."""
 
     def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        Path("busy").touch()
         while True:
             torch.rand(100).sum()

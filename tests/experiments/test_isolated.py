@@ -150,10 +150,10 @@ def test_nothing_that_is_sent_holds_seed_secret_or_path_of_the_run(done: tuple[E
     ("how", "reason"),
     [
         ("exit", "exit code 7"),
-        ("segfault", "SIGSEGV"),
+        pytest.param("segfault", "SIGSEGV", marks=pytest.mark.slow),  # as "killed", by another signal
         ("killed", "SIGKILL, as when memory runs out"),
         ("closes the pipe", "closed its pipe"),
-        ("shouts", "sent what is no answer"),
+        pytest.param("shouts", "sent what is no answer", marks=pytest.mark.slow),  # as the next, with a shorter message
         ("announces a terabyte", "sent what is no answer: a parcel must have at most"),
     ],
 )
@@ -179,11 +179,11 @@ GARBAGE = {
     "huge": "inputs must have shape (1, 8, 8) each",
     "labels as floats": "labels must be a tensor of class indices",
     "labels missing": "labels must be a tensor of class indices",
-    "integers for images": "inputs must be a tensor of floating-point images",
+    "integers for images": "inputs must be a dense tensor of floating-point images, got torch.strided torch.int64",
     "negative time": "seconds must be ≥ 0",
     "certificates for others": "certificate must name something for each of the 1 records",
     "objective is text": "could not convert string to float",
-    "sparse": "",
+    "sparse": "inputs must be a dense tensor of floating-point images, got torch.sparse_coo",
     "raises": "ValueError:  [2Jxxx",
 }
 
@@ -264,17 +264,36 @@ def test_parcels_keep_every_bit_and_refuse_what_is_none(done: tuple[Experiment, 
     assert set(parcel.NOUNS) > {"Reconstruction", "Knowledge", "Observation"}
 
 
+EVALUATOR = """
+from pathlib import Path
+from experiments.host import Host
+from simulator import parcel
+Host().ask(parcel.unpack(Path("job").read_bytes()), print, 1 << 30)
+"""
+"""The least that an evaluator is: it imports neither Flower nor what draws reports, and so is up sooner than ``fedpeek run``."""
+
+RUN = ["-m", "experiments", "run", "spec.toml", "--out", "out", "--workers", "1"]
+
+
 @pytest.mark.parametrize(
-    "stop", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("words", "stop"),
+    [
+        (["-c", EVALUATOR], signal.SIGKILL),
+        *(pytest.param(RUN, stop, marks=pytest.mark.slow) for stop in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)),
+    ],
+    ids=["SIGKILL", "run-SIGKILL", "run-SIGTERM", "run-SIGINT"],
 )
-def test_the_process_ends_with_the_evaluator(stop: signal.Signals, tmp_path: Path) -> None:
+def test_the_process_ends_with_the_evaluator(
+    words: list[str], stop: signal.Signals, done: tuple[Experiment, World, list[Victim], Path], tmp_path: Path
+) -> None:
+    _, world, victims, _ = done
     (tmp_path / "spec.toml").write_text(SPEC.replace('"random_guess"', '"tests.experiments.hostile:Endless"'))
+    job = isolated._job(plugin("Endless"), config.dump(world.model), questions(victims), ask=True, together=False)
+    (tmp_path / "job").write_bytes(parcel.pack(job))
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "experiments", "run", "spec.toml", "--out", "out", "--workers", "1"]
-    process = subprocess.Popen(words, cwd=tmp_path, env=environment)
-    busy = tmp_path / "out" / "transcript" / f"none-seed{MARKER}.seconds.json"
-    until(busy.exists)
-    until(lambda: len(hosts(tmp_path)) == 1)
+    process = subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=environment)
+    until(lambda: len(list(tmp_path.glob("fedpeek-attack-*/busy"))) == 1)
+    assert len(hosts(tmp_path)) == 1
     process.send_signal(stop)
     assert process.wait(60) == {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}[stop]
     until(lambda: hosts(tmp_path) == [])

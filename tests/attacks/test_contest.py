@@ -1,0 +1,82 @@
+"""The contest between the ladder and the learned inverter: decided on public records, none of which both sides have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from attacks import strongest
+from attacks._contest import LEARNING, REHEARSALS, share_of_ladder
+from attacks.strongest import Strongest
+from attacks.update.learning_to_invert import LearningToInvert
+from attacks.update.linear_leak import LinearLeak
+from simulator.adversary import Knowledge, Reconstruction
+from simulator.rng import stream
+from simulator.types import Batch, Observation
+from tests.attacks.victims import attack_surface, build, digits
+
+TRUTH, PUBLIC = digits(2), digits(60, offset=200)
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Guesses one gray for every record, or, if it is skilled, finds the record among all digits by its first pixel's row; only here."""
+
+    name: ClassVar[str] = "painter"
+
+    def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
+        return None
+
+    def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        count = knowledge.num_examples
+        return Reconstruction(torch.full((count, 1, 8, 8), 0.5), torch.zeros(count).long(), converged=True)
+
+
+@dataclass(frozen=True)
+class Skilled(Painter):
+    """Divides the record out of a linear layer's gradient and adds a speckle, so that it is good and unproven."""
+
+    def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        found = LinearLeak()(view, knowledge, rng=rng)
+        assert found.inputs is not None
+        noise = 0.001 * torch.randn(found.inputs.shape, generator=rng)
+        return replace(found, inputs=(found.inputs + noise).clamp(0, 1), certificate=(), converged=True)
+
+
+@pytest.mark.parametrize(("solver", "winner"), [(Painter, "learning_to_invert"), (Skilled, "painter")])
+def test_who_was_better_on_public_records_answers_for_the_victims(solver: type[Any], winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strongest, "LADDER", (solver,))
+    pairs = [attack_surface(build("linear", (1, 8, 8)), [Batch(TRUTH.inputs[i : i + 1], TRUTH.labels[i : i + 1])]) for i in (0, 1)]
+    model = pairs[0][1].model
+    views, knowledge = [view for view, _ in pairs], [replace(known, model=model, public=PUBLIC) for _, known in pairs]
+    taught: list[Batch] = []
+    honest = LearningToInvert.many
+
+    def watched(
+        self: LearningToInvert, views: Sequence[Observation], knowledge: Sequence[Knowledge], *, rngs: Sequence[torch.Generator]
+    ) -> list[Reconstruction]:
+        taught.extend(known.public for known in knowledge if known.public is not None)
+        return honest(self, views, knowledge, rngs=rngs)
+
+    monkeypatch.setattr(LearningToInvert, "many", watched)
+    answers = Strongest(seconds=1.0).many(views, knowledge, rngs=[stream(i) for i in (0, 1)])
+    assert [answer.solver for answer in answers] == [(winner,), (winner,)]
+    assert {len(public) for public in taught} == {len(PUBLIC) - 2}  # two victims, two rehearsals
+
+
+def test_without_public_records_nothing_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strongest, "LADDER", (Painter,))
+    monkeypatch.setattr(LearningToInvert, "many", None)
+    view, knowledge = attack_surface(build("linear", (1, 8, 8)), [TRUTH])
+    for public in (None, digits(20, offset=200)):
+        assert Strongest()(view, replace(knowledge, public=public), rng=stream(0)).solver == ("painter",) * 2
+
+
+@pytest.mark.parametrize("victims", [1, 3, 50])
+def test_victims_rehearsals_and_learning_fit_the_budget(victims: int) -> None:
+    spent = share_of_ladder(victims) * (victims + min(REHEARSALS, victims)) + LEARNING * victims
+    assert spent == pytest.approx(victims)
