@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(BIN)/fedpeek run $(ARGS) --out $(OUT)
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow -n 2 --dist loadfile

@@ -33,8 +33,9 @@ class Arm:
         training: settings of the recipe that this arm changes: a larger batch and more local steps are defenses, too. A record is
             compared with the control where both attack it.
         federation: settings of the federation that this arm changes: with fewer or more senders, a sum hides less or more.
-        evaluation: rounds and victims of this arm, where they are not those of all: a sum is one upload a round, a trained model
-            is that of a late round.
+        evaluation: rounds, victims and candidates of this arm, where they are not those of all: a sum is one upload a round and
+            holds many of the candidates, a trained model is that of a late round.
+        attacks: settings of attacks, by their names, that this arm changes: uploads of several records or local steps take longer.
         control: name of the undefended arm that this one is judged against, in leakage and accuracy; empty for the arm that changes
             nothing. An arm of few senders pays for them without any defense.
     """
@@ -45,6 +46,7 @@ class Arm:
     training: Mapping[str, Any] = field(default_factory=dict)
     federation: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    attacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     control: str = ""
 
     def __post_init__(self) -> None:
@@ -74,8 +76,8 @@ def lattice(layers: Sequence[Arm]) -> tuple[Arm, ...]:
     changed = [name for layer in layers for _, name in layer.changes]
     if len(set(changed)) != len(changed):
         raise ValueError(f"layers must change different settings, got {changed}. Drop one.")
-    if own := [layer.name for layer in layers if layer.control or layer.evaluation]:
-        raise ValueError(f"layers must have no control and no evaluation of their own, got them in {own}. Every subset is judged alike.")
+    if own := [layer.name for layer in layers if layer.control or layer.evaluation or layer.attacks]:
+        raise ValueError(f"layers must have no control, evaluation and attacks of their own, got some in {own}. Subsets are judged alike.")
     subsets = [subset for size in range(len(layers) + 1) for subset in combinations(layers, size)]
     return tuple(
         Arm(

@@ -1,19 +1,26 @@
 """Holds a run's identifications against its ceilings: whoever was named more often than (ε, δ) allows refutes the guarantee.
 
-From each upload one record counts, its first: records of one upload share its noise, and the audit needs independent trials. Where an
-attack used all rounds, one upload of each client counts. What is not audited is said, with the reason.
+An attack is held against the ceiling for what it saw: where it used one round alone, that of the releases up to this round, which broken
+code beats even if an attack on the whole training could not. From each upload one record counts, its first: records of one upload share
+its noise, and the audit needs independent trials; for the same reason no record counts in two rounds. Where an attack used all rounds,
+one upload of each client counts. What is not audited is said, with the reason, and where guessing alone names half of the records,
+that this is no test.
 """
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from defenses.audit import Measured, Verdict, audit
-from experiments.conclude import in_order
+from experiments.conclude import candidates, in_order
 from experiments.directory import SPEC, read_facts, read_trials
+from experiments.facts import ceiling_of
 from experiments.groups import independent, told_apart
+from experiments.metrics import chance
 from experiments.result import ArmFacts, Trial
 from experiments.spec import Experiment
 from simulator import config
@@ -32,31 +39,40 @@ def audit_run(out: Path) -> tuple[list[Verdict], list[str]]:
     experiment = config.build(Experiment, tomllib.loads((out / SPEC).read_text(encoding="utf-8")))
     if not (facts := read_facts(out)):
         raise FedpeekError(f"run must have at least one finished task, got none in {out}. Run it again with --resume.")
-    rows, skipped = measured(in_order(experiment, read_trials(out)), facts, one_round=experiment.threat.rounds == "one")
+    among = {arm.name: candidates(experiment, experiment.judged(arm)) for arm in experiment.arms}
+    trials = in_order(experiment, read_trials(out))
+    rows, skipped = measured(trials, facts, one_round=experiment.threat.rounds == "one", candidates=among)
     return audit(rows), skipped
 
 
-def measured(trials: Sequence[Trial], facts: Sequence[ArmFacts], *, one_round: bool) -> tuple[list[Measured], list[str]]:
+def measured(
+    trials: Sequence[Trial], facts: Sequence[ArmFacts], *, one_round: bool, candidates: int | Mapping[str, int]
+) -> tuple[list[Measured], list[str]]:
     """Count what each attack identified under each arm whose guarantee allows less than everything; say what is left out.
 
     Args:
         trials: of a run.
-        facts: of its arms; the highest ceiling over the seeds is an arm's.
+        facts: of its arms; an attack's ceiling is the highest over the seeds and rounds in which it counts.
         one_round: whether an attack used one round alone, so that each attacked round is a trial of its own.
+        candidates: N, of all arms or of each.
     """
-    ceilings = {arm: max(fact.ceiling for fact in facts if fact.arm == arm) for arm in dict.fromkeys(fact.arm for fact in facts)}
-    rows, skipped = [], [f"{arm}: not audited: nothing is certified against this adversary." for arm, most in ceilings.items() if most >= 1]
+    rows, skipped = [], []
     for arm, attack in dict.fromkeys((trial.arm, trial.attack) for trial in trials):
-        if ceilings.get(arm, 1.0) >= 1:
-            continue
-        mine = [trial for trial in trials if (trial.arm, trial.attack) == (arm, attack) and trial.answered != "labels"]
-        if told_apart(mine):
+        mine = [trial for trial in trials if (trial.arm, trial.attack) == (arm, attack)]
+        if not (of := [fact for fact in facts if fact.arm == arm]):
+            continue  # nothing of the arm is finished
+        counted, wanted = independent(mine, one_round=one_round), candidates if isinstance(candidates, int) else candidates[arm]
+        most = max(ceiling_of(fact, trial.round) for fact in of for trial in counted or mine)
+        if most >= 1:
+            certified = all(math.isfinite(fact.epsilon) for fact in of)
+            why = "(ε, δ) lets everybody be named by what an attack saw" if certified else "nothing is certified against this adversary"
+            skipped.append(f"{arm}: not audited: {why}.")
+        elif told_apart(counted):
             skipped.append(f"{arm}, {attack}: not audited: labels that were told rule candidates out, which the ceiling does not know of.")
-            continue
-        counted = independent(mine, one_round=one_round)
-        if not counted:
+        elif not counted:
             skipped.append(f"{arm}, {attack}: not audited: it named nobody; see results.jsonl for the reason.")
-            continue
-        hits = sum(trial.records[0].identified for trial in counted)
-        rows.append(Measured(f"{arm}, {attack}", hits, len(counted), ceilings[arm]))
-    return rows, skipped
+        else:
+            hits = sum(trial.records[0].identified for trial in counted)
+            guessed = fmean(chance(len(trial.records), wanted) for trial in counted)
+            rows.append(Measured(f"{arm}, {attack}", hits, len(counted), most, guessed))
+    return rows, list(dict.fromkeys(skipped))

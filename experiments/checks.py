@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from defenses.audit import NO_TEST
 from experiments.statistics import Interval, Rate
 
 FEW_RECORDS, FEW_SEEDS, FEW_UPLOADS = 16, 2, 6
@@ -33,7 +34,9 @@ FLAGS: dict[str, str] = {
     "few_victims": f"fewer than {FEW_RECORDS} scored records or {FEW_SEEDS} seeds: read the numbers as an example",
     "few_uploads": f"fewer than {FEW_UPLOADS} independent uploads: the intervals are only indicative",
     "ceiling_exceeded": "more records were identified than (ε, δ) allows, beyond chance: the defense or its accounting is broken",
-    "ceiling_vacuous": f"(ε, δ) allows more than {VACUOUS_CEILING:.0%} of the records to be identified: the guarantee excludes nothing",
+    "ceiling_vacuous": f"(ε, δ) allows more than {VACUOUS_CEILING:.0%} of the records to be identified by what this attack saw: the "
+    "guarantee excludes nothing",
+    "no_test": f"guessing alone names {NO_TEST:.0%} of the records or more: that they were named is no test of the defense",
     "clients_lost": "some clients did not answer as they should: victims, accuracy and ε are not those that were planned",
     "certificate_wrong": "a record that the attack proved exact is not: the proof or its assumptions are broken; please report it",
     "prediction_missed": "fewer records are exact than the update's identifiability allows: a stronger attack may exist",
@@ -70,6 +73,7 @@ def flags_for(
     candidates_told: bool = False,
     colluding: bool = False,
     prior: Interval | None = None,
+    chance: float | None = None,
 ) -> list[str]:
     """Return the flags that a row of the summary deserves, in the order of :data:`FLAGS`.
 
@@ -85,13 +89,14 @@ def flags_for(
         difference: PSNR minus that of the undefended arm in dB, paired; None for the control itself, and where none is left.
         identified: share of uploads whose first record was named, as the audit counts; None where no ceiling bounds it.
         epsilon: ∞ without a claim.
-        ceiling: the most that ``identified`` can be under the claim.
+        ceiling: the most that ``identified`` can be under the claim, for what the attack saw.
         oracle: whether the attack was told labels.
         certified_wrong: whether a record with a certificate is not exact.
         active: whether the server tampered with the model.
         candidates_told: whether the row says who was identified by an attack that was handed the candidates.
         colluding: whether clients told the server what they sent.
         prior: PSNR minus that of the same attack on shuffled updates in dB, on the same victims; None where none were shuffled.
+        chance: of naming a record without any update; None in a row that names nobody.
         prediction_missed: whether fewer records are exact than identifiability predicted.
     """
     if gain is None:
@@ -112,6 +117,7 @@ def flags_for(
         "few_uploads": uploads < FEW_UPLOADS,
         "ceiling_exceeded": identified is not None and identified.low > ceiling,
         "ceiling_vacuous": math.isfinite(epsilon) and ceiling > VACUOUS_CEILING,
+        "no_test": chance is not None and chance >= NO_TEST,
         "clients_lost": clients_lost,
         "certificate_wrong": certified_wrong,
         "prediction_missed": prediction_missed,

@@ -10,7 +10,7 @@ import tempfile
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.table import Table
 from experiments.bars import progress_bars
 from experiments.listing import Listed, rows
 from simulator.errors import FedpeekError, SpecError
+
+if TYPE_CHECKING:
+    from experiments.spec import Experiment
 
 OK, ERROR, BAD_INPUT, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 """Exit codes: all well; an error; bad input, nothing written; finished but clients, tasks or observations were lost; Ctrl-C; SIGTERM."""
@@ -72,7 +75,9 @@ def run(
         str, typer.Option(metavar="N|ray[:HOST:PORT]", help="Worker processes; 0 means one for each core. ray sends the tasks over Ray.")
     ] = "0",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; it must have the same spec.")] = False,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Check the spec and say what there is to do; run nothing.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Check the spec, time a few arms on one victim each (a minute), say how long; write nothing.")
+    ] = False,
     audit: Annotated[bool, typer.Option("--audit", help="Then audit the run's guarantees, as `fedpeek audit` does.")] = False,
 ) -> None:
     """Run an experiment: federate, record, attack, compare; print the table and write the report.
@@ -82,7 +87,6 @@ def run(
     """
     from experiments import spec as specs
     from experiments.arms import slug
-    from experiments.estimate import plan
     from experiments.refusals import check
     from experiments.run import run as run_experiment
     from experiments.workers import cores, parse
@@ -92,7 +96,7 @@ def run(
     experiment, at_once = specs.load(spec, assign or ()), parse(workers)
     if estimate:
         check(experiment)
-        _say(plan(experiment).sentence(at_once if isinstance(at_once, int) and at_once else cores()))
+        _estimate(experiment, at_once if isinstance(at_once, int) and at_once else cores())
         raise typer.Exit(OK)
     out = out or Path("fedpeek-out") / f"{slug(experiment.name)}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
@@ -113,8 +117,9 @@ def run(
 def audit_(directory: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
     """Hold what attacks identified against what (ε, δ) allows; exits with 1 where a guarantee is refuted.
 
-    One record of each upload counts, so that trials are independent. A limit above its ceiling, after Holm's correction, means that the
-    defense or its accounting is broken. That nothing fails proves nothing. `candidate_identification` (threat.candidates = true)
+    Each attack is held against what the releases up to its round allow, or all where the threat model discloses all rounds. One record
+    of each upload counts, and none in two rounds, so that trials are independent. A limit above its ceiling, after Holm's correction, means
+    that the defense or its accounting is broken. That nothing fails proves nothing. `candidate_identification` (threat.candidates = true)
     comes nearest to the ceilings.
     """
     _audit(directory)
@@ -133,14 +138,15 @@ def attack(
     assign: Assignments = None,
     round: Annotated[int, typer.Option(min=0, help="The round to attack; 0 means every recorded one.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write pictures and scores. Default: RUN/attacks/NAME-ATTACK.", show_default=False)
+        Path | None, typer.Option(help="Where to write pictures and scores. Default: attacks/NAME-ATTACK in the run.", show_default=False)
     ] = None,
 ) -> None:
     """Attack a recorded transcript again, with another attack or other settings (--set steps=1000).
 
     Where the transcript lies in a run, the truth is recomputed from the run's seed and the answer is scored; elsewhere the
-    reconstructions are written without scores: that is all an adversary gets. A transcript that was cut short is attacked up to its
-    last whole round. Exit code 3 where an upload could not be attacked or rounds are missing, with the reason of each.
+    reconstructions are written without scores: that is all an adversary gets, and nothing is written but in the transcript's own
+    directory. A transcript that was cut short is attacked up to its last whole round, one with damaged tensor files but for what was in
+    them. Exit code 3 where an upload could not be attacked or something is missing, with the reason of each.
     """
     from experiments.replay import replay
 
@@ -158,17 +164,20 @@ def claims(
     ids: Annotated[list[str] | None, typer.Argument(help="IDs of claims, * allowed; all if left out.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as each claim is done.")] = False,
     as_filed: Annotated[bool, typer.Option("--list", help="Print what is filed and what it costs; measure nothing.")] = False,
+    accept: Annotated[bool, typer.Option("--known-misses", help="Exit with 0 where a bar is missed exactly as its file says.")] = False,
 ) -> None:
-    """Measure published numbers again and compare them with their bars; exits with 1 if one does not hold.
+    """Measure published numbers again and compare them with their bars; exits with 1 if one is missed.
 
-    A claim is one file: what is claimed, who reports it, the setting, our value, the bar. All of them take long: see --list.
-    Ctrl-C keeps what is printed.
+    A claim is one file: what is claimed, who reports it, the setting, our value, the bar. A bar that we miss is filed too, with the
+    reason: it counts as missed, unless --known-misses is given and the miss is as filed. All claims take long: see --list. Ctrl-C keeps
+    what is printed.
     """
     from experiments.claims.check import Outcome, check, heading, lines
     from experiments.claims.claim import select
     from simulator import progress
 
     chosen, broken, done = select(ids or ()), 0, 0
+    missed: list[str] = []
     if not as_json:
         console.print(heading(), style="bold", highlight=False, soft_wrap=True)
     try:
@@ -177,14 +186,18 @@ def claims(
                 with progress.listening(partial(notify, claim.id)):
                     outcome = Outcome(claim, {}) if as_filed else check(claim)
                 broken, done = broken + (not as_filed and not outcome.holds), done + 1
+                missed += [f"{claim.id} {name}: {claim.figures[name].reason}" for name in outcome.known_misses]
                 advance(claim.id)
                 for line in [json.dumps(outcome.to_json())] if as_json else lines(outcome):
                     console.print(escape(line), highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         errors.print(f"\nInterrupted after {done} of {len(chosen)} claims.")
         raise typer.Exit(INTERRUPTED) from None
+    if missed:
+        errors.print(f"[red]{len(missed)} bars are not met, as their files say:[/red]", *map(escape, missed), sep="\n  ", highlight=False)
     if broken:
         errors.print(f"[red]{broken} of {done} claims do not hold[/red]")
+    if broken or (missed and not accept and not as_filed):
         raise typer.Exit(ERROR)
 
 
@@ -218,6 +231,18 @@ def main() -> None:
 
 def _say(sentence: str) -> None:
     errors.print(escape(sentence), highlight=False, soft_wrap=True)
+
+
+def _estimate(experiment: Experiment, workers: int) -> None:
+    from experiments.estimate import plan
+    from experiments.timing import in_turn, sample
+
+    planned = plan(experiment)
+    _say(planned.sentence())
+    with progress_bars(errors, len(in_turn(experiment)), unit="kinds of arms timed") as (notify, advance):
+        found = sample(experiment, notify, advance)
+    _say(found.sentence(len(experiment.seeds), workers))
+    _say(planned.bound(workers))
 
 
 def _audit(directory: Path) -> None:

@@ -20,13 +20,14 @@ from experiments.marginals import table as layers_table
 from experiments.report import html
 from experiments.report.table import table as terminal_table
 from experiments.result import Trial
-from experiments.spec import Experiment
+from experiments.spec import Evaluation, Experiment
 from experiments.summary import summarize
 from simulator import config
 from simulator.errors import FedpeekError, SpecError
 from simulator.transcript import LINES
 
 SUMMARY = "summary.json"
+RATE = ("training", "learning_rate")
 
 
 def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
@@ -52,6 +53,7 @@ def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
         controls=experiment.controls, environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
         stacks=stacks(experiment), colluding=experiment.threat.colluding > 0,
         one_round=experiment.threat.rounds == "one",
+        candidates_of={arm.name: candidates(experiment, experiment.judged(arm)) for arm in experiment.arms},
     )  # fmt: skip
     if experiment.layers:
         summary["layers"] = marginals(experiment.layers, summary["rows"])
@@ -93,20 +95,22 @@ def _require_whole(experiment: Experiment, trials: Sequence[Trial], finished: se
 
 def in_order(experiment: Experiment, trials: Sequence[Trial]) -> list[Trial]:
     """The trials in the spec's order of arms and attacks: workers finish in any."""
-    arms, attacks = [arm.name for arm in experiment.arms], [attack.name for attack in experiment.rungs]
-    return sorted(trials, key=lambda trial: (arms.index(trial.arm), attacks.index(trial.attack), trial.seed, trial.round, trial.senders))
+    arms = {arm.name: place for place, arm in enumerate(experiment.arms)}
+    attacks = {attack.name: place for place, attack in enumerate(experiment.rungs)}
+    return sorted(trials, key=lambda trial: (arms[trial.arm], attacks[trial.attack], trial.seed, trial.round, trial.senders))
 
 
-def candidates(experiment: Experiment) -> int:
+def candidates(experiment: Experiment, evaluation: Evaluation | None = None) -> int:
     """N of the identification: as many as were asked for, or all records that there are."""
     records = len(experiment.data.load().records)
-    return min(experiment.evaluation.candidates or records, records)
+    return min((evaluation or experiment.evaluation).candidates or records, records)
 
 
 def stacks(experiment: Experiment) -> dict[str, tuple[str, ...]]:
     """The names of each arm's defenses; what it changes of the world and its control does not counts as one.
 
-    The number of senders is a strength of a channel and no defense of its own beside it.
+    The number of senders is a strength of a channel and no defense of its own beside it, nor is the learning rate beside any: of a
+    gradient it changes nothing.
     """
     arms = {arm.name: arm for arm in experiment.arms}
     return {name: _stack(arm, arms.get(experiment.controls.get(name, ""))) for name, arm in arms.items()}
@@ -115,7 +119,7 @@ def stacks(experiment: Experiment) -> dict[str, tuple[str, ...]]:
 def _stack(arm: Arm, control: Arm | None) -> tuple[str, ...]:
     alike = control.changes if control else {}
     own = [place for place, value in arm.changes.items() if alike.get(place) != value]
-    changed = [(table, name) for table, name in own if table != "federation" or not arm.defenses]
+    changed = [(table, name) for table, name in own if not arm.defenses or not (table == "federation" or (table, name) == RATE)]
     tables = {table: [name for other, name in changed if other == table] for table, _ in changed}
     words = [f"{table}: {', '.join(names)}" for table, names in tables.items()]
     return (*(defense.name or type(defense).__name__ for defense in arm.defenses), *words)

@@ -10,25 +10,29 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from experiments.directory import HOW
+from experiments.directory import HOW, SPEC, changes, read_facts
 from experiments.listing import settings
-from experiments.report import values
-from experiments.report.headline import name, rows_of, strongest, texts_of
-from experiments.report.values import estimate, lookup, number
+from experiments.report import measured, values
+from experiments.report.headline import name, rows_of
+from experiments.report.values import number
 from simulator import lookup as registry
 from simulator.defense import Defense
+from simulator.errors import SpecError
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES, MEASURED = DOCS / "defenses", DOCS / "defenses.json"
 
 KEPT = (
     "defense", "attack", "view", "answered", "control", "against", "rounds", "victims", "seeds", "uploads", "statuses", "stack",
-    "identified", "gain", "epsilon", "delta", "ceiling", "accuracy", "cost", "solvers", "flags",
+    "identified", "gain", "difference_to_control", "over_prior", "epsilon", "delta", "ceiling", "training_ceiling", "ceilings", "accuracy",
+    "accuracy_difference", "accuracy_by_seed", "quantization_error", "quantization_relative", "cost", "solvers", "flags",
 )  # fmt: skip
 """What the pages need of a row of a summary."""
 
@@ -63,7 +67,8 @@ def pages() -> dict[str, str]:
         "# Defenses\n\nOne page a defense, written from its documentation by `python -m experiments.defense_pages`: where it acts, what it "
         "protects, what it does not, and the attack that breaks it.\n\n"
     )
-    return {"README.md": intro + "\n".join(lines) + "\n", **found}
+    said = f"{_shortcomings(_content())}\n\n" if _shortcomings(_content()) else ""
+    return {"README.md": intro + said + "\n".join(lines) + "\n", **found}
 
 
 def page(cls: type[Any], rows: Sequence[Mapping[str, object]] = ()) -> str:
@@ -106,11 +111,14 @@ def _prose(lines: Sequence[str]) -> str:
     for line in map(str.strip, lines):
         text += ("\n" if line.startswith("- ") else " ") + line
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text.strip()).replace("``", "`")
-    return text[:1].upper() + text[1:]
+    word = re.match(r"[a-z][a-z]+|a\b", text)  # a symbol such as ε or x keeps its case
+    return text[:1].upper() + text[1:] if word else text
 
 
 def _first_line(cls: type[Any]) -> str:
-    return (cls.__doc__ or "").strip().partition("\n")[0]
+    """What it is, in one line: a pointer to the module means nothing on a page."""
+    first = (cls.__doc__ or "").strip().partition("\n")[0]
+    return first.partition("; see the module")[0].rstrip(".") + "."
 
 
 def _settings(cls: type[Any]) -> str:
@@ -147,13 +155,67 @@ def _protects(cls: type[Defense]) -> str:
     return "It is a heuristic: it guarantees nothing (ε = ∞). What it achieves is what the attacks on it do not reach."
 
 
-def keep(run: Path, command: str) -> None:
-    """Put what the pages print of a run's summary into :data:`MEASURED`, with the command that gives it again."""
+def keep(run: Path, command: str, *, partial: bool = False) -> None:
+    """Put what the pages print of a run's summary into :data:`MEASURED`, with the command that gives it again.
+
+    Args:
+        run: directory of a run that has ended, with its summary.
+        command: what gives it again.
+        partial: accept arms with unequal seeds, and rows of several states of the code; the pages then say so.
+
+    Raises:
+        SpecError: without ``partial``, it is one of these.
+    """
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     rows = [{key: row[key] for key in KEPT if key in row} for row in summary["rows"]]
-    later = [part["environment"] for part in json.loads((run / HOW).read_text(encoding="utf-8")).get("resumed", ())]
-    content = {"command": command, "fedpeek": summary["fedpeek"], "environment": summary["environment"], "later": later, "rows": rows}
+    how, spec = json.loads((run / HOW).read_text(encoding="utf-8")), tomllib.loads((run / SPEC).read_text(encoding="utf-8"))
+    done = {(fact.arm, fact.seed) for fact in read_facts(run)}
+    planned = [(arm["name"], seed) for arm in spec.get("arms", ()) for seed in spec.get("seeds", ())]
+    content = {
+        "command": command, "fedpeek": summary["fedpeek"], "environment": summary["environment"],
+        "later": [part["environment"] for part in how.get("resumed", ()) if changes(how["environment"], part["environment"])],
+        "unfinished": sum(task not in done for task in planned), "rows": rows,
+    }  # fmt: skip
+    require_whole(content, partial=partial)
     MEASURED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def require_whole(content: Mapping[str, object], *, partial: bool) -> None:
+    """Refuse measurements in which arms are not alike, unless that is wanted.
+
+    Raises:
+        SpecError: seeds are unequal, or several states of the code made the rows.
+    """
+    if not partial and (lacks := _lacks(content)):
+        raise SpecError(
+            f"measurements must be of all arms with the same seeds, made by one state of the code, got {values.join(lacks)}. "
+            "Measure the rest with --resume, or all anew; or give --partial, and every page says so."
+        )
+
+
+def _lacks(content: Mapping[str, object]) -> list[str]:
+    """Why the arms are not alike; empty if they are."""
+    seeds = {name(row, "defense"): _seeds(row) for row in rows_of(content)}
+    counts, later, unfinished = sorted(map(len, seeds.values())), content.get("later"), number(content.get("unfinished"))
+    lacks = []
+    if len(set(seeds.values())) > 1:
+        lacks.append(f"arms with {counts[0]} to {counts[-1]} seeds" if counts[0] < counts[-1] else "arms with different seeds")
+    if unfinished:
+        lacks.append(f"{unfinished:.0f} arms × seeds that are not finished")
+    if isinstance(later, Sequence) and later:
+        lacks.append(f"rows of {len({json.dumps(each) for each in later}) + 1} states of the code")
+    return lacks
+
+
+def _seeds(row: Mapping[str, object]) -> frozenset[str]:
+    by_seed = row.get("accuracy_by_seed")
+    return frozenset(by_seed) if isinstance(by_seed, Mapping) else frozenset(map(str, range(int(number(row.get("seeds")) or 0))))
+
+
+def _shortcomings(content: Mapping[str, object]) -> str:
+    """The same as a sentence for a page."""
+    lacks = _lacks(content)
+    return f"**Not one whole measurement: {values.join(lacks)}. Compare with care.**" if lacks else ""
 
 
 def _measured() -> list[Mapping[str, object]]:
@@ -168,46 +230,27 @@ def _content() -> dict[str, object]:
 
 
 def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:
-    """The arms that this defense is in, and the undefended ones that they are judged against, as a table; empty without any."""
-    heads = strongest(rows)
-    mine = [row for row in heads if defense in texts_of(row, "stack")]
-    if not mine:
+    """What was measured of the arms that this defense is in; empty without any."""
+    content = _content()
+    table = measured.table(defense, rows)
+    if not table:
         return ""
-    against = {row.get("against") for row in mine}
-    shown = [*[row for row in heads if row.get("control") and (row.get("against") in against or None in against)], *mine]
-    titles = ("arm", "victims, seeds", "identified, chance", "PSNR gain, dB", "ε", "ceiling", "accuracy", "upload", "client")
-    head = f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
-    note = (
-        "Brackets are 95 % intervals; each victim counts with its strongest attack. "
-        + ("The run was resumed while the code was worked on: docs/defenses.json names the states. " if _content().get("later") else "")
-        + f"`{_content().get('command', 'fedpeek run defenses')}`"
-    )
-    return "\n".join([head, *map(_line, shown), "", note])
-
-
-def _line(row: Mapping[str, object]) -> str:
-    rate, gain, chance = estimate(row, "identified"), estimate(row, "gain", "psnr_db"), number(lookup(row, "identified", "chance"))
-    cells = (
-        name(row, "defense"),
-        f"{values.significant(number(row.get('victims')))}, {values.significant(number(row.get('seeds')))}",
-        f"{values.percent(rate.value)} [{values.percent_range(rate.low, rate.high)}], {values.percent(chance)}",
-        f"{values.fixed(gain.value, sign=True)} [{values.fixed_range(gain.low, gain.high)}]",
-        values.significant(number(row.get("epsilon"))),
-        values.percent(number(row.get("ceiling"))),
-        values.percent(number(row.get("accuracy")), 1),
-        values.size(number(lookup(row, "cost", "upload_bytes"))),
-        values.duration(number(lookup(row, "cost", "client_seconds"))),
-    )
-    return f"| {' | '.join(cells)} |"
+    said = _shortcomings(content)
+    return "\n\n".join([*([said] if said else []), table, f"`{content.get('command', 'fedpeek run defenses')}`"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="run", type=Path, help="directory of a run whose figures the pages shall print from now on")
     parser.add_argument("--command", default="fedpeek run defenses", help="what gives them again")
+    parser.add_argument("--partial", action="store_true", help="accept unequal seeds and several states of the code; every page says so")
     options = parser.parse_args()
-    if options.run:
-        keep(options.run, options.command)
+    try:
+        if options.run:
+            keep(options.run, options.command, partial=options.partial)
+        require_whole(_content(), partial=options.partial)
+    except SpecError as error:
+        sys.exit(str(error))
     PAGES.mkdir(parents=True, exist_ok=True)
     for file, content in pages().items():
         (PAGES / file).write_text(content, encoding="utf-8")

@@ -29,34 +29,39 @@ class Plan:
     shuffled: int
     seconds: float
 
-    def sentence(self, workers: int) -> str:
-        """The plan in words, with the time on so many workers."""
+    def sentence(self) -> str:
+        """The plan in words."""
         federations, runs = self.arms * self.seeds, self.uploads * self.attacks
         more = "as many" if self.shuffled == runs else str(self.shuffled)
-        said = (
+        return (
             f"{self.arms} arms × {self.seeds} seeds = {federations} federations; {self.attacks} attacks × {self.uploads} uploads = {runs} "
             f"reconstructions{f', and {more} on shuffled updates' if self.shuffled else ''}."
         )
+
+    def bound(self, workers: int) -> str:
+        """What is certain of the time that the attacks take on so many workers, by their budgets alone."""
         if math.isinf(self.seconds):
-            return f"{said} How long is said when the first arm has ended."
-        most = span(self.seconds / max(1, min(workers, federations)))
-        return f"{said} Budgets stop the attacks after {most} on {workers} workers at most."
+            return "No bound is certain: an attack without a budget of seconds is among them."
+        most = span(self.seconds / max(1, min(workers, self.arms * self.seeds)))
+        return f"Certain is only that budgets stop the attacks on uploads of one record within {most} of CPU time on {workers} workers."
 
 
 def plan(experiment: Experiment) -> Plan:
     """What this experiment has to do from its start."""
-    counts, seeds = [_uploads(experiment, arm) for arm in experiment.arms], len(experiment.seeds)
-    names = [attack.name for attack in experiment.rungs]
-    budgets = [float(getattr(attack, "seconds", math.inf)) for attack in experiment.rungs]
-    blind = [seeds * sum(experiment.evaluation.shuffled(name, count) for count in counts) for name in names]
-    uploads = seeds * sum(counts)
+    counts, seeds = [(arm, uploads(experiment, arm)) for arm in experiment.arms], len(experiment.seeds)
+    runs = [
+        (float(getattr(attack, "seconds", math.inf)), count, experiment.judged(arm).shuffled(attack.name, count))
+        for arm, count in counts
+        for attack in experiment.asked(arm)
+    ]
     return Plan(
-        arms=len(counts), seeds=seeds, attacks=len(names), uploads=uploads, shuffled=sum(blind),
-        seconds=sum(budget * (uploads + more) for budget, more in zip(budgets, blind, strict=True) if uploads + more),
+        arms=len(counts), seeds=seeds, attacks=len(experiment.rungs), uploads=seeds * sum(count for _, count in counts),
+        shuffled=seeds * sum(blind for _, _, blind in runs),
+        seconds=seeds * sum(budget * (count + blind) for budget, count, blind in runs if count + blind),
     )  # fmt: skip
 
 
-def _uploads(experiment: Experiment, arm: Arm) -> int:
+def uploads(experiment: Experiment, arm: Arm) -> int:
     """The uploads of one federation that are attacked."""
     evaluation, senders = experiment.judged(arm), experiment.federation_of(arm).cohort_size - experiment.threat.colluding
     count = 1 if any(defense.channel for defense in arm.defenses) else senders

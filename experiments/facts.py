@@ -8,16 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from clients.cost import seconds_of_a_round
 from clients.private import splits
 from defenses.bounds import ASSUMPTIONS
 from defenses.channel.ckks import CKKSAggregation
 from defenses.channel.secure_aggregation import SecureAggregation
 from experiments.cost import upload_bytes
-from experiments.groups import Row, mean
+from experiments.groups import Row, bounds, mean
 from experiments.guarantee import guarantee_of
 from experiments.result import ArmFacts
 from experiments.rounding import rounding_error as measured_rounding_error
+from experiments.statistics import paired_t
 from experiments.under_attack import Victim
 from experiments.utility import accuracy
 from simulator.transcript import Record
@@ -28,18 +31,20 @@ COSTS = ("upload_bytes", "upload_bytes_formula", "download_bytes", "client_secon
 """Of one client and round, the server's of one round; ``upload_bytes_formula`` is what an efficient coding would take."""
 
 
-def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float]) -> Row:
+def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float], rounds: Sequence[int]) -> Row:
     """Return the weakest claim over the seeds, and the mean of what it cost.
 
     Args:
         facts: of one arm, one for each seed.
         upload_bytes: of the attacked uploads; stands in where there are no facts.
+        rounds: that were attacked.
     """
     return {
         "epsilon": max((fact.epsilon for fact in facts), default=math.inf),
         "delta": max((fact.delta for fact in facts if fact.delta is not None), default=None),
         "epsilon_for": "; ".join(dict.fromkeys(fact.epsilon_for for fact in facts if fact.epsilon_for)),
-        "ceiling": max((fact.ceiling for fact in facts), default=1.0),
+        "ceiling": max((ceiling_of(fact, round) for fact in facts for round in rounds), default=1.0),
+        "training_ceiling": max((fact.training_ceiling for fact in facts if fact.training_ceiling is not None), default=None),
         "ceilings": _ceilings(facts),
         "accuracy": mean([fact.accuracy for fact in facts if math.isfinite(fact.accuracy)]),
         "accuracy_by_seed": {str(fact.seed): fact.accuracy if math.isfinite(fact.accuracy) else None for fact in facts},
@@ -47,8 +52,21 @@ def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float]) -> Row:
         "upload_bytes": mean([fact.upload_bytes for fact in facts] or upload_bytes),
         "cost": {name: mean([value for fact in facts if (value := getattr(fact, name)) is not None]) for name in COSTS},
         "quantization_error": max((fact.quantization_error for fact in facts if fact.quantization_error is not None), default=None),
+        "quantization_relative": max((f.quantization_relative for f in facts if f.quantization_relative is not None), default=None),
         "client_failures": [failure for fact in facts for failure in fact.client_failures],
     }
+
+
+def ceiling_of(facts: ArmFacts, round: int) -> float:
+    """The ceiling for an attack on ``round``, for what it saw; in results of an older version that of the whole training."""
+    return (facts.ceiling_by_round or {}).get(str(round), facts.ceiling)
+
+
+def accuracy_difference(facts: Sequence[ArmFacts], control: Sequence[ArmFacts]) -> Row | None:
+    """Accuracy minus that of the control, paired by seed, with Student's interval over the seeds; None where no seed is in both."""
+    before, after = ({fact.seed: fact.accuracy for fact in each if math.isfinite(fact.accuracy)} for each in (control, facts))
+    shared = [seed for seed in after if seed in before]
+    return {**bounds(paired_t([after[seed] - before[seed] for seed in shared])), "seeds": len(shared)} if shared else None
 
 
 def _ceilings(facts: Sequence[ArmFacts]) -> Row:
@@ -62,7 +80,19 @@ def _ceilings(facts: Sequence[ArmFacts]) -> Row:
     }
     words = {"identification": "Identification", "no_prior_psnr_db": "PSNR", "dfil": "MSE"}
     sentences = [f"{words[key]}: {ASSUMPTIONS[key]}." for key, there in applies.items() if there]
+    whole, seen = ([value for fact in facts if (value := getattr(fact, key)) is not None] for key in ("training_ceiling", "latest_seen"))
+    if whole and seen and (applies["identification"] or min(whole) < 1):
+        sentences.insert(0, for_the_view(max(seen), max(whole)))
     return {"no_prior_psnr_db": psnr, "mse_floor": error, "sentences": sentences}
+
+
+def for_the_view(latest: int, whole: float) -> str:
+    """What the ceilings of a row are for, beside the one for more than its attacks saw."""
+    rounds = "round 1" if latest == 1 else f"rounds 1 to {latest}"
+    return (
+        f"Ceilings are for what the attacks saw, at most the releases of the unit's data in {rounds}; whoever has every upload of the "
+        f"whole training identifies ≤ {whole:.3g}."
+    )
 
 
 def gather(
@@ -84,18 +114,23 @@ def gather(
     records = len(world.data.load().records)
     guesses = max(len(victim.truth) for victim in victims)  # the truth assigns k guesses, so that chance is up to k/N
     at_least = max(1, min(candidates or records, records) // guesses)
-    guarantee, ceilings = guarantee_of(world, delta=delta, candidates=at_least, victims=victims)
+    proven = guarantee_of(world, delta=delta, candidates=at_least, victims=victims)
+    guarantee, views = proven.guarantee, proven.views
+    psnrs = [view.no_prior_psnr_db for view in views.values() if view.no_prior_psnr_db is not None]
     assert record.released is not None
     numbers = sum(tensor.numel() for part in record.released for tensor in part.values())
+    rounding = rounding_error(world, record)
     return ArmFacts(
         arm=arm, seed=world.seed, accuracy=accuracy(world, splits(world), record.released),
-        epsilon=guarantee.epsilon, delta=guarantee.delta, epsilon_for=guarantee.sentence, ceiling=ceilings.identification,
+        epsilon=guarantee.epsilon, delta=guarantee.delta, epsilon_for=guarantee.sentence,
         client_failures=tuple(f"round {round}: {reason}" for round, _, reason in record.lost),
         upload_bytes=float(record.end["upload_bytes"]), train_seconds=train_seconds,
-        quantization_error=rounding_error(world, record), download_bytes=float(record.end["download_bytes"]),
+        quantization_error=rounding, quantization_relative=relative(rounding, record), download_bytes=float(record.end["download_bytes"]),
         client_seconds=seconds_of_a_round(directory), server_seconds=float(record.end["server_seconds"]),
         peak_bytes=None if peak_bytes is None else int(peak_bytes), upload_bytes_formula=upload_bytes(world.defenses, numbers, world),
-        psnr_ceiling_db=ceilings.no_prior_psnr_db, mse_floor=ceilings.mse_floor,
+        ceiling=max(view.identification for view in views.values()), training_ceiling=proven.training.identification,
+        ceiling_by_round={str(number): view.identification for number, view in views.items()}, latest_seen=max(proven.seen.values()),
+        psnr_ceiling_db=max(psnrs, default=None), mse_floor=proven.training.mse_floor,
     )  # fmt: skip
 
 
@@ -123,6 +158,16 @@ def rounding_error(world: World, record: Record) -> float | None:
     if not isinstance(world.channel, SecureAggregation):
         return None
     return measured_rounding_error(world, world.channel, record.observations[0])
+
+
+def relative(error: float | None, record: Record) -> float | None:
+    """An rms error over the rms of the mean that was released beside it, noise included where there is any; None without an error."""
+    if error is None:
+        return None
+    (upload,) = record.observations[0].uploads
+    released = torch.cat([tensor.flatten().double() for tensor in upload.update.tensors.values()])
+    size = float(released.square().mean().sqrt())
+    return error / size if size > 0 else None
 
 
 def ckks_error(world: World, channel: CKKSAggregation, uploads: Sequence[Upload]) -> float | None:

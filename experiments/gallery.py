@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,11 @@ Shown = tuple[Trial, int, NDArray[Any], NDArray[Any]]
 
 def gallery(experiment: Experiment, trials: Sequence[Trial], out: Path) -> Iterator[Picture]:
     """Yield three pictures of each arm and attack; where several attacks rebuilt pictures, of each arm, each victim by its strongest."""
+    by_task: dict[tuple[str, str, int], list[Trial]] = {}
+    for trial in trials:
+        by_task.setdefault((trial.arm, trial.attack, trial.seed), []).append(trial)
     for arm in experiment.arms:
-        by_attack = {attack.name: list(_pictures(arm, attack.name, experiment.seeds, trials, out)) for attack in experiment.rungs}
+        by_attack = {attack.name: list(_pictures(arm, attack.name, experiment.seeds, by_task, out)) for attack in experiment.rungs}
         shown = {attack: found for attack, found in by_attack.items() if found}
         if len(shown) > 1:
             shown = {BEST: _strongest([item for found in shown.values() for item in found])}
@@ -62,12 +65,14 @@ def _psnr(item: Shown) -> float:
     return trial.records[index].psnr_db
 
 
-def _pictures(arm: Arm, attack: str, seeds: Sequence[int], trials: Sequence[Trial], out: Path) -> Iterator[Shown]:
+def _pictures(
+    arm: Arm, attack: str, seeds: Sequence[int], by_task: Mapping[tuple[str, str, int], Sequence[Trial]], out: Path
+) -> Iterator[Shown]:
     for seed in seeds:
         path = out / PICTURES / f"{arm.slug}-seed{seed}-{attack}.safetensors"
         if not path.is_file():
             continue
-        mine = [trial for trial in trials if (trial.arm, trial.attack, trial.seed) == (arm.name, attack, seed)]
+        mine = by_task.get((arm.name, attack, seed), ())
         if any(trial.answered != "inputs" for trial in mine):
             continue  # it guessed no pictures
         pictures = load_file(path)

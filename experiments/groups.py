@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Scored:
         """What is resampled as a whole: seed, round and senders of the upload that the record is in."""
         return self.trial.seed, self.trial.round, self.trial.senders
 
-    @property
+    @cached_property
     def gain_db(self) -> float:
         """PSNR in dB above the record's best floor."""
         return self.record.psnr_db - best_floor(self.record.floors)[1].psnr_db
@@ -63,7 +64,7 @@ class Group:
     round: int | None
     trials: tuple[Trial, ...]
 
-    @property
+    @cached_property
     def scored(self) -> list[Scored]:
         """Every record of every trial; unsupported trials have none."""
         return [Scored(trial, record) for trial in self.trials for record in trial.records]
@@ -78,23 +79,31 @@ class Group:
         """Whether the trials that ended well named candidates, which says nothing of pictures."""
         return self._answers == {"candidates"}
 
-    @property
+    @cached_property
     def _answers(self) -> set[str]:
         return {trial.answered for trial in self.trials if trial.status == "ok"}
 
 
 def independent(trials: Sequence[Trial], *, one_round: bool) -> list[Trial]:
-    """The trials of one attack under one arm of which the first record counts against a ceiling: records of one upload share its noise.
+    """The trials of one attack under one arm of which the first record counts against a ceiling: no two share noise.
+
+    Records of one upload do. So do uploads of several rounds with a record in common: the model of the later round tells of the earlier
+    one, whose noise may name that record in both. Of those the first one counts.
 
     Args:
         trials: that named or could have named somebody.
         one_round: whether the attack used one round alone; else the rounds of a client are one trial.
     """
-    counted: dict[tuple[object, ...], Trial] = {}
+    counted: list[Trial] = []
+    taken: set[tuple[object, ...]] = set()
     for trial in trials:
-        if trial.records and trial.answered != "labels":
-            counted.setdefault((trial.seed, trial.senders, *((trial.round,) if one_round else ())), trial)
-    return list(counted.values())
+        if not trial.records or trial.answered == "labels":
+            continue
+        units = {(trial.seed, record.client, record.record) for record in trial.records} if one_round else {(trial.seed, trial.senders)}
+        if units.isdisjoint(taken):
+            counted.append(trial)
+        taken |= units
+    return counted
 
 
 def told_apart(trials: Sequence[Trial]) -> bool:

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import IO, Any
 
 from simulator import parcel
@@ -91,6 +92,15 @@ class Host:
     def alive(self) -> bool:
         """Whether it can be asked."""
         return self._process.poll() is None
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """CPU time that the process has used; None where the system does not say."""
+        try:
+            parts = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")  # proc(5): utime and stime
 
     def _end(self) -> str:
         """How the process ended, with its last line on standard error."""

@@ -69,6 +69,11 @@ def warm(attacks: Sequence[Any]) -> None:
     _host, _owner = Host(sorted({type(attack).__module__ for attack in attacks})), os.getpid()
 
 
+def cpu_seconds() -> float | None:
+    """CPU time of this process's host so far; None without one, or where the system does not say."""
+    return _host.cpu_seconds if _host is not None and _owner == os.getpid() else None
+
+
 def stop() -> None:
     """End this process's host, if it has one."""
     global _host

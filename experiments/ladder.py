@@ -1,8 +1,8 @@
 """The ladder of attackers: which attacks a spec runs that names none, and the strongest of them for each victim.
 
-Every rung sees the same view. The non-adaptive one does not ask which defense acted, the adaptive one does, the learned one trains on
-defended updates of public records, and the identifier need only say which of N candidates it was (arXiv:2201.04845). A rung for which
-the threat model withholds what it needs is left out.
+Every rung sees the same view. The non-adaptive one does not ask which defense acted, the adaptive one does; where all rounds may be used,
+another takes sums over clients apart; the learned one trains on defended updates of public records, and the identifier need only say
+which of N candidates it was (arXiv:2201.04845). A rung for which the threat model withholds what it needs is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from simulator.adversary import ThreatModel
 
 IDENTIFIER = "candidate_identification"
 
+OF_SUMS = ("gradient_disaggregation", "support_leak", "label_owners")
+"""What takes sums over clients apart by those of other rounds; each refuses lone senders."""
+
 BEST = "best per victim"
 """Name of the row that takes each victim's strongest attack."""
 
@@ -28,7 +31,9 @@ def rungs(threat: ThreatModel, *, defended: bool) -> tuple[Any, ...]:
     Args:
         defended: whether any arm has a defense.
     """
-    names = {"inverting_gradients": defended, "strongest": True, "learning_to_invert": threat.public_data}
+    names = {"inverting_gradients": defended, "strongest": True}
+    names |= dict.fromkeys(OF_SUMS, threat.rounds == "all")
+    names["learning_to_invert"] = threat.public_data
     names[IDENTIFIER] = threat.candidates
     return tuple(lookup.get("attacks", name)() for name, granted in names.items() if granted)
 

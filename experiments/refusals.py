@@ -12,6 +12,7 @@ from defenses.channel.ckks import CKKSAggregation
 from defenses.client.distributed_dp import DistributedDP
 from experiments.arms import Arm
 from experiments.collude import understated
+from experiments.metadata import cannot_be_withheld
 from experiments.spec import Evaluation, Experiment
 from experiments.stack import misplaced
 from server.active import refusal
@@ -34,7 +35,7 @@ def check(experiment: Experiment) -> None:
         if arm.evaluation or arm.federation:
             _check_rounds(experiment.judged(arm), experiment.federation_of(arm), f"arm {arm.name!r}, ")
         _check_control(experiment, arm)
-    for attack in experiment.rungs:
+    for attack in (attack for arm in experiment.arms for attack in experiment.asked(arm)):
         check_budget(attack)
     names = [attack.name for attack in experiment.rungs]
     if unknown := [name for name in evaluation.shuffled_attacks if name not in names]:
@@ -59,10 +60,10 @@ def check(experiment: Experiment) -> None:
             reason = defense.refuses(world) or (understated(world, experiment.threat.colluding) if defense.channel else None)
             if reason is not None:
                 raise SpecError(f"arm {arm.name!r}, {defense.name}: {reason}")
-            if isinstance(defense, DistributedDP) and experiment.threat.colluding > defense.colluding:
+            if isinstance(defense, DistributedDP) and experiment.threat.colluding > (most := defense.tolerated(world)):
                 raise SpecError(
                     f"arm {arm.name!r}: colluding of distributed_dp must be ≥ threat.colluding = {experiment.threat.colluding}, got "
-                    f"{defense.colluding}: a sum without their noise has less than it claims. Set it."
+                    f"{most}: a sum without their noise has less than it claims. Set it."
                 )
         guarantee(world, records_held=records_held(world), delta=evaluation.delta)  # refuses a δ that means nothing
 
@@ -100,6 +101,12 @@ def _check_control(experiment: Experiment, arm: Arm) -> None:
     if not control.changes.items() <= arm.changes.items():
         only = [".".join(place) for place, value in control.changes.items() if value != arm.changes.get(place)]
         raise SpecError(f"arm {arm.name!r}: all that its control {control.name!r} changes must be changed alike, got other {only}. Do so.")
+    asked, alike = experiment.judged(arm).candidates, experiment.judged(control).candidates
+    if asked != alike:
+        raise SpecError(
+            f"arm {arm.name!r}: candidates must be as many as of its control {control.name!r}, got {asked} and {alike}. "
+            "Chance depends on them: set both alike."
+        )
     rounds, of_control = experiment.judged(arm).rounds, experiment.judged(control).rounds
     if not set(rounds) & set(of_control):
         raise SpecError(
@@ -139,7 +146,8 @@ def _check_data(world: World) -> None:
 def _check_knowledge(experiment: Experiment) -> None:
     """What the adversary is told must exist, and must leave enough records among which the true one can hide."""
     world = experiment.world(experiment.arms[0], experiment.seeds[0])
-    parts, threat, wanted = splits(world), experiment.threat, experiment.evaluation.candidates
+    parts, threat = splits(world), experiment.threat
+    wanted = max(experiment.judged(arm).candidates for arm in experiment.arms)
     recorded = len(world.federation.record_rounds) or world.federation.rounds
     smallest = min(experiment.world(arm, experiment.seeds[0]).federation.cohort_size for arm in experiment.arms)
     if threat.colluding >= smallest:
@@ -151,6 +159,11 @@ def _check_knowledge(experiment: Experiment) -> None:
         )
     if threat.rounds == "all" and recorded < 2:
         raise SpecError(f"threat.rounds must be 'one' where {recorded} round is recorded, got 'all'. Raise federation.rounds.")
+    for arm in [] if threat.metadata else experiment.arms:
+        of = experiment.world(arm, experiment.seeds[0])
+        reason = cannot_be_withheld(of, labels=threat.labels != "none", rounds=threat.rounds == "all")
+        if reason is not None:
+            raise SpecError(f"arm {arm.name!r}: threat.metadata {reason}.")
     if threat.public_data and not len(parts.public):
         raise SpecError(f"split.public must give the public at least 1 record, got {experiment.split.public}. Raise it.")
     labels = torch.cat([part.labels for part in ([parts.private, parts.test] if threat.public_data else parts.all)])

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from experiments import isolated
 from experiments.arms import Arm
-from experiments.directory import RESULTS, SPEC
+from experiments.directory import RESULTS, SPEC, TRANSCRIPTS
 from experiments.isolated import Question, Refused
 from experiments.refusals import check_budget
 from experiments.report import pictures
 from experiments.spec import Experiment
 from experiments.trial import attack_victims
-from experiments.under_attack import find_victims, outlook
+from experiments.under_attack import find_victims, outlooks
 from experiments.workers import Notify
 from simulator import config, lookup, progress
 from simulator.adversary import Knowledge
@@ -40,10 +40,11 @@ def replay(
     """Attack every upload of the recorded rounds (or of ``round``); write pictures and scores. Before, say what each can tell.
 
     Returns:
-        Where they are, a table, and what is missing: the end of a transcript that was cut short, uploads that could not be attacked.
+        Where they are, a table, and what is missing: the end of a transcript that was cut short, observations whose tensor file is damaged,
+        uploads that could not be attacked.
 
     Raises:
-        TranscriptError: the transcript was altered, or holds no whole round.
+        TranscriptError: the chain of events was altered, or no round can be read.
         SpecError: no such attack or setting, or ``out`` is not empty.
     """
     directory = directory.resolve()
@@ -58,25 +59,35 @@ def replay(
     rounds = (round,) if round else tuple(observation.broadcast.round for observation in record.observations)
     recorded = [observation.broadcast.round for observation in record.observations]
     if round and round not in recorded:
-        gone = f" ({record.missing})" if record.missing else ""
+        gone = "".join(f" ({sentence})" for sentence in _unread(record))
         raise SpecError(f"--round must be one of the recorded {recorded}, got {round}{gone}. Use 0 for all of them.")
-    root = directory.parent.parent
-    out = out or root / "attacks" / f"{directory.name}-{plugin.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    root = _root(directory)
+    name = f"{directory.name}-{plugin.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = out or (root or directory) / "attacks" / name  # what is no part of a run keeps its answers in itself
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"--out must be empty or new, got {out}. Choose another directory.")
     with progress.listening(lambda *tick: notify(plugin.name, *tick)):
-        found = _run_of(directory, root)
+        found = _run_of(directory, root) if root else None
         isolated.warm([plugin])
         rows, missing = (
             _scored(record, plugin, rounds, *found, out, say) if found is not None else _unscored(record, plugin, rounds, out, say)
         )
-        return out, rows, [*([record.missing] if record.missing else []), *missing]
+        return out, rows, [*_unread(record), *missing]
+
+
+def _unread(record: Record) -> list[str]:
+    """What of the transcript could not be read, and why."""
+    return [*([record.missing] if record.missing else []), *record.damaged]
+
+
+def _root(directory: Path) -> Path | None:
+    """The run that the transcript lies in; None if it lies elsewhere."""
+    root = directory.parent.parent
+    return root if directory.parent.name == TRANSCRIPTS and (root / SPEC).is_file() else None
 
 
 def _run_of(directory: Path, root: Path) -> tuple[Experiment, Arm, int] | None:
-    """The experiment, arm and seed that the transcript came from, if it still lies in its run."""
-    if not (root / SPEC).is_file():
-        return None
+    """The experiment, arm and seed that the transcript came from, if it still has the name that its run gave it."""
     experiment = config.build(Experiment, tomllib.loads((root / SPEC).read_text(encoding="utf-8")))
     places = {f"{arm.slug}-seed{seed}": (experiment, arm, seed) for arm in experiment.arms for seed in experiment.seeds}
     return places.get(directory.name)
@@ -87,8 +98,7 @@ def _scored(
 ) -> tuple[Table, list[str]]:
     evaluation, world = replace(experiment.judged(arm), rounds=rounds), experiment.world(arm, seed)
     victims = find_victims(experiment, world, record, evaluation)
-    for victim in victims:
-        say(_outlook(victim.view, victim.knowledge, seed))
+    _foretell([(victim.view, victim.knowledge) for victim in victims], seed, say)
     outcome = attack_victims(attack, victims, evaluation, world, arm.name)
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text("".join(f"{trial.to_json()}\n" for trial in outcome.trials), encoding="utf-8")
@@ -122,8 +132,7 @@ def _unscored(record: Record, attack: Any, rounds: tuple[int, ...], out: Path, s
     places = [(number, index) for number in rounds for index in range(len(record.observation(number).uploads))]
     questions = [_question(record, attack, record.observation(number).only(index)) for number, index in places]
     missing = []
-    for question in questions:
-        say(_outlook(question.view, question.knowledge, 0))
+    _foretell([(question.view, question.knowledge) for question in questions], 0, say)
     answers = isolated.ask(attack, record.header["model"], questions)
     for (number, index), question, answer in zip(places, questions, answers, strict=True):
         senders = ", ".join(map(str, sorted(question.view.upload.senders)))
@@ -144,13 +153,11 @@ def _question(record: Record, attack: Any, view: Observation) -> Question:
     return Question(view, knowledge, stream(0, "attack", attack.name, view.broadcast.round, senders))
 
 
-def _outlook(view: Observation, knowledge: Knowledge, seed: int) -> str:
-    """What the identifiability of one update predicts, before any attack."""
-    place = f"round {view.broadcast.round}, client {', '.join(map(str, sorted(view.upload.senders)))}"
-    found = outlook(view, knowledge, seed)
-    if found is None:
-        return f"{place}: identifiability not asked: the update cannot be used, or known defenses added noise"
-    return f"{place}: {found.exact} of {found.records} records can be exact: {found.prediction}"
+def _foretell(surfaces: Sequence[tuple[Observation, Knowledge]], seed: int, say: Say) -> None:
+    """Say what each update can tell, before any attack."""
+    for (view, _), found in zip(surfaces, outlooks(surfaces, seed), strict=True):
+        place = f"round {view.broadcast.round}, client {', '.join(map(str, sorted(view.upload.senders)))}"
+        say(f"{place}: {found or 'identifiability not asked: the update cannot be used, or known defenses added noise'}")
 
 
 def _loss(round: int, senders: str, status: str, reason: str) -> str:

@@ -13,6 +13,8 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import repeat
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from experiments.metrics import ImageScores
@@ -51,6 +53,7 @@ class RecordResult:
         label: its true class, from which the floor of label recovery is computed; None in lines of an older version.
         certificate: the attack's own proof that its guess of this record is exact, by name; empty without one.
         solver: the attack that produced the guess, where the trial's attack asked several; empty where it did it all.
+        attributed: whether the attack names its sender; None where it names none, or sees one sender alone.
     """
 
     client: int
@@ -67,6 +70,7 @@ class RecordResult:
     label: int | None = field(default=None, metadata=SINCE)
     certificate: str = field(default="", metadata=SINCE)
     solver: str = field(default="", metadata=SINCE)
+    attributed: bool | None = field(default=None, metadata=SINCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,11 @@ class ArmFacts:
         epsilon: of the arm's claim against this server; ∞ without one.
         delta: of the claim; None without one.
         epsilon_for: adversary, unit, adjacency and sampling of the claim, as a sentence.
-        ceiling: the most that identification can reach under (ε, δ), in [0, 1]; 1 without a claim.
+        ceiling: the most that identification can reach under (ε, δ), in [0, 1], for what the attacks saw, the highest over the attacked
+            rounds; 1 without a claim. Lines of an older version have that of the whole training.
+        ceiling_by_round: the same for each attacked round, by its number; None in lines of an older version.
+        training_ceiling: the same for whoever has every upload of the whole training; None in lines of an older version.
+        latest_seen: the latest round of which any attack was handed something: ``ceiling`` counts the releases up to it.
         psnr_ceiling_db, mse_floor: the most and the least that an attack without a prior reaches, see :class:`defenses.bounds.Ceilings`;
             None where they do not apply.
         client_failures: one sentence for each client that did not answer as it should.
@@ -155,6 +163,7 @@ class ArmFacts:
         server_seconds: CPU seconds that the server works in a round, the mean over rounds; None in lines of an older version.
         peak_bytes: the most memory of the process in which server and clients ran, that of Python and its libraries included.
         quantization_error: rms difference of a coordinate to the exact aggregate, in the update's unit; None without quantization.
+        quantization_relative: the same over the rms of the released aggregate; None in lines of an older version, too.
         train_seconds: wall-clock time of the federation.
         seconds: the same of federation and attacks, those before a kill included; None in lines of an older version.
     """
@@ -179,6 +188,10 @@ class ArmFacts:
     psnr_ceiling_db: float | None = field(default=None, metadata=SINCE)
     mse_floor: float | None = field(default=None, metadata=SINCE)
     seconds: float | None = field(default=None, metadata=SINCE)
+    quantization_relative: float | None = field(default=None, metadata=SINCE)
+    ceiling_by_round: Mapping[str, float] | None = field(default=None, metadata=SINCE)
+    training_ceiling: float | None = field(default=None, metadata=SINCE)
+    latest_seen: int | None = field(default=None, metadata=SINCE)
 
     def to_json(self) -> str:
         """Return the facts as one line."""
@@ -214,7 +227,7 @@ def _table(line: str) -> dict[str, Any]:
 
 
 def _decode(hint: Any, value: Any, path: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
+    origin, args = _parts(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _record(hint, value, path)
     if origin in (Union, types.UnionType):
@@ -223,7 +236,9 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
         return _checked(value in args, value, path, f"one of {', '.join(map(repr, args))}")
     if origin is tuple:
         _checked(isinstance(value, list) and (args[-1] is ... or len(value) == len(args)), value, path, "a list of the right length")
-        return tuple(_decode(args[0] if args[-1] is ... else args[i], item, f"{path}.{i}") for i, item in enumerate(value))
+        kinds = repeat(args[0]) if args[-1] is ... else args
+        pairs = enumerate(zip(value, kinds, strict=False))
+        return tuple(item if type(item) is kind else _decode(kind, item, f"{path}.{i}") for i, (item, kind) in pairs)
     if origin is not None and issubclass(origin, Mapping):
         _checked(isinstance(value, dict), value, path, "an object")
         return {key: _decode(args[1], item, f"{path}.{key}") for key, item in value.items()}
@@ -234,14 +249,26 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
 
 
 def _record(cls: type[T], value: Any, path: str) -> T:
-    hints = get_type_hints(cls)
-    optional = {item.name for item in dataclasses.fields(cls) if item.metadata == SINCE}  # type: ignore[arg-type]
-    complete = isinstance(value, dict) and set(hints) - optional <= set(value) <= set(hints)
+    hints, required = _keys(cls)  # type: ignore[arg-type]
+    complete = isinstance(value, dict) and required <= value.keys() <= hints.keys()
     _checked(complete, value, path, f"an object with exactly the keys {', '.join(hints)}")
     try:
-        return cls(**{name: _decode(hint, value[name], f"{path}.{name}") for name, hint in hints.items() if name in value})
+        found = {name: (value[name], hint) for name, hint in hints.items() if name in value}
+        return cls(**{name: x if type(x) is hint else _decode(hint, x, f"{path}.{name}") for name, (x, hint) in found.items()})
     except ValueError as error:
         raise ResultError(f"{path}: {error}") from error
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint), get_args(hint)
+
+
+@cache
+def _keys(cls: type[Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """The types of a record's keys, and the keys that every version wrote."""
+    hints = get_type_hints(cls)
+    return hints, frozenset(hints) - {item.name for item in dataclasses.fields(cls) if item.metadata == SINCE}
 
 
 def _checked(condition: bool, value: Any, path: str, wanted: str) -> Any:

@@ -12,10 +12,14 @@ from experiments.controls import SAMPLE, best_floor, label_floor
 from experiments.groups import Group, Row, Scored, Upload, bounds, interval_of, mean, rate_of
 from experiments.ladder import BEST
 from experiments.metrics import chance
+from experiments.result import Trial
 from experiments.statistics import Interval, Rate
 
 SCORES = ("psnr_db", "ssim", "mse", "lpips")
 """Scores of images, with a distribution over victims; ``lpips`` only where every record has it."""
+
+DEALT = 200
+"""Random deals of an upload's records to its senders, over which the chance to name a record's sender is averaged."""
 
 
 def above_floor(group: Group, candidates: int) -> Interval | None:
@@ -49,6 +53,31 @@ def scores(group: Group) -> Row:
         row["label_accuracy"] = {"mean": accuracy.rate, "low": accuracy.low, "high": accuracy.high, "floor": labels.floor}
     row["exact"] = None if group.labels_only or group.chosen else bounds(rate_of([item.record.exact for item in scored], scored))
     return row
+
+
+def attributed(scored: Sequence[Scored]) -> Row | None:
+    """Records whose sender the attack names, how many of them rightly, and what a guess among the senders gets right; None without any."""
+    named = [item for item in scored if item.record.attributed is not None]
+    if not named:
+        return None
+    uploads = {id(item.trial): item.trial for item in named}.values()
+    chance = float(np.mean([_shuffled_owners(trial) for trial in uploads]))
+    return bounds(rate_of([bool(item.record.attributed) for item in named], named)) | {"records": len(named), "chance": chance}
+
+
+def _shuffled_owners(trial: Trial) -> float:
+    """Share of records that go to their sender if the senders' records are dealt at random: who guesses knows n_i, and no more.
+
+    Labels alone are interchangeable: within a class, as many as possible count as right, as they do for the attack.
+    """
+    owners = np.array([record.client for record in trial.records])
+    kinds = np.array([record.label if trial.answered == "labels" else place for place, record in enumerate(trial.records)])
+    rng, right = np.random.default_rng(0), 0
+    for _ in range(DEALT):
+        dealt = rng.permutation(owners)
+        pairs = (Counter(zip(kinds.tolist(), of.tolist(), strict=True)) for of in (owners, dealt))
+        right += (next(pairs) & next(pairs)).total()
+    return right / (DEALT * len(owners))
 
 
 def _distribution(values: Sequence[float], scored: Sequence[Scored]) -> Row:

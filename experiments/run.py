@@ -126,7 +126,8 @@ def _run_what_is_left(
     if begun is not None and tasks:
         seconds = estimate.left(spent, waiting, at_once)
         left = f", about {estimate.span(seconds)} left" if seconds else ""
-        begun(estimate.plan(experiment).sentence(at_once) + (f" {len(before)} federations are done{left}." if before else ""))
+        ahead = f"{len(before)} federations are done{left}." if before else "How long is said when the first one has ended."
+        begun(f"{estimate.plan(experiment).sentence()} {ahead}")
     if begun is not None and tasks and differs:
         begun(f"The run in {out} was begun by another state of fedpeek: {'; '.join(differs)}. Its rows will be of both.")
     job = partial(_job, config.dump(experiment), out)
@@ -163,7 +164,7 @@ def run_task(experiment: Experiment, task: Task, out: Path) -> Finished:
         victims = foreseen(find_victims(experiment, world, record, evaluation), task.seed)
         if not victims:
             return Finished(task, failure="attacked uploads must hold records, got empty Poisson samples only. Attack more rounds.")
-        for attack in experiment.rungs:
+        for attack in experiment.asked(arm):
             if (done_before := parts.load(out, slug, attack.name)) is None:
                 began = time.perf_counter()
                 outcome = attack_victims(attack, victims, evaluation, world, arm.name)

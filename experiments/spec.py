@@ -25,7 +25,7 @@ from simulator.world import Federation, Split, Tampering, World
 DEMO = "demo"
 
 
-BY_ARM = ("rounds", "victims")
+BY_ARM = ("rounds", "victims", "candidates")
 """Settings of the evaluation that an arm may change."""
 
 
@@ -128,6 +128,24 @@ class Experiment:
         """The attacks that run on each arm."""
         return self.attacks or rungs(self.threat, defended=any(arm.defenses for arm in self.arms))
 
+    def asked(self, arm: Arm) -> tuple[Any, ...]:
+        """The attacks that run on this arm, with the settings of them that it changes.
+
+        Raises:
+            SpecError: the arm names an attack that does not run, or a setting that it does not have or refuses.
+        """
+        names = [attack.name for attack in self.rungs]
+        if unknown := [name for name in arm.attacks if name not in names]:
+            raise SpecError(
+                f"arm {arm.name!r}, attacks must be among {', '.join(names)}, got {unknown[0]!r}. {did_you_mean(unknown[0], names)}"
+            )
+        return tuple(
+            config.build_plugin("attacks", {**config.dump(attack), **own}, f"arm {arm.name!r}, attacks.{attack.name}")
+            if (own := arm.attacks.get(attack.name))
+            else attack
+            for attack in self.rungs
+        )
+
     @property
     def control(self) -> Arm | None:
         """The undefended arm, against which every other is judged that names none of its own; one that is judged like all if there is."""
@@ -143,7 +161,7 @@ class Experiment:
         return {arm: control for arm, control in found.items() if control}
 
     def judged(self, arm: Arm) -> Evaluation:
-        """How the arm is judged: the evaluation with the rounds and victims that it changes.
+        """How the arm is judged: the evaluation with the rounds, victims and candidates that it changes.
 
         Raises:
             SpecError: the arm changes something else, or to a value that is refused.

@@ -9,9 +9,12 @@ Exact binomial interval: Clopper and Pearson, 1934. Step-down correction: Holm, 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +61,7 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[Hashable], *, rng
     mean, groups = float(sums.sum() / counts.sum()), len(sums)
     if groups == 1:
         return Interval(mean, -math.inf, math.inf)
-    drawn = rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
+    drawn = _resamples(groups, rng)
     means = (drawn @ sums) / (drawn @ counts)
     tail = stats.norm.cdf(stats.t.ppf((1 - CONFIDENCE) / 2, groups - 1) * math.sqrt(groups / (groups - 1)))
     low, high = np.quantile(means, [tail, 1 - tail])
@@ -83,10 +86,11 @@ def sign_flip_p(differences: Sequence[float], clusters: Sequence[Hashable], *, r
     if 2**groups <= RESAMPLES:
         signs = 1 - 2 * (np.arange(2**groups)[:, None] >> np.arange(groups) & 1)
         return float(np.mean(np.abs(signs @ sums) >= observed))
-    signs = rng.choice([-1, 1], size=(RESAMPLES, groups))
-    return float((1 + np.sum(np.abs(signs @ sums) >= observed)) / (1 + RESAMPLES))
+    flipped = np.abs(_signs(groups, rng) @ sums)
+    return float((1 + np.sum(flipped >= observed)) / (1 + RESAMPLES))
 
 
+@cache
 def binomial_rate(successes: int, trials: int) -> Rate:
     """Return the share of successes and its exact (Clopper–Pearson) two-sided interval.
 
@@ -116,7 +120,7 @@ def paired_t(differences: Sequence[float]) -> Interval:
     if count == 1:
         return Interval(mean, -math.inf, math.inf)
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+    margin = _student(count) * spread
     return Interval(mean, mean - margin, mean + margin)
 
 
@@ -145,6 +149,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
         adjusted[i] = largest
     return adjusted
+
+
+@cache
+def _student(count: int) -> float:
+    """The quantile of Student's t for so many numbers."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+
+
+def _resamples(groups: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """How often each resample holds each of ``groups`` clusters."""
+    return _drawn("resamples", groups, rng)
+
+
+def _signs(groups: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Random signs of ``groups`` clusters."""
+    return _drawn("signs", groups, rng)
+
+
+def _drawn(what: str, groups: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw from ``rng``, or look up what it drew the last time it was in this state: most rows of a report have as many clusters."""
+    drawn, after = _from_state(what, groups, type(rng.bit_generator), json.dumps(rng.bit_generator.state))
+    rng.bit_generator.state = json.loads(after)
+    return drawn
+
+
+@lru_cache(maxsize=8)
+def _from_state(what: str, groups: int, generator: type[Any], state: str) -> tuple[NDArray[np.float64], str]:
+    """What a generator in this state draws, as float64 so that no product converts it again, and the state that this leaves."""
+    bits = generator()
+    bits.state = json.loads(state)
+    rng = np.random.Generator(bits)
+    size = (RESAMPLES, groups)
+    drawn = rng.choice([-1, 1], size=size) if what == "signs" else rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
+    return drawn.astype(np.float64), json.dumps(bits.state)
 
 
 def _by_cluster(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -14,11 +14,11 @@ from typing import Any
 
 from experiments.checks import flags_for
 from experiments.comparison import compare, correct
-from experiments.facts import columns
+from experiments.facts import accuracy_difference, ceiling_of, columns
 from experiments.groups import Group, Row, Scored, bounds, independent, interval_of, mean, rate_of, told_apart
 from experiments.ladder import BEST, best_per_victim
 from experiments.result import ArmFacts, Trial, plain
-from experiments.row_scores import above_floor, floor, guessed, over_prior, scores
+from experiments.row_scores import above_floor, attributed, floor, guessed, over_prior, scores
 
 SCHEMA = 1
 
@@ -36,6 +36,7 @@ def summarize(
     stacks: Mapping[str, Sequence[str]] | None = None,
     colluding: bool = False,
     one_round: bool = True,
+    candidates_of: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``, in the order in which arms and attacks first appear.
 
@@ -49,21 +50,28 @@ def summarize(
         stacks: the names of each arm's defenses, by which the report finds arms of one family.
         colluding: whether clients told the server what they sent.
         one_round: whether attacks used one round alone, so that each round's upload counts against a ceiling.
+        candidates_of: N of the arms that have one of their own.
 
     Raises:
         ValueError: a victim was scored twice by the same attack under the same arm.
     """
     groups = _groups([*trials, *best_per_victim(trials)], by_round)
+    judges = {group.arm: (controls or {}).get(group.arm, control_arm) for group in groups}
+    of_arm = {name: [fact for fact in facts if fact.arm == name] for name in {*judges, *judges.values()}}
+    undefended = {arm: of_arm[control] if control != arm else [] for arm, control in judges.items()}
     rows = [
         _row(
             group,
-            _control(group, groups, (controls or {}).get(group.arm, control_arm)),
-            [fact for fact in facts if fact.arm == group.arm],
-            candidates=candidates,
+            _control(group, groups, judges[group.arm]),
+            of_arm[group.arm],
+            candidates=(candidates_of or {}).get(group.arm, candidates),
             colluding=colluding,
             one_round=one_round,
         )
-        | {"stack": list((stacks or {}).get(group.arm, ()))}
+        | {
+            "stack": list((stacks or {}).get(group.arm, ())),
+            "accuracy_difference": accuracy_difference(of_arm[group.arm], undefended[group.arm]),
+        }
         for group in groups
     ]
     correct(rows)
@@ -122,8 +130,9 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         control_gain=above_floor(control, candidates) if control else None,
         difference=comparison.interval if comparison else None,
         identified=against_ceiling,
+        chance=guessed(group, candidates) if identified else None,
         epsilon=max((fact.epsilon for fact in facts), default=math.inf),
-        ceiling=max((fact.ceiling for fact in facts), default=1.0),
+        ceiling=max((ceiling_of(fact, trial.round) for fact in facts for trial in group.trials), default=1.0),
         oracle=any("oracle_used" in trial.flags for trial in group.trials),
         active=any("active_server" in trial.flags for trial in group.trials),
         candidates_told=group.chosen,
@@ -151,6 +160,7 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         "over_prior": {"psnr_db": bounds(prior[0]), "records": prior[1]} if prior else None,
         "difference_to_control": comparison.row if comparison else None,
         "identified": bounds(identified) | {"chance": guessed(group, candidates), "candidates": candidates} if identified else None,
+        "attributed": attributed(scored),
         "certified": {
             "records": sum(bool(item.record.certificate) for item in scored),
             "wrong": certified_wrong,
@@ -164,7 +174,7 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         },
         "identifiability": {"uploads": len(foreseen), "predicted": sum(trial.predicted or 0 for trial in foreseen), "exact": exact_there},
         "seconds": mean([trial.seconds for trial in group.trials if trial.status != "unsupported"]),
-        **columns(facts, [float(trial.upload_bytes) for trial in group.trials]),
+        **columns(facts, [float(trial.upload_bytes) for trial in group.trials], sorted({trial.round for trial in group.trials})),
         "flags": flags + sorted({flag for trial in group.trials for flag in trial.flags} - set(flags)),
     }
 

@@ -79,11 +79,13 @@ def score(
         _, _, blind_guess = _judge(blind)
         for floor, blind_score in zip(floors, controls.floor_scores(blind_guess, truth), strict=True):
             floor[controls.SAMPLE if evaluation.shuffled_victims else "shuffled_gradient"] = blind_score
+    whose = attributed_to(answer, assignment, victim)
     results = tuple(
         RecordResult(
             client=client, record=int(record), psnr_db=s.psnr_db, ssim=s.ssim, mse=s.mse, exact=s.exact, identified=f.identified,
             rank=f.rank, label_correct=s.label_correct, floors=floor, lpips=s.lpips, label=int(label),
             certificate=_of_guess(answer, "certificate", assignment, place), solver=_of_guess(answer, "solver", assignment, place),
+            attributed=None if (who := whose[place]) is None else who == client,
         )
         for place, (client, record, label, s, f, floor) in enumerate(
             zip(victim.clients, victim.record_ids, victim.truth.labels, scores, found, floors, strict=True)
@@ -151,6 +153,32 @@ def _all_among(guess: Tensor | None, candidates: Batch | None) -> bool:
     if guess is None or candidates is None:
         return False
     return bool((guess[:, None] == candidates.inputs[None]).flatten(2).all(2).any(1).all())
+
+
+def attributed_to(answer: Answer, assignment: Tensor | None, victim: Victim) -> list[int | None]:
+    """The client whom the attack names for each record: by its guess of it, or where it guesses labels only, by one of its class.
+
+    Guessed labels are interchangeable: of one class, as many as possible are matched to a client's own.
+    """
+    nobody: list[int | None] = [None] * len(victim.truth)
+    if not isinstance(answer, Reconstruction) or not answer.clients or len(victim.senders) < 2:
+        return nobody
+    if answer.inputs is not None:
+        places = [matching.UNMATCHED] * len(nobody) if assignment is None else assignment.tolist()
+        named = [-1 if place == matching.UNMATCHED else answer.clients[place] for place in places]
+        return [None if client < 0 else client for client in named]
+    left = list(zip(answer.labels.tolist(), answer.clients, strict=True))
+    truth = list(zip(victim.truth.labels.tolist(), victim.clients, strict=True))
+    for place, pair in enumerate(truth):
+        if pair in left:
+            left.remove(pair)
+            nobody[place] = pair[1]
+    for place, (label, _) in enumerate(truth):
+        wrong = next((pair for pair in left if pair[0] == label and pair[1] >= 0), None)
+        if nobody[place] is None and wrong is not None:
+            left.remove(wrong)
+            nobody[place] = wrong[1]
+    return nobody
 
 
 def _of_guess(answer: Answer, what: Literal["certificate", "solver"], assignment: Tensor | None, place: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 
 import pytest
-import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,7 +13,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # the process that only hands out tests needs no torch
+        import torch
+
+        torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & or nohup; what is ignored stays so in child processes
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,7 +15,9 @@ from experiments.claims.claim import Claim, Figure
 from simulator.errors import FedpeekError
 
 HEADINGS = ("figure", "reported", "bar", "filed", "measured", "ok")
-WIDTHS = (28, 10, 24, 10, 10, 3)
+WIDTHS = (28, 10, 24, 10, 10, 7)
+KEPT, MISSED, BROKEN = "yes", "not met", "NO"
+"""What is said of a figure: it keeps its bar; it misses it as filed; it is neither."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,15 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        """Whether every figure was measured and keeps its bar."""
-        return not self.failure and all(figure.holds(self.measured[name]) for name, figure in self.claim.figures.items())
+        """Whether every figure was measured and is as filed: it keeps its bar, or misses it as the file says."""
+        return not self.failure and all(verdict(figure, self.measured[name]) != BROKEN for name, figure in self.claim.figures.items())
+
+    @property
+    def known_misses(self) -> list[str]:
+        """The figures that miss their bars as filed; before anything is measured, those that are filed so."""
+        if not self.measured:
+            return [] if self.failure else self.claim.misses
+        return [name for name, figure in self.claim.figures.items() if verdict(figure, self.measured[name]) == MISSED]
 
     def to_json(self) -> dict[str, Any]:
         """For one line of ``--json``; what is not finite becomes null."""
@@ -44,11 +53,12 @@ class Outcome:
         figures = {
             name: {
                 "reported": figure.reported, "bar": figure.bar, "filed": figure.ours, "measured": _finite(self.measured.get(name)),
-                "ok": name in self.measured and figure.holds(self.measured[name]),
+                "ok": name in self.measured and figure.holds(self.measured[name]), "met_as_filed": figure.met, "reason": figure.reason,
             }
             for name, figure in claim.figures.items()
         }  # fmt: skip
         about = {"id": claim.id, "claim": claim.claim, "source": claim.source, "ok": self.holds, "failure": self.failure}
+        about |= {"known_misses": self.known_misses}
         return {**about, "cpu_seconds": round(self.cpu_seconds, 3), "figures": figures}
 
 
@@ -78,6 +88,8 @@ def lines(outcome: Outcome) -> Iterator[str]:
     yield f"{claim.id}: {claim.claim} ({cost})"
     for name, figure in claim.figures.items():
         yield _row(f"  {name}", *filed(figure), *_now(outcome, name, figure))
+        if not figure.met:
+            yield f"    not met: {figure.reason}"
     if outcome.failure:
         yield f"  failed: {outcome.failure}"
 
@@ -89,9 +101,16 @@ def filed(figure: Figure) -> tuple[str, str, str]:
 
 def _now(outcome: Outcome, name: str, figure: Figure) -> tuple[str, str]:
     if name not in outcome.measured:
-        return "–", "NO" if outcome.failure else "–"
+        return "–", BROKEN if outcome.failure else "–" if figure.met else MISSED
     value = outcome.measured[name]
-    return f"{value:.4g}", "yes" if figure.holds(value) else "NO"
+    return f"{value:.4g}", verdict(figure, value)
+
+
+def verdict(figure: Figure, value: float) -> str:
+    """:data:`KEPT`, :data:`MISSED` or :data:`BROKEN`."""
+    if figure.holds(value):
+        return KEPT
+    return MISSED if figure.missed_as_filed(value) else BROKEN
 
 
 def _row(*cells: str) -> str:

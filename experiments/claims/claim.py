@@ -15,6 +15,15 @@ A file ``ID.toml`` in this folder is a claim; adding one needs no code::
     [figures.mse_max]
     ours = 4e-17
     at_most = 1e-10
+
+A bar that ours misses is filed as well, under its own ID, and says so::
+
+    [figures.difference_db]
+    ours = 0.7
+    at_least = 1.5
+    met = false
+    within = 0.8
+    reason = "the order of the records is not known, and costs more than the surrogate wins"
 """
 
 from __future__ import annotations
@@ -40,8 +49,10 @@ class Figure:
     Attributes:
         ours: the value as filed; the docs print it.
         at_least, at_most: the bar.
-        within: how far from ``ours`` it may lie.
+        within: how far from ``ours`` it may lie; where the bar is not met, how far the miss may be from the filed one.
         reported: what the source reports; none for our own claims.
+        met: whether ours keeps the bar. A bar that is missed is filed like any other.
+        reason: why it is missed.
     """
 
     ours: float
@@ -49,22 +60,39 @@ class Figure:
     at_most: float = math.inf
     within: float = math.inf
     reported: float | None = None
+    met: bool = True
+    reason: str = ""
 
     def __post_init__(self) -> None:
-        if not any(map(math.isfinite, (self.at_least, self.at_most, self.within))):
+        bars = (self.at_least, self.at_most, *((self.within,) if self.met else ()))
+        if not any(map(math.isfinite, bars)):
             raise ValueError("a figure must have a bar, got none of at_least, at_most and within. Add one: without it nothing is claimed.")
-        if not self.holds(self.ours):
-            raise ValueError(f"ours must keep its own bar {self.bar}, got {self.ours}. Correct the one or lower the other.")
+        if self.met and not self.holds(self.ours):
+            raise ValueError(f"ours must keep its own bar {self.bar}, got {self.ours}. Correct it, or say met = false and why.")
+        if self.met and self.reason:
+            raise ValueError(f"reason must be that of a miss, got {self.reason!r} with met = true. Leave it out.")
+        if not self.met and (self.holds(self.ours) or not self.reason or math.isinf(self.within)):
+            raise ValueError(
+                f"met = false must come with ours outside the bar {self.bar}, a reason, and within (of the miss), got ours = {self.ours}, "
+                f"reason = {self.reason!r}, within = {self.within}. Correct them."
+            )
 
     def holds(self, value: float) -> bool:
-        """Whether a measured value keeps the claim; NaN does not."""
-        return self.at_least <= value <= self.at_most and (math.isinf(self.within) or abs(value - self.ours) <= self.within)
+        """Whether a measured value keeps the bar; NaN does not."""
+        return self.at_least <= value <= self.at_most and (not self.met or self._near(value))
+
+    def missed_as_filed(self, value: float) -> bool:
+        """Whether a measured value misses the bar, by as much as the file says."""
+        return not self.met and not self.holds(value) and self._near(value)
+
+    def _near(self, value: float) -> bool:
+        return math.isinf(self.within) or abs(value - self.ours) <= self.within
 
     @property
     def bar(self) -> str:
         """The bar in signs."""
         parts = [f"{sign} {limit:g}" for sign, limit in (("≥", self.at_least), ("≤", self.at_most)) if math.isfinite(limit)]
-        return ", ".join(parts + ([f"≈ {self.ours:g} ± {self.within:g}"] if math.isfinite(self.within) else []))
+        return ", ".join(parts + ([f"≈ {self.ours:g} ± {self.within:g}"] if self.met and math.isfinite(self.within) else []))
 
 
 class Measure(Protocol):
@@ -80,7 +108,7 @@ class Measure(Protocol):
 
 
 MEASURES: dict[str, type[Any]] = {}
-"""Kinds of measurement by name; :mod:`experiments.claims.measures` and :mod:`experiments.claims.runs` fill it."""
+"""Kinds of measurement by name; the modules that :func:`read` imports fill it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +128,11 @@ class Claim:
     cpu_seconds: float
     measure: Measure
     figures: Mapping[str, Figure]
+
+    @property
+    def misses(self) -> list[str]:
+        """The figures whose bar is filed as not met."""
+        return [name for name, figure in self.figures.items() if not figure.met]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +177,7 @@ def read(path: Path) -> Claim:
     Raises:
         SpecError: it is not TOML, or a setting is unknown, missing or of the wrong type.
     """
-    from experiments.claims import measures, privacy, runs  # noqa: F401  they register themselves
+    from experiments.claims import benchmarks, foresight, measures, privacy, runs  # noqa: F401  they register themselves
 
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))

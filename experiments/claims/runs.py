@@ -47,6 +47,8 @@ class SpecMeasure:
         rows = [row for row in rows if not self.round or row["rounds"] == [self.round]]
         if len(rows) != 1:
             raise SpecError(f"arm, attack and round must name one row of {self.spec}, got {len(rows)} for {self.arm!r}, {self.attack!r}.")
+        if not rows[0]["statuses"].get("ok"):
+            raise SpecError(f"{self.attack} must answer under {self.arm}, got: {'; '.join(rows[0]['reasons'])}. Change the setting.")
         return {name: _at(rows[0], path) for name, path in self.read.items()}
 
 

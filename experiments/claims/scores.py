@@ -17,6 +17,8 @@ from simulator.adversary import Reconstruction
 from simulator.types import Batch
 
 CLOSE_MSE = 1e-4
+VISIBLE_MSE = 10**-2.8
+"""28 dB, the least that B16 asks of any record."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Trial:
     def psnr_db(self) -> Tensor:
         """In dB, for each true record."""
         return psnr_db(self.errors)
+
+    def all_back(self, mse: float = EXACT_MSE) -> bool:
+        """Whether no true record is farther than this from its guess."""
+        return bool((self.errors < mse).all())
 
     @property
     def labels_right(self) -> Tensor:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
-from experiments.report import values
+from experiments.report import beside, values
 from experiments.report.headline import name, rows_by_arm, strongest, texts_of
 from experiments.report.values import Estimate, estimate, lookup, number
 from experiments.statistics import above_chance, paired_t
@@ -34,7 +35,7 @@ class Arm:
     Attributes:
         name: of the arm.
         family: names of its defenses; empty for no defense, with the arm's own name where it changes the recipe instead.
-        drop: accuracy lost against the arm's undefended control, in percentage points.
+        drop: accuracy lost against the arm's undefended control, in percentage points; on the seeds that both have where these are known.
         drops: the same by seed.
         leak: upper limit of the 95 % interval, in the panel's unit; the mean where it is ``unbounded``.
         least: lower limit of the same interval; −∞ where there is none.
@@ -65,7 +66,8 @@ def panel(rows: Sequence[Mapping[str, object]], which: str) -> list[Arm]:
     """Return the arms of one panel, in order.
 
     One without accuracy, without this leakage, or without a control is left out; so is a control of other arms, to which these are
-    compared, and an arm that shares no attacked round with the first control: the model of another time leaks otherwise (:func:`apart`).
+    compared, an arm that shares no attacked round with the first control: the model of another time leaks otherwise (:func:`apart`), and
+    one whose own control missed its floor, beside which nothing looks leaky.
     """
     heads = strongest(rows)
     by_name = {name(row, "defense"): row for row in heads}
@@ -77,14 +79,18 @@ def panel(rows: Sequence[Mapping[str, object]], which: str) -> list[Arm]:
         control = by_name.get(str(row.get("against"))) if row.get("against") is not None else first
         if control is None or name(row, "defense") in elsewhere or (row.get("control") and row is not first):
             continue
+        if control is not row and beside.control_failed(control, which):
+            continue
         undefended, accuracy, leak = number(control.get("accuracy")), number(row.get("accuracy")), _leak(row, which)
         bounded = leak.high is not None and math.isfinite(leak.high)
         high = leak.high if bounded else leak.value
         if high is None or accuracy is None or undefended is None or not all(map(math.isfinite, (high, accuracy, undefended))):
             continue
         cost = number(lookup(row, "cost", "client_seconds"))
+        drops = _drops(row, control)
+        drop = fmean(drops.values()) if drops else 100 * (undefended - accuracy)
         arm = Arm(
-            name=name(row, "defense"), family=family_of(row), drop=100 * (undefended - accuracy), drops=_drops(row, control), leak=high,
+            name=name(row, "defense"), family=family_of(row), drop=drop, drops=drops, leak=high,
             least=-math.inf if leak.low is None else leak.low, cost=cost if cost is not None and math.isfinite(cost) else None,
             unbounded=not bounded,
         )  # fmt: skip
@@ -131,9 +137,18 @@ def sentences(rows: Sequence[Mapping[str, object]]) -> list[str]:
             f"By {what}: dominated by a baseline: {', '.join(beaten) or 'none'}; not distinguishable from one that did no worse: "
             f"{', '.join(close) or 'none'}; not dominated by one: {', '.join(rest) or 'none'}."
         )
+    if said and (failed := _unjudged(rows)):
+        said.append(f"Left out, since their control did not beat its own floor: {', '.join(failed)}.")
     if said and (elsewhere := apart(rows)):
         said.append(f"Attacked in other rounds, and so not compared here: {', '.join(elsewhere)}.")
     return said
+
+
+def _unjudged(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """The arms whose control missed its floor, by PSNR."""
+    by_name = {name(row, "defense"): row for row in strongest(rows)}
+    controls = {arm: by_name.get(str(row.get("against"))) for arm, row in by_name.items() if str(row.get("against")) != arm}
+    return [arm for arm, control in controls.items() if beside.control_failed(control, "gain")]
 
 
 def _leak(row: Mapping[str, object], which: str) -> Estimate:

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patheffects import withStroke
-from matplotlib.transforms import Bbox
 
 from experiments.report.theme import Theme
 from experiments.report.verdict import Level
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right and top in pixels."""
 
 
 def label_points(axes: Axes, points: Sequence[Point], lines: Iterable[float], canvas: FigureCanvasAgg, theme: Theme) -> None:
     """Write each arm's name beside its point, at the nearest place where it covers nothing; a thin line leads to it when that is far."""
     renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
     unit = renderer.points_to_pixels(1.0)
-    frame = axes.get_window_extent(renderer)
-    taken = [text.get_window_extent(renderer) for text in axes.texts]
-    taken += [_around(frame.x0, axes.transData.transform((0, y))[1], frame.x1, axes.transData.transform((0, y))[1], unit) for y in lines]
+    frame = axes.get_window_extent(renderer).extents
+    taken: list[Box] = [text.get_window_extent(renderer).extents for text in axes.texts]
+    heights = [axes.transData.transform((0, y))[1] for y in lines]
+    taken += [_around(frame[0], height, frame[2], height, unit) for height in heights]
     for point in points:
         low, middle, high = (axes.transData.transform((point.x, y)) for y in (point.low, point.y, point.high))
         taken += [_around(low[0], low[1], high[0], high[1], 4 * unit), _around(middle[0], middle[1], middle[0], middle[1], 5 * unit)]
@@ -57,25 +60,21 @@ OFFSETS += [(0, 14), (0, -14)]
 FAR = 24  # points; from here on a label needs a line to its point
 
 
-def _cost(box: Bbox, taken: Iterable[Bbox], frame: Bbox) -> float:
+def _cost(box: Box, taken: Iterable[Box], frame: Box) -> float:
     """Return how bad a place for a label is: pixels that it covers, and far worse, pixels by which it leaves the panel."""
-    outside = sum(max(0.0, beyond) for beyond in (frame.x0 - box.x0, box.x1 - frame.x1, frame.y0 - box.y0, box.y1 - frame.y1))
-    return float(0.5 * sum(_overlap(box, other) for other in taken) + 100 * outside)
+    x0, y0, x1, y1 = box
+    outside = sum(max(0.0, beyond) for beyond in (frame[0] - x0, x1 - frame[2], frame[1] - y0, y1 - frame[3]))
+    covered = [(min(x1, c) - max(x0, a)) * (min(y1, d) - max(y0, b)) for a, b, c, d in taken if a < x1 and c > x0 and b < y1 and d > y0]
+    return float(0.5 * sum(covered) + 100 * outside)
 
 
-def _box(x: float, y: float, width: float, height: float, side: float) -> Bbox:
+def _box(x: float, y: float, width: float, height: float, side: float) -> Box:
     left = x - (0 if side > 0 else width if side < 0 else width / 2)
-    return Bbox.from_bounds(left, y - height / 2, width, height)
+    return left, y - height / 2, left + width, y - height / 2 + height
 
 
-def _around(x0: float, y0: float, x1: float, y1: float, margin: float) -> Bbox:
-    return Bbox.from_extents(x0 - margin, y0 - margin, x1 + margin, y1 + margin)
-
-
-def _overlap(a: Bbox, b: Bbox) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return float(width * height) if width > 0 and height > 0 else 0.0
+def _around(x0: float, y0: float, x1: float, y1: float, margin: float) -> Box:
+    return x0 - margin, y0 - margin, x1 + margin, y1 + margin
 
 
 @dataclass(frozen=True, kw_only=True)

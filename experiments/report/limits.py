@@ -35,7 +35,7 @@ def lines(rows: Sequence[Mapping[str, object]]) -> list[Limits]:
         psnrs = [psnr for row in members if (psnr := number(lookup(row, "scores", "psnr_db", "median"))) is not None]
         limit = Limits(
             defense=arm,
-            identification=values.percent(number(members[0].get("ceiling"))),
+            identification=identification(members[0]),
             named=values.percent(max(rates, default=None)),
             psnr=values.decibel(number(lookup(members[0], "ceilings", "no_prior_psnr_db"))),
             reached=values.decibel(max(psnrs, default=None)),
@@ -44,3 +44,16 @@ def lines(rows: Sequence[Mapping[str, object]]) -> list[Limits]:
         )
         found.append(limit)
     return found
+
+
+def identification(row: Mapping[str, object]) -> str:
+    """The ceiling for what the attack saw, and in brackets that over the whole training where it is another."""
+    return f"{values.percent(number(row.get('ceiling')))} {over_training(row)}".rstrip()
+
+
+def over_training(row: Mapping[str, object]) -> str:
+    """The ceiling for whoever has every upload of the whole training, beside that for what the attack saw; empty where it is the same."""
+    seen, whole = number(row.get("ceiling")), number(row.get("training_ceiling"))
+    if seen is None or whole is None or values.percent(seen) == values.percent(whole):
+        return ""
+    return f"(all {values.percent(whole)})"

@@ -162,7 +162,3 @@ def _legend(figure: Figure, points: Sequence[Point], *, ceilings: bool, theme: T
     for text in legend.get_texts():
         text.set_color(theme.quiet)
         text.set_parse_math(False)
-
-
-
-

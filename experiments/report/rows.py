@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.ladder import BEST
-from experiments.report import values
+from experiments.report import beside, values
 from experiments.report.headline import control_of, headlines, laddered, name, rows_of, strongest, texts_of
+from experiments.report.limits import over_training
 from experiments.report.values import Estimate, estimate, lookup, number
 from experiments.report.verdict import Verdict, verdict
 
@@ -68,7 +69,12 @@ def _lines(rows: Sequence[Mapping[str, object]], everything: Sequence[Mapping[st
             note=sentences.index(str(row["epsilon_for"])) + 1 if row.get("epsilon_for") else 0,
             sentence=str(row.get("epsilon_for") or ""),
             ceiling=number(row.get("ceiling")),
+            over_training=over_training(row),
             accuracy=estimate(row, "accuracy"),
+            accuracy_against=beside.accuracy(row),
+            paired_seeds=beside.paired_seeds(row),
+            rounding=beside.rounding(row),
+            over_prior=beside.prior(row),
             upload=values.size(number(row.get("upload_bytes"))),
             seconds=values.duration(number(row.get("seconds"))),
             flags=flags_of(row),
@@ -94,11 +100,7 @@ def _victims(row: Mapping[str, object]) -> str:
 
 def _solved(row: Mapping[str, object]) -> str:
     """Which attack gave how many victims, where each victim counts with its strongest."""
-    solvers = row.get("solvers")
-    if row.get("attack") != BEST or not isinstance(solvers, Mapping):
-        return ""
-    counts = {str(attack): int(number(lookup(entry, "records")) or 0) for attack, entry in solvers.items()}
-    return " · ".join(f"{attack} {count}" for attack, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return beside.who(row) if row.get("attack") == BEST else ""
 
 
 def _rounds(row: Mapping[str, object]) -> str:
@@ -115,7 +117,7 @@ def _proven(row: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
     """Records with a proof; below, what identifiability predicted and what came of it, and each solver's records and proofs."""
     certified, solvers = number(lookup(row, "certified", "records")), row.get("solvers")
     asked, predicted, exact = (number(lookup(row, "identifiability", key)) for key in ("uploads", "predicted", "exact"))
-    parts = [f"first uploads: {predicted or 0:.0f} predicted, {exact or 0:.0f} exact"] if asked else []
+    parts = [f"{asked:.0f} uploads: {predicted or 0:.0f} predicted, {exact or 0:.0f} exact"] if asked else []
     for solver, entry in solvers.items() if isinstance(solvers, Mapping) else ():
         parts.append(f"{solver}: {number(lookup(entry, 'records')) or 0:.0f}, {number(lookup(entry, 'certified')) or 0:.0f} proven")
     return values.MISSING if certified is None else f"{certified:.0f}", tuple(parts)
@@ -181,7 +183,8 @@ class Line:
 
     ``solved`` says which attack gave how many victims, where each counts with its strongest; ``identified_by`` names the attack that
     said who it was, where that was not the picture. ``labels`` is the share of right labels where the attack answered nothing else,
-    else None. ``proven`` says how many records carry a certificate, and which solver produced how many.
+    else None. ``accuracy_against``, ``rounding`` and ``over_prior`` come from :mod:`experiments.report.beside`.
+    ``proven`` says how many records carry a certificate, and which solver produced how many.
     """
 
     defense: str
@@ -207,7 +210,12 @@ class Line:
     note: int
     sentence: str
     ceiling: float | None
+    over_training: str
     accuracy: Estimate
+    accuracy_against: str
+    paired_seeds: str
+    rounding: str
+    over_prior: str
     upload: str
     seconds: str
     flags: tuple[str, ...]

@@ -8,11 +8,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from experiments.report import values
+from experiments.ladder import BEST
+from experiments.report import beside, values
 from experiments.report.headline import laddered, rows_of
 from experiments.report.rows import Line, lines, main_lines
 from experiments.report.verdict import Level
 from experiments.report.words import explain
+
+MOST_SHUFFLED = 3
+"""Comparisons with shuffled updates below the table; the others are in the report."""
 
 STYLES: Mapping[Level, str] = {
     "recognizable": "bold red",
@@ -27,14 +31,14 @@ def table(summary: Mapping[str, object]) -> Table:
     """Return the summary's rows for the terminal; letters in the last column are explained below the table."""
     rows, ladder = main_lines(summary), laddered(rows_of(summary))
     several = ladder or len({line.attack for line in rows}) > 1
-    letters = {flag: chr(ord("a") + place % 26) for place, flag in enumerate(dict.fromkeys(flag for line in rows for flag in line.flags))}
+    letters = beside.letters(flag for line in rows for flag in line.flags)
     caption = _caption(rows, lines(summary), letters)
     result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left", caption_style="dim")
     result.add_column("defense", overflow="fold", min_width=12, max_width=24)
     result.add_column("view", no_wrap=True)
     for header in ("identified", "PSNR gain dB", "ε", "ceiling", "accuracy"):
         result.add_column(header, justify="right", no_wrap=True)
-    result.add_column("flags", overflow="fold", max_width=8)
+    result.add_column("flags", overflow="fold", max_width=5)
     for line in rows:
         rate, gain = line.identified, line.gain
         style = STYLES.get(line.verdict.level, "")
@@ -45,11 +49,15 @@ def table(summary: Mapping[str, object]) -> Table:
             Text(_labels(line) or _with_range(values.percent(rate.value), values.percent_range(rate.low, rate.high)), style=style),
             Text(_with_range(values.fixed(gain.value, sign=True), values.fixed_range(gain.low, gain.high)), style=style),
             Text(line.epsilon),
-            Text(values.percent(line.ceiling)),
-            Text(values.percent(line.accuracy.value, 1)),
+            _over(values.percent(line.ceiling), line.over_training),
+            _over(values.percent(line.accuracy.value, 1), line.accuracy_against.replace(" ± ", "\n±")),
             Text(" ".join(letters[flag] for flag in line.flags)),
         )
     return result
+
+
+def _over(words: str, below: str) -> Text:
+    return Text("\n").join([Text(words), *([Text(below, style="dim")] if below else [])])
 
 
 def _with_range(value: str, interval: str) -> str:
@@ -73,8 +81,24 @@ def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) 
         parts.append("Each victim counts with its strongest attack, below the name: which, how often; each attack alone: report.html.")
     if named := list(dict.fromkeys(line.identified_by for line in rows if line.identified_by)):
         parts.append(f"Identified by {values.join(named)}, which was handed the candidates.")
+    if over := list(dict.fromkeys(line.paired_seeds for line in rows if line.accuracy_against)):
+        parts.append(f"Below an accuracy: its difference to the arm's control, paired by seed ({values.join(over)}), in points ± 95 %.")
+    if any(line.over_training for line in rows):
+        parts.append("Ceiling: for what the attack saw; (all …) for whoever has every upload of the training.")
+    parts += _beside(rows, details)
     parts += [f"{letter}: {flag.replace('_', ' ')}. {explain(flag)}".strip() for flag, letter in letters.items()]
     return Text("\n".join(parts + _unmeasured(details)))
+
+
+def _beside(rows: list[Line], details: list[Line]) -> list[str]:
+    """What a figure must not be read without: how far rounding changed the mean, and what an attack shows of shuffled updates."""
+    rounded = {line.defense: line.rounding for line in rows if line.rounding}
+    blind = [f"{line.attack}, {line.defense}: {line.over_prior}" for line in details if line.over_prior and line.attack != BEST]
+    parts = [f"Rounding, rms of the released mean: {'; '.join(f'{arm} {much}' for arm, much in rounded.items())}."] if rounded else []
+    if blind:
+        shown = blind if len(blind) <= MOST_SHUFFLED else [*blind[:MOST_SHUFFLED], f"{len(blind) - MOST_SHUFFLED} more in report.html"]
+        parts.append(f"PSNR above that of the same attack on shuffled updates: {'; '.join(shown)}.")
+    return parts
 
 
 def _unmeasured(rows: list[Line]) -> list[str]:

@@ -83,7 +83,8 @@ def significant(value: float | None, digits: int = 3) -> str:
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         power = f"10{str(int(exponent)).translate(SUPERSCRIPTS)}"
         return power if mantissa == "1" else f"{mantissa.replace('-', MINUS)}·{power}"
-    return f"{value:.{digits}g}".replace("-", MINUS)
+    rounded = float(f"{value:.{digits}g}")
+    return (f"{rounded:.0f}" if abs(rounded) >= 10**digits else f"{value:.{digits}g}").replace("-", MINUS)
 
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

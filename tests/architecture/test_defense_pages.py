@@ -69,6 +69,6 @@ def test_measurements_stand_on_the_pages_of_the_defenses_that_were_measured(tmp_
     monkeypatch.setattr(defense_pages, "MEASURED", path)
     found = pages()
     assert "## Measured on our data" in found["top_k.md"]
-    assert "| top-k 90 % | 32, 2 | 97\u00a0% [84–99.9\u00a0%], 1\u00a0% |" in found["top_k.md"]
+    assert "| top-k 90 % | inverting_gradients | 32, 2 | 97\u00a0% [84–99.9\u00a0%], 1\u00a0% |" in found["top_k.md"]
     assert "| none |" in found["top_k.md"]
     assert "## Measured on our data" not in found["clip.md"]

@@ -100,6 +100,23 @@ def test_the_best_attacker_on_orthonormal_candidates_stays_below(candidates: int
     assert success < reconstruction_ceiling(releases(1 / mu, 1, 1), candidates)
 
 
+def test_a_bound_on_the_attacked_round_alone_would_be_beaten_through_the_model() -> None:
+    """FedSGD, one client with the same record in rounds 1 and 2: the second broadcast gives the first release back, to the bit's noise.
+
+    Whoever is shown round 2 alone and knows the initial model sees both releases: 2 count, as ``accounting.until`` says, not 1.
+    """
+    rng, trials, candidates, z = np.random.default_rng(1), 20_000, 10, 1.0
+    releases = z * rng.standard_normal((2, trials, candidates))
+    releases[:, :, 0] += 1  # the true candidate's gradient is the first of 10 orthonormal ones
+    initial, rate = rng.standard_normal((trials, candidates)), 0.1
+    broadcast, upload = initial - rate * releases[0], releases[1]
+    view = (initial - broadcast) / rate + upload
+    success = float((view.argmax(1) == 0).mean())
+    one, two = (reconstruction_ceiling(claim(SelfComposedDpEvent(GaussianDpEvent(z), count)), candidates) for count in (1, 2))
+    assert one < success < two
+    assert float((upload.argmax(1) == 0).mean()) < one
+
+
 def test_releases_of_the_same_total_have_the_same_ceiling() -> None:
     one, many = reconstruction_ceiling(releases(1.0, 1, 1), 10), reconstruction_ceiling(releases(10.0, 1, 100), 10)
     assert one == pytest.approx(many)

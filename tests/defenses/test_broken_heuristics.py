@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from attacks._matching.defended import struck
+from attacks.strongest import Strongest
 from attacks.update.candidate_identification import CandidateIdentification
 from attacks.update.dlg import DLG
 from attacks.update.levenberg_marquardt import LevenbergMarquardt
@@ -37,6 +39,7 @@ from tests.attacks.victims import psnr_db
 from tests.federations import world
 
 VICTIMS = 20
+CNN = {"name": "cnn", "width": 8, "hidden": 64}
 RNG = stream(0, "attack")
 
 
@@ -50,7 +53,13 @@ class Case(NamedTuple):
 
 
 def against(defense: Any, count: int = VICTIMS, seed: int = 0, **settings: Any) -> Iterator[Case]:
-    of = world(federation={"clients": VICTIMS, "rounds": 1}, training={"batch_size": 1}, defenses=[defense], seed=seed, **settings)
+    of = world(
+        federation={"clients": VICTIMS, "rounds": 1},
+        training={"batch_size": 1},
+        defenses=[defense] if defense else [],
+        seed=seed,
+        **settings,
+    )
     parts = splits(of)
     model, told = network(of.architecture, parts.schema, of.training, of.seed), architecture(of, parts)
     sent = Broadcast(1, *tensors(model), of.training)
@@ -238,10 +247,49 @@ def test_with_the_noise_known_matching_is_as_strong_as_without_the_defense() -> 
             assert psnr_db(attack(case.view, case.known, rng=RNG).inputs, case.truth.inputs) > 80
 
 
+# --- what is left as it was: the model and the data of experiments/specs/defenses.toml ---
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        None,
+        *({"name": "soteria", "pruned": pruned} for pruned in (0.2, 0.5, 0.8)),
+        *({"name": "precode", "k": k} for k in (16, 64, 256)),
+    ],
+    ids=str,
+)
+def test_one_record_is_peeled_from_the_layers_that_a_defense_leaves_alone(defense: Any) -> None:
+    """Exact and proven, as without any defense, of which the control is the first of these."""
+    found = [(Strongest(seconds=0.5)(case.view, case.known, rng=RNG), case.truth.inputs) for case in against(defense, 10, model=CNN)]
+    scores = [psnr_db(guess.inputs, truth) for guess, truth in found]
+    print(f"\n{defense}: {fmean(scores):.0f} dB, {sum(bool(guess.certificate[0]) for guess, _ in found)} of {len(found)} proven")
+    assert min(scores) > 100
+    assert all(guess.certificate == ("layer by layer",) and guess.solver == ("r_gap",) for guess, _ in found)
+
+
+@pytest.mark.parametrize("noised", [0.1, 0.4, 0.8])
+def test_steps_that_outpost_leaves_alone_are_read_like_any_others(noised: float) -> None:
+    """One in nine in round 1; zeros, or the rank of the head's gradient, tell which. What it struck is not peeled."""
+    plain, free = against(None, model=CNN), 0
+    for case, other in zip(against({"name": "outpost", "noised": noised}, model=CNN), plain, strict=True):
+        one, two = case.view.upload.update.tensors, other.view.upload.update.tensors
+        alone = all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+        assert struck(one, 1) != alone
+        free += alone
+        if alone:
+            guess = Strongest(seconds=0.5)(case.view, case.known, rng=RNG)
+            assert psnr_db(guess.inputs, case.truth.inputs) > 100
+            assert guess.certificate == ("layer by layer",)
+        else:
+            assert RGap().supports(case.view, case.known) is not None
+    assert 0 < free < VICTIMS / 2
+
+
 # --- hygiene ---
 
 
-@pytest.mark.parametrize("model", ["mlp", "lenet", {"name": "cnn", "width": 8, "hidden": 64}], ids=str)
+@pytest.mark.parametrize("model", ["mlp", "lenet", CNN], ids=str)
 def test_without_the_first_bias_a_record_is_peeled_layer_by_layer(model: Any) -> None:
     for case in against({"name": "no_first_bias"}, 3, model=model):
         assert LinearLeak().supports(case.view, case.known) is not None, "what it stops"
@@ -261,6 +309,20 @@ def test_behind_a_frozen_relu_layer_the_active_neurons_are_equations() -> None:
         left, right = sent.buffers["layer0.weight"].double()[active], (hidden - sent.buffers["layer0.bias"].double())[active]
         pixels = 0.5 + 0.25 * torch.linalg.lstsq(left, right[:, None]).solution.flatten()
         assert psnr_db(pixels, case.truth.inputs.flatten()) > 80
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet", CNN], ids=str)
+def test_a_frozen_first_layer_is_peeled_like_the_others(model: Any) -> None:
+    """Without its gradient there is z = Wx + b. Where a ReLU leaves too few equations, black pixels and dead outputs make up for them."""
+    found = [
+        (RGap()(case.view, case.known, rng=RNG), case.truth.inputs) for case in against({"name": "frozen_first_layer"}, 10, model=model)
+    ]
+    scores = [psnr_db(guess.inputs, truth) for guess, truth in found]
+    proven = [score for score, (guess, _) in zip(scores, found, strict=True) if guess.certificate[0]]
+    print(f"\n{model}: {fmean(scores):.0f} dB, {sum(score > 60 for score in scores)} exact, {len(proven)} of {len(found)} proven")
+    assert sum(score > 60 for score in scores) >= 8
+    assert len(proven) >= 6
+    assert min(proven) > 60
 
 
 def test_behind_a_frozen_smooth_layer_second_order_steps_are_exact() -> None:

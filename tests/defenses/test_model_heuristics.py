@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from clients.private import private_batches
 from defenses.client.precode import Precode
 from experiments.disclose import architecture
 from simulator import config, lookup
+from simulator.adversary import Knowledge
 from simulator.models.latent import Bottleneck, divergence, drawn_noise, noise_from, penalties
 from simulator.models.surgery import first_and_last
 from simulator.network import network, tensors
 from simulator.rng import secret_stream, stream
 from simulator.training import loss, mean_gradient, per_example_gradients
-from simulator.types import Batch, Broadcast, Schema
+from simulator.types import Batch, Broadcast, Observation, Schema
 from simulator.world import World
 from tests.attacks.victims import attack_surface, records
 from tests.federations import federate, without_flower, world
@@ -298,14 +300,17 @@ def test_defenses_of_the_model_stack() -> None:
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
+@functools.cache
+def surface(wrapper: str, count: int) -> tuple[Observation, Knowledge]:
+    model = family(wrapper, EVERY[wrapper]).build(Schema((1, 8, 8), SCHEMA.class_names), stream(0, "model"))
+    return attack_surface(model, [records(count, (1, 8, 8))])
+
+
 @pytest.mark.parametrize("name", lookup.names("attacks"))
 def test_attacks_run_on_these_models_or_say_why_not(name: str) -> None:
-    schema = Schema((1, 8, 8), SCHEMA.class_names)
-    for wrapper, of in EVERY.items():
-        model = family(wrapper, of).build(schema, stream(0, "model"))
+    for wrapper in EVERY:
         for count in (1, 3):
-            view, knowledge = attack_surface(model, [records(count, (1, 8, 8))])
-            reason = lookup.get("attacks", name)().supports(view, knowledge)
+            reason = lookup.get("attacks", name)().supports(*surface(wrapper, count))
             assert reason is None or len(reason) > 10
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from dp_accounting import GaussianDpEvent
 
 from clients.private import private_record_ids, records_held
 from defenses.accounting import guarantee
+from defenses.audit import audit
 from defenses.bounds import success_ceiling
 from defenses.client import dp_sgd
 from experiments.auditing import audit_run, measured
 from experiments.cli import main
 from experiments.conclude import conclude
+from experiments.directory import read_facts
 from experiments.result import ArmFacts
 from experiments.run import run
 from experiments.spec import Experiment
@@ -28,35 +32,41 @@ SPEC: dict[str, Any] = {
     "secret": "the same noise in every run of this test",
     "data": "digits",
     "model": {"name": "mlp"},
-    "federation": {"clients": 60},
+    "split": {"test": 0.5, "public": 0.46},
+    "federation": {"clients": 60, "rounds": 4},
     "training": {"batch_size": 1},
     "threat": {"candidates": True},
     "evaluation": {"candidates": 20, "shuffled_control": False},
     "attacks": ["candidate_identification"],
     "arms": [
-        {"name": "none"},
+        {"name": "none", "federation": {"rounds": 1}},
         {"name": "DP-SGD", "defenses": [{"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 1.0}]},
     ],
 }
 
 
-def federation(out: Path) -> Path:
-    assert run(config.build(Experiment, SPEC), out, workers=1) == []
+def federation(out: Path, first: int = 0) -> Path:
+    """A run of the arms from this one on."""
+    assert run(config.build(Experiment, {**SPEC, "arms": SPEC["arms"][first:]}), out, workers=1) == []
     return out
 
 
 def test_a_guarantee_that_holds_passes_and_halved_noise_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A record enters each of 4 releases, and the attack on round 1 sees one: beside all 4, half the noise could not fail."""
     (kept,), left_out = audit_run(federation(tmp_path / "as-claimed"))
     assert not kept.failed
     assert kept.measured.trials == 60
     assert left_out == ["none: not audited: nothing is certified against this adversary."]
     honest = dp_sgd.add_gaussian
     monkeypatch.setattr(dp_sgd, "add_gaussian", lambda tensors, sigma, rng: honest(tensors, sigma / 2, rng))
-    (refuted,), _ = audit_run(federation(tmp_path / "halved"))
+    (refuted,), _ = audit_run(federation(tmp_path / "halved", first=1))
     assert refuted.failed
-    assert refuted.low > refuted.measured.ceiling == kept.measured.ceiling
+    one, four = (success_ceiling(GaussianDpEvent(1 / math.sqrt(releases)), 1 / 20) for releases in (1, 4))
+    assert [fact.training_ceiling for fact in read_facts(tmp_path / "halved")] == [pytest.approx(four)]
+    assert refuted.measured.ceiling == kept.measured.ceiling == pytest.approx(one)
+    assert one < refuted.low < four
     for directory, code in (("as-claimed", 0), ("halved", 1)):
         monkeypatch.setattr("sys.argv", ["fedpeek", "audit", str(tmp_path / directory)])
         with pytest.raises(SystemExit) as stopped:
@@ -95,18 +105,46 @@ def test_one_record_an_upload_counts_and_what_is_not_audited_is_said() -> None:
     facts = [ArmFacts(arm="dp", seed=seed, accuracy=1.0, ceiling=most) for seed, most in enumerate((0.2, 0.3))]
     facts.append(ArmFacts(arm="none", seed=0, accuracy=1.0))
     batch = trial(arm="dp", seed=0, records=(record(0, 0), record(0, 1, identified=False)), answered="candidates")
-    later = trial(arm="dp", seed=0, round=2, records=(record(0, 0, identified=False), record(0, 1)), answered="candidates")
-    rows, left_out = measured([batch, later, *arm("none", 25.0)], facts, one_round=True)
+    later = trial(arm="dp", seed=0, round=2, records=(record(0, 2, identified=False), record(0, 3)), answered="candidates")
+    again = trial(arm="dp", seed=0, round=3, records=(record(0, 1), record(0, 4)), answered="candidates")  # one of round 1 is in it
+    rows, left_out = measured([batch, later, again, *arm("none", 25.0)], facts, one_round=True, candidates=10)
     (row,) = rows
     assert (row.name, row.successes, row.trials, row.ceiling) == ("dp, ig", 1, 2, 0.3)  # the highest ceiling of the seeds
+    assert row.chance == 0.2
     assert left_out == ["none: not audited: nothing is certified against this adversary."]
-    (together,), _ = measured([batch, later], facts, one_round=False)  # it used both rounds: they are one trial
+    (together,), _ = measured([batch, later], facts, one_round=False, candidates=10)  # it used both rounds: they are one trial
     assert (together.successes, together.trials) == (1, 1)
     told = trial(arm="dp", records=(record(0, 0), record(0, 1)), flags=("oracle_used",))
-    assert measured([told], facts, one_round=True)[0] == []
-    assert "labels that were told" in measured([told], facts, one_round=True)[1][-1]
+    assert measured([told], facts, one_round=True, candidates=10)[0] == []
+    assert "labels that were told" in measured([told], facts, one_round=True, candidates=10)[1][-1]
     unsupported = trial(arm="dp", status="unsupported", records=(), reason="no dense layer")
-    assert "it named nobody" in measured([unsupported], facts, one_round=True)[1][-1]
+    assert "it named nobody" in measured([unsupported], facts, one_round=True, candidates=10)[1][-1]
+
+
+def test_a_trial_counts_against_the_ceiling_of_its_own_round() -> None:
+    facts = [
+        ArmFacts(arm="dp", seed=0, accuracy=1.0, epsilon=8.0, ceiling=1.0, ceiling_by_round={"1": 0.2, "4": 1.0}, training_ceiling=1.0)
+    ]
+    first, last = (trial(arm="dp", round=round, records=(record(0, round),)) for round in (1, 4))
+    vacuous = ["dp: not audited: (ε, δ) lets everybody be named by what an attack saw."]
+    assert [row.ceiling for row in measured([first], facts, one_round=True, candidates=10)[0]] == [0.2]
+    assert measured([last], facts, one_round=True, candidates=10) == ([], vacuous)
+    assert measured([first, last], facts, one_round=True, candidates=10) == ([], vacuous)
+    repeated = trial(arm="dp", round=4, records=(record(0, 1),))  # not counted, so that its round is none
+    assert [row.ceiling for row in measured([first, repeated], facts, one_round=True, candidates=10)[0]] == [0.2]
+    older = [ArmFacts(arm="dp", seed=0, accuracy=1.0, epsilon=8.0, ceiling=0.7)]
+    assert [row.ceiling for row in measured([first, last], older, one_round=True, candidates=10)[0]] == [0.7]
+
+
+@pytest.mark.parametrize(("candidates", "said"), [(20, "within the ceiling of 60.0%"), (8, "no test: guessing alone names 50%.")])
+def test_where_guessing_names_half_nothing_is_tested(candidates: int, said: str) -> None:
+    facts = [ArmFacts(arm="dp", seed=0, accuracy=1.0, epsilon=8.0, ceiling=0.6)]
+    batches = [trial(arm="dp", senders=(at,), records=tuple(record(at, n, identified=at < 8) for n in range(4))) for at in range(16)]
+    rows, _ = measured(batches, facts, one_round=True, candidates=candidates)
+    assert said in audit(rows)[0].sentence
+    every = [replace(one, records=tuple(replace(of, identified=True) for of in one.records)) for one in batches]
+    rows, _ = measured(every, facts, one_round=True, candidates=candidates)
+    assert "AUDIT FAILED" in audit(rows)[0].sentence  # an alarm is one whatever the chance
 
 
 def test_a_directory_that_is_no_run_is_bad_input(tmp_path: Path) -> None:

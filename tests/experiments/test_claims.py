@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from attacks.update.random_guess import RandomGuess
 from clients.private import held_by, private_batches, splits
+from experiments.claims import benchmarks
 from experiments.claims import claim as claims_module
 from experiments.claims.__main__ import DOCS, page
 from experiments.claims.check import check
@@ -73,6 +75,76 @@ def test_claims_are_measured_and_one_that_does_not_hold_is_an_error(folder: Path
     assert broken.exit_code == 1
     assert [line.split()[-1] for line in broken.output.splitlines() if "psnr_db" in line] == ["NO"]
     assert "1 of 2 claims" in broken.output
+
+
+MISSED = GOOD.replace("at_most = 1e-10", 'at_most = 1e-10\n\n[figures.psnr_db]\nours = 60.0\nat_least = 61\nmet = false\nwithin = 0.5\nreason = "capped"')
+
+
+def test_a_bar_that_is_missed_as_filed_is_loud_and_an_error_unless_it_is_accepted(folder: Path) -> None:
+    (folder / "missed.toml").write_text(MISSED)
+    plain = CliRunner().invoke(app, ["claims", "missed"])
+    assert plain.exit_code == 1, plain.output
+    assert [line.split()[-2:] for line in plain.stdout.splitlines() if "psnr_db" in line] == [["not", "met"]]
+    assert "1 bars are not met" in plain.stderr
+    assert "missed psnr_db: capped" in plain.stderr
+    assert "do not hold" not in plain.stderr
+    accepted = CliRunner().invoke(app, ["claims", "missed", "--known-misses"])
+    assert accepted.exit_code == 0, accepted.output
+    assert "1 bars are not met" in accepted.stderr
+    (folder / "missed.toml").write_text(MISSED.replace("ours = 60.0", "ours = 40.0"))
+    worse = CliRunner().invoke(app, ["claims", "missed", "--known-misses"])
+    assert worse.exit_code == 1, "neither met nor missed as filed"
+    assert "1 of 1 claims" in worse.stderr
+    row = json.loads(CliRunner().invoke(app, ["claims", "missed", "--json"]).stdout)
+    assert (row["ok"], row["known_misses"]) == (False, [])
+
+
+def test_misses_are_listed_in_the_docs(folder: Path) -> None:
+    (folder / "missed.toml").write_text(MISSED)
+    text = page([read(folder / "missed.toml")])
+    assert "- **`missed`, `psnr_db`: bar ≥ 61, ours 60.** capped" in text
+    assert [line.count("**NOT MET**") for line in text.splitlines() if line.startswith("|  |  | `psnr_db`")] == [1]
+    assert "not met" not in page([read(folder / "good.toml")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"at_least": 61.0, "met": False, "within": 1.0}, "a reason"),
+        ({"at_least": 61.0, "met": False, "reason": "capped"}, "within"),
+        ({"at_least": 59.0, "met": False, "reason": "capped", "within": 1.0}, "outside the bar"),
+        ({"at_least": 59.0, "reason": "capped"}, "met = true"),
+        ({"met": False, "reason": "capped", "within": 1.0}, "must have a bar"),
+    ],
+)
+def test_a_miss_must_be_one_and_say_why(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Figure(ours=60.0, **settings)
+
+
+def test_the_peer_and_strongest_are_read_from_the_data_of_their_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "DOCS", tmp_path)
+    rows = [
+        {"task": {"network": "n", "side": side, "weight": weight, "data": data, "picture": picture, "budget": 10.0}, "psnr_db": db}
+        for side, weight, data, picture, db in [
+            ("breaching", 0.2, "public", 0, 10.0), ("breaching", 0.02, "public", 0, 12.0), ("breaching", 0.02, "private", 0, 13.0),
+            ("breaching", 0.02, "private", 1, 15.0), ("breaching", 0.2, "private", 0, 30.0), ("inverting_gradients", 1.0, "private", 0, 16.0),
+            ("inverting_gradients", 1.0, "private", 1, 19.0), ("inverting_gradients", 1.0, "private", 2, 40.0),
+        ]
+    ]  # fmt: skip
+    (tmp_path / "breaching.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = benchmarks.PeerMeasure(network="n", budget=10.0)()
+    assert (found["difference_db"], found["pictures"], found["psnr_db"], found["peer_psnr_db"]) == (3.5, 2.0, 17.5, 14.0)
+    with pytest.raises(SpecError, match=r"network and budget must be ones of docs/breaching.jsonl"):
+        benchmarks.PeerMeasure(network="n", budget=30.0)()
+    with pytest.raises(SpecError, match=r"docs must hold strongest.json"):
+        benchmarks.StrongestMeasure()()
+    table = [
+        {"strongest_db": [20.0, 30.0], "best_db": [20.4, 30.6], "floor_db": [14.0, 14.0], "victims": 2},
+        {"strongest_db": [9.0], "best_db": [10.0], "floor_db": [14.0], "victims": 1},
+    ]
+    (tmp_path / "strongest.json").write_text(json.dumps(table))
+    assert benchmarks.StrongestMeasure()() == {"matched": 1 / 3, "matched_above_floor": 0.5, "settings": 2.0, "victims_least": 1.0}
 
 
 def test_json_is_one_object_a_line(folder: Path) -> None:

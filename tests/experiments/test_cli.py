@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -297,13 +298,13 @@ def test_each_run_draws_its_own_secret_which_the_report_does_not_show(spec: Path
     found = []
     for name in ("a", "b"):
         run(load(str(spec)), tmp_path / name, workers=1)
-        _, report, _ = conclude(tmp_path / name)
         secret = tomllib.loads((tmp_path / name / "spec.toml").read_text())["secret"]
         assert len(secret) == 32
-        assert secret not in report.read_text()
         assert not any(secret in path.read_text() for path in (tmp_path / name / "transcript").rglob("*.jsonl"))
         found.append(secret)
     assert found[0] != found[1]
+    _, report, _ = conclude(tmp_path / "a")
+    assert found[0] not in report.read_text()
     again = load(str(tmp_path / "a" / "spec.toml"))
     assert again.secret == found[0]
 
@@ -529,6 +530,30 @@ def test_transcript_cut_short_is_attacked_up_to_its_last_whole_round(transcript:
     assert "must be unaltered" in str(refused)
 
 
+def test_damaged_tensor_file_costs_what_was_in_it_and_no_more(transcript: Path, tmp_path: Path) -> None:
+    events = [json.loads(line) for line in (transcript / "transcript.jsonl").read_text().splitlines()]
+    upload = next(event for event in events if event["kind"] == "upload" and event["round"] == 2)
+    broadcast = next(event for event in events if event["kind"] == "broadcast" and event["round"] == 3)
+    (transcript / upload["file"]).write_bytes(b"damaged")
+    (transcript / broadcast["file"]).unlink()
+    before = set(tmp_path.parent.iterdir()) | set(tmp_path.iterdir()) | set((tmp_path / "kept").iterdir())
+    done = CliRunner().invoke(app, ["attack", str(transcript), "--attack", "linear_leak"])
+    assert done.exit_code == 3, done.output
+    text = " ".join(done.stderr.split())
+    assert f"round 2, client {upload['senders'][0]}: damaged: {upload['file']} of round 2 must match its digest, got an altered file" in text
+    assert "round 3, every client: damaged: " in text
+    assert text.count("missing") == 2, "nothing else is"
+    assert len(list(transcript.glob("attacks/*/*.png"))) == 4 + 3, "all others are attacked, and written into the transcript's own directory"
+    assert set(tmp_path.parent.iterdir()) | set(tmp_path.iterdir()) | set((tmp_path / "kept").iterdir()) == before
+    with pytest.raises(TranscriptError, match="must match its digest"):
+        read(transcript)
+    for event in events:
+        (transcript / event.get("file", "none")).unlink(missing_ok=True)
+    nothing = CliRunner().invoke(app, ["attack", str(transcript), "--attack", "linear_leak"]).exception
+    assert isinstance(nothing, TranscriptError)
+    assert "a broadcast that can be read" in str(nothing)
+
+
 def test_attack_on_a_cut_transcript_of_a_run_is_scored(spec: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert CliRunner().invoke(app, ["run", str(spec), "--out", str(out), "--set", "federation.rounds=2", "--workers", "1"]).exit_code == 0
@@ -616,10 +641,12 @@ def _trials(out: Path) -> dict[tuple[object, ...], object]:
     return {(t["arm"], t["attack"], *t["senders"]): {key: value for key, value in t.items() if key not in timed} for t in trials}
 
 
-def test_estimate_says_what_there_is_to_do_and_runs_nothing(spec: Path, tmp_path: Path) -> None:
+def test_estimate_times_a_sample_says_how_long_and_writes_nothing(spec: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["run", str(spec), "--estimate", "--out", str(tmp_path / "out")])
     assert told.exit_code == 0
     assert "2 arms × 1 seeds = 2 federations; 1 attacks × 8 uploads = 8 reconstructions" in told.output
+    assert re.search(r"About \d+ (s|min) on \d+ workers? .* in 2 of 2 kinds of arms", " ".join(told.output.split()))
+    assert "No bound is certain" in told.output or "Certain is only" in told.output
     assert not (tmp_path / "out").exists()
 
 

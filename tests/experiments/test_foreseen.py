@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
+from attacks import identifiability
 from experiments.under_attack import Victim, foreseen
 from simulator import progress
 from tests.attacks.victims import attack_surface, build, digits
@@ -17,16 +20,21 @@ def victim(model: str, count: int, **told: object) -> Victim:
     return Victim(view, replace(knowledge, **told), truth, torch.arange(count), (0,) * count)  # type: ignore[arg-type]
 
 
-def test_the_first_victim_stands_for_all_and_is_announced() -> None:
+def test_every_victim_is_predicted_and_announced_and_singular_values_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    honest = identifiability.singular_values
+
+    def counted(*arguments: Any) -> tuple[float, float]:
+        asked.append(1)
+        return honest(*arguments)
+
+    monkeypatch.setattr(identifiability, "singular_values", counted)
     heard: list[str] = []
     with progress.listening(lambda *tick: heard.append(tick[3])):
-        first, other = foreseen([victim("mlp", 1), victim("mlp", 1)], 0)
-    assert (first.predicted, other.predicted) == (1, None)
-    assert heard[-1].startswith("1 of 1 records can be exact")
-
-
-def test_a_batch_without_neurons_of_its_own_is_predicted_to_stay_mixed() -> None:
-    assert foreseen([victim("linear", 40)], 0)[0].predicted == 0
+        found = foreseen([victim("mlp", 1), victim("mlp", 1), victim("mlp", 2), victim("linear", 40)], 0)
+    assert [one.predicted for one in found] == [1, 1, 2, 0]
+    assert [note.partition(" records")[0] for note in heard if "records can be exact" in note] == ["1 of 1", "1 of 1", "2 of 2", "0 of 40"]
+    assert len(asked) == 3, "once for one record, once for two, once for forty"
 
 
 def test_nothing_is_predicted_under_noise_or_of_what_cannot_be_used() -> None:

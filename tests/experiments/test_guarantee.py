@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from dp_accounting import ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from scipy.stats import chi2, norm
 
-from clients.private import private_record_ids, splits
+from clients.private import private_record_ids, records_held, splits
 from defenses import fisher
+from defenses.accounting import guarantee, until
+from defenses.bounds import success_ceiling
 from experiments.disclose import architecture, disclose
 from experiments.guarantee import PROBES, clipping_and_noise, guarantee_of, leakage
 from experiments.under_attack import Victim
@@ -24,18 +28,19 @@ from simulator.world import World
 from tests.federations import world
 
 
-def victims(of: World) -> list[Victim]:
-    """Uploads of three clients; their tensors play no part in a ceiling."""
+def victims(of: World, round: int = 1, history: Sequence[int] = ()) -> list[Victim]:
+    """Uploads of three clients, beside what was disclosed of other rounds; their tensors play no part in a ceiling."""
     parts = splits(of)
     model = architecture(of, parts)
     parameters, buffers = tensors(model)
     found = []
     for client in range(3):
-        ids = private_record_ids(of, client, 1)
+        ids = private_record_ids(of, client, round)
         upload = Upload(frozenset({client}), Update("gradient", parameters), buffers, len(ids))
-        view = Observation(Broadcast(1, parameters, buffers, of.training), (upload,))
-        truth = take(parts.private, ids)
-        found.append(Victim(view, disclose(ThreatModel(), of, parts, truth, upload, model), truth, ids, (client,) * len(ids)))
+        view, *others = [Observation(Broadcast(number, parameters, buffers, of.training), (upload,)) for number in (round, *history)]
+        truth, threat = take(parts.private, ids), ThreatModel(rounds="all" if history else "one")
+        told = disclose(threat, of, parts, truth, upload, model, others=others)
+        found.append(Victim(view, told, truth, ids, (client,) * len(ids)))
     return found
 
 
@@ -46,7 +51,7 @@ def defended(*defenses: Any, **training: Any) -> World:
 def test_ceilings_of_dp_sgd() -> None:
     of = defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0})
     attacked = victims(of)
-    _, found = guarantee_of(of, delta=1e-5, candidates=100, victims=attacked)
+    found = guarantee_of(of, delta=1e-5, candidates=100, victims=attacked).views[1]
     assert found.identification == pytest.approx(norm.cdf(norm.ppf(0.01) + 0.5), abs=1e-6)
     seen = sorted(float((victim.truth.inputs - 0.5).norm()) for victim in attacked)
     mse = (seen[1] * 2.0) ** 2 * chi2.ppf(0.5, 64) / 64
@@ -100,7 +105,7 @@ def test_no_ceiling_without_victims_or_with_batch_statistics() -> None:
 def test_psnr_without_a_prior_is_bounded_only_where_the_first_layer_is_linear(model: str, linear: bool) -> None:
     """The bound is about a gradient row that is a multiple of the record; behind a convolution there is none."""
     of = replace_model(defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0}), model)
-    _, found = guarantee_of(of, delta=1e-5, candidates=100, victims=victims(of))
+    found = guarantee_of(of, delta=1e-5, candidates=100, victims=victims(of)).views[1]
     assert (found.no_prior_psnr_db is not None) == linear
     assert found.identification < 1
 
@@ -113,7 +118,7 @@ def test_the_mean_squared_error_is_bounded_for_the_most_exposed_record() -> None
     of = defended({"name": "gaussian_noise", "sigma": 0.1})
     attacked = victims(of)
     every = leakage(of, attacked)
-    _, found = guarantee_of(of, delta=1e-5, candidates=100, victims=attacked)
+    found = guarantee_of(of, delta=1e-5, candidates=100, victims=attacked).views[1]
     assert found.dfil == max(every) > min(every)
     first = attacked[0]
     estimate = fisher.trace(
@@ -128,5 +133,51 @@ def test_guarantees_for_several_units_bound_an_attack_together() -> None:
     stack = {"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0}, {"name": "client_dp", "noise_multiplier": 1.9}
     both, alone = (guarantee_of(defended(*part), delta=1e-5, candidates=100) for part in (stack, stack[:1]))
     weak = guarantee_of(defended(stack[1]), delta=1e-5, candidates=100)
-    assert both[1].identification == min(alone[1].identification, weak[1].identification)
-    assert both[0].sentence.count("ε = ") == 2
+    assert both.training.identification == min(alone.training.identification, weak.training.identification)
+    assert both.guarantee.sentence.count("ε = ") == 2
+
+
+@pytest.mark.parametrize(
+    ("defense", "round", "history", "releases", "whole"),
+    [
+        ("dp_sgd", 1, (), 1, 4),  # two batches an epoch: a record enters one release in two rounds
+        ("dp_sgd", 2, (), 1, 4),
+        ("dp_sgd", 3, (), 2, 4),
+        ("dp_sgd", 1, (2, 8), 4, 4),
+        ("dp_sgd", 3, (1, 2), 2, 4),
+        ("client_dp", 1, (), 1, 8),
+        ("client_dp", 3, (), 3, 8),
+        ("local_dp", 3, (5,), 5, 8),
+    ],
+)
+def test_the_ceiling_of_a_view_counts_the_releases_up_to_the_latest_round_in_it(
+    defense: str, round: int, history: Sequence[int], releases: int, whole: int
+) -> None:
+    of = world(federation={"rounds": 8}, training={"batch_size": 100}, defenses=[{"name": defense, "noise_multiplier": 2.0}])
+    found = guarantee_of(of, delta=1e-5, candidates=100, victims=victims(of, round, history))
+    assert found.views[round].identification == pytest.approx(norm.cdf(norm.ppf(0.01) + math.sqrt(releases) / 2), abs=1e-9)
+    assert found.training.identification == pytest.approx(norm.cdf(norm.ppf(0.01) + math.sqrt(whole) / 2), abs=1e-9)
+    assert found.seen == {round: max(round, *history, 0)}
+    assert found.guarantee.epsilon == guarantee(of, records_held=records_held(of)).epsilon  # ε is for the whole training
+
+
+def test_the_ceiling_of_a_view_under_poisson_sampling_takes_the_earlier_rounds_with_q() -> None:
+    defended = {"name": "dp_sgd", "noise_multiplier": 2.0}
+    of = world(federation={"rounds": 5}, training={"batch_size": 60, "sampling": "poisson"}, defenses=[defended])
+    found = guarantee_of(of, delta=1e-5, candidates=100, victims=[*victims(of), *victims(of, 3)])
+    assert found.views[1].identification == pytest.approx(norm.cdf(norm.ppf(0.01) + 0.5), abs=1e-9)
+    release, q = GaussianDpEvent(2.0), of.training.sampling_rate(min(records_held(of)))
+    third = ComposedDpEvent([release, SelfComposedDpEvent(PoissonSampledDpEvent(q, release), 2)])
+    assert found.views[3].identification == pytest.approx(success_ceiling(third, 0.01), abs=1e-9)
+    assert found.views[1].identification < found.views[3].identification < found.training.identification
+
+
+def test_what_an_adversary_of_released_models_may_know_is_no_ceiling_of_a_view() -> None:
+    of = world(federation={"rounds": 3}, defenses=[{"name": "central_dp", "noise_multiplier": 2.0}])
+    found = guarantee_of(of, delta=1e-5, candidates=100, victims=victims(of))
+    assert found.views[1].identification == found.training.identification == 1.0
+
+
+def test_there_is_no_view_beyond_the_training() -> None:
+    with pytest.raises(ValueError, match=r"last must be a round in 1\.\.2, got 3"):
+        until(world(), 3)

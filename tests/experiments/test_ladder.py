@@ -19,6 +19,7 @@ from tests.experiments.test_summary import arm, record, row, summary, trial
     [
         (ThreatModel(), False, ["strongest"]),
         (ThreatModel(), True, ["inverting_gradients", "strongest"]),
+        (ThreatModel(rounds="all"), False, ["strongest", "gradient_disaggregation", "support_leak", "label_owners"]),
         (ThreatModel(public_data=True), True, ["inverting_gradients", "strongest", "learning_to_invert"]),
         (
             ThreatModel(public_data=True, candidates=True), True,

@@ -71,7 +71,7 @@ def test_an_arm_may_have_another_model() -> None:
         ([PAIR | {"evaluation": {"rounds": [0]}}], "arm 'none, 2 senders', evaluation: rounds must be numbers ≥ 1"),
         ([PAIR | {"evaluation": {"rounds": [1, 1]}}], "rounds must differ"),
         ([PAIR | {"evaluation": {"victims": -1}}], "victims must be ≥ 0"),
-        ([PAIR | {"evaluation": {"candidates": 5}}], r"own settings must be among rounds, victims, got \['candidates'\]"),
+        ([PAIR | {"evaluation": {"delta": 0.1}}], r"own settings must be among rounds, victims, candidates, got \['delta'\]"),
         ([PAIR | {"federation": {"rounds": 1}}], r"arm 'none, 2 senders', evaluation.rounds must be ≤ federation.rounds = 1, got \[1, 2\]"),
         ([{"name": "typo", "model": {"name": "mpl"}}], "Did you mean 'mlp'"),
     ],
@@ -89,7 +89,7 @@ def test_recorded_rounds_must_hold_those_of_every_arm() -> None:
 
 def test_layers_are_judged_alike() -> None:
     layers = config.build(Experiment, {"data": "digits", "model": "linear", "arms": [PAIR]}).arms
-    with pytest.raises(ValueError, match="no control and no evaluation of their own"):
+    with pytest.raises(ValueError, match="no control, evaluation and attacks of their own"):
         lattice(layers)
 
 

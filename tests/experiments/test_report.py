@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from experiments.checks import EQUIVALENCE_DB, FLAGS
-from experiments.report import html, plots, table, values, verdict, words
+from experiments.report import html, limits, plots, table, values, verdict, words
 from experiments.report.html import Picture
 from experiments.report.rows import control_of, lines, rows_of, strongest
 
@@ -492,6 +492,16 @@ def test_terminal_table_holds_the_numbers_in_100_columns() -> None:
         assert part in text
     assert "a: floor not beaten." in text
     assert re.search(r"dp_sgd ε=1 .* a b", text)
+    assert "(all" not in text
+
+
+def test_beside_the_ceiling_for_what_the_attack_saw_stands_that_of_the_whole_training() -> None:
+    text = terminal({"rows": [*arms()[:1], row("dp", epsilon=1.0, ceiling=0.027, training_ceiling=0.9)]})
+    assert max(map(len, text.splitlines())) <= 100
+    assert re.search("2.7\u00a0%.*\n.*\\(all 90\u00a0%\\)", text)
+    assert "for whoever has every upload of the training" in text
+    assert limits.identification({"ceiling": 0.3, "training_ceiling": 0.3}) == "30\u00a0%"
+    assert limits.identification({"ceiling": 0.3, "training_ceiling": None}) == "30\u00a0%"
 
 
 @pytest.mark.parametrize(

@@ -175,12 +175,12 @@ def test_the_plan_counts_what_there_is_to_do() -> None:
     assert (planned.arms, planned.seeds, planned.attacks, planned.shuffled) == (3, 2, 2, 2 * 44)
     assert planned.uploads == (5 + 5 + 1) * 2 * 2
     assert math.isinf(planned.seconds)
-    assert planned.sentence(2) == (
-        "3 arms × 2 seeds = 6 federations; 2 attacks × 44 uploads = 88 reconstructions, and as many on shuffled updates. "
-        "How long is said when the first arm has ended."
+    assert planned.sentence() == (
+        "3 arms × 2 seeds = 6 federations; 2 attacks × 44 uploads = 88 reconstructions, and as many on shuffled updates."
     )
+    assert planned.bound(2) == "No bound is certain: an attack without a budget of seconds is among them."
     limited = replace(planned, seconds=7200.0)
-    assert limited.sentence(2).endswith("Budgets stop the attacks after 60 min on 2 workers at most.")
+    assert "budgets stop the attacks on uploads of one record within 60 min of CPU time on 2 workers" in limited.bound(2)
 
 
 def test_time_left_follows_the_tasks_that_have_ended() -> None:

@@ -431,6 +431,8 @@ def flags(**changes: Any) -> list[str]:
         ({"epsilon": 1.0, "ceiling": 0.01}, ["ceiling_exceeded"]),
         ({"epsilon": 1.0, "ceiling": 0.02}, []),
         ({"epsilon": 50.0, "ceiling": 0.999}, ["ceiling_vacuous"]),
+        ({"chance": 0.49}, []),
+        ({"chance": 0.5}, ["no_test"]),
         ({"clients_lost": True}, ["clients_lost"]),
         ({"certified_wrong": True}, ["certificate_wrong"]),
         ({"prediction_missed": True}, ["prediction_missed"]),
@@ -488,3 +490,27 @@ def test_ceilings_of_a_row_are_the_loosest_of_its_seeds_and_say_what_they_assume
     assert "prior" in found["ceilings"]["sentences"][1]
     assert found["cost"]["upload_bytes_formula"] == 200.0
     assert row(summary(arm("none", 25.0)), "none")["ceilings"]["sentences"] == []
+
+
+def test_a_row_has_the_ceiling_of_its_rounds_and_beside_it_that_of_the_whole_training() -> None:
+    seen = {"ceiling": 0.6, "ceiling_by_round": {"1": 0.4, "3": 0.6}, "training_ceiling": 0.9, "latest_seen": 3, "epsilon": 2.0, "delta": 1e-5}
+    facts = ArmFacts(arm="none", seed=0, accuracy=1.0, **seen)
+    assert ArmFacts.from_json(facts.to_json()) == facts
+    trials = [trial(round=round, senders=(at,), records=(record(at, 10 * round + at),)) for round in (1, 3) for at in range(8)]
+    rounds = {each["rounds"][0]: each for each in summary(trials, facts, by_round=True)["rows"]}
+    assert {number: (each["ceiling"], each["training_ceiling"]) for number, each in rounds.items()} == {1: (0.4, 0.9), 3: (0.6, 0.9)}
+    assert ["ceiling_exceeded" in rounds[number]["flags"] for number in (1, 3)] == [True, True]  # 8 of 8: at least 63 %
+    both = row(summary(trials, facts), "none")
+    assert both["ceiling"] == 0.6
+    assert "rounds 1 to 3" in both["ceilings"]["sentences"][0]
+    assert "0.9" in both["ceilings"]["sentences"][0]
+    older = row(summary(trials, ArmFacts(arm="none", seed=0, accuracy=1.0, ceiling=0.6)), "none")
+    assert (older["ceiling"], older["training_ceiling"]) == (0.6, None)
+
+
+def test_naming_one_of_few_candidates_is_no_test() -> None:
+    batches = [trial(senders=(at,), records=tuple(record(at, 10 * at + n) for n in range(50))) for at in range(2)]
+    (half,) = (each for each in summary(batches)["rows"] if each["attack"] == "ig")
+    assert half["identified"]["chance"] == 0.5
+    assert "no_test" in half["flags"]
+    assert "no_test" not in row(summary(arm("none", 25.0)), "none")["flags"]
