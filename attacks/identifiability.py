@@ -140,8 +140,9 @@ def likely_images(knowledge: Knowledge, rng: torch.Generator, least: int = 2) ->
     scales = [2**k for k in range(max(1, max(height, width).bit_length() - 2))]
     grids = (torch.rand(wanted, channels, min(side, height), min(side, width), generator=rng) for side in scales)
     octaves = [nn.functional.interpolate(grid, size=(height, width), mode="bilinear") for grid in grids]
-    weighted = torch.stack([octave / side for side, octave in zip(scales, octaves, strict=True)])
-    return weighted.sum(0) / sum(1 / side for side in scales)
+    weighted: Tensor = torch.stack([octave / side for side, octave in zip(scales, octaves, strict=True)])
+    total: float = sum(1 / side for side in scales)
+    return weighted.sum(0) / total
 
 
 def effective_rank(weight: Tensor, records: int) -> int:

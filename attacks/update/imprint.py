@@ -10,9 +10,7 @@ Deviations: the paper finds what is right with the truth beside it; here a recor
     thresholds are occupied as there are records, so that each holds one, and the records' own gradient is the observed one. Or, with
     few records too many, the gradient of the head says so of a gap (:func:`kinks`). A gap counts as occupied above the rounding of the
     uploaded number format, in place of ≠ 0, which rounding fills. If more are, as under noise, those with the largest signal are answered
-    and none is certified. Measured on digits, mlp of 256 neurons, 20 held-out batches: of 8 records 99 % exact and 98 % certified, of 20
-    records 93 and 80 %, with thresholds placed by public records; 81 and 59 % exact under the prior, which is that of photographs.
-    None of about 2500 certificates was wrong.
+    and none is certified. Measured: claims active-imprint-8 and -20, and active-imprint-prior-8 and -20.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Levenberg–Marquardt, which near a solution doubles the right digits in every i
 Source: Levenberg, 1944, and Marquardt, 1963, as in Nocedal and Wright, 2006, section 10.3, on the objective of Zhu et al., 2019,
     arXiv:1906.08935, equation 4. Labels as in Zhao et al., 2020, arXiv:2001.02610: recovered first, not optimized.
 Deviations: steps are measured in cosine modes weighted by the spectrum of natural images, from a gray start and from low to full
-    resolution; with uniform noise as the start and plain pixels, 12 iterations (60 CPU s) leave 2 of 3 photographs of 3×32×32
-    unsolved; photographs now take 15 to 18 iterations and 10 to 17 CPU s. Large normal equations are factored in float32 and
+    resolution: uniform noise as the start and plain pixels leave photographs unsolved. Measured: claims B11-1 to -4 and
+    B12-sigmoid, B12-softplus. Large normal equations are factored in float32 and
     reused as a preconditioner. Tensors are weighed by their own norms. upload.buffers (BatchNorm statistics after training) are
     not used.
 """

@@ -157,8 +157,10 @@ def proven(candidates: list[Candidate], *, scaled: bool) -> list[Candidate]:
 
 
 def best_guesses(quotients: Float[Tensor, "rows inputs"], known: list[Tensor], wanted: int) -> list[Tensor]:
-    """Fill up with the quotients farthest from all that is already there: mixtures, not records."""
+    """Fill up with the quotients farthest from all that is already there: mixtures, not records; with gray if there are none."""
     chosen = list(known)
+    if not len(quotients):
+        return (chosen + [torch.full_like(quotients[:1].sum(0), 0.5)] * wanted)[:wanted]
     while len(chosen) < wanted:
         if not chosen:
             chosen.append(quotients[0])

@@ -100,7 +100,8 @@ class SecureAggregation(Defense):
         buffer_range: the same for floating-point buffers: BatchNorm's running variances exceed gradients by far.
         max_examples: public bound on any client's number of examples; 0 takes the caller's.
         bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold
-            half of ``max_examples`` each, else 64. 16, 20 and 24 are for distributed DP, whose noise covers the rounding.
+            half of ``max_examples`` each, else 64: 4 bytes a parameter up to about 35 clients at ``clip_range`` = 8, 100 at 2, 1000 at
+            0.25. 16, 20 and 24 are for distributed DP, whose noise covers the rounding.
     """
 
     channel: ClassVar[bool] = True

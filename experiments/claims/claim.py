@@ -177,7 +177,7 @@ def read(path: Path) -> Claim:
     Raises:
         SpecError: it is not TOML, or a setting is unknown, missing or of the wrong type.
     """
-    from experiments.claims import benchmarks, foresight, measures, privacy, runs  # noqa: F401  they register themselves
+    from experiments.claims import benchmarks, foresight, measures, planted, privacy, runs  # noqa: F401  they register themselves
 
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))

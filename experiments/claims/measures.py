@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from attacks._layers import all_buffers
@@ -24,7 +24,7 @@ from simulator.dataset import Splits, split, take
 from simulator.errors import SpecError
 from simulator.network import network
 from simulator.rng import stream
-from simulator.types import LocalTraining, Observation, Update
+from simulator.types import Batch, LocalTraining, Observation, Tensors, Update
 from simulator.world import Split
 
 UNITS = {
@@ -178,16 +178,18 @@ class AttackMeasure:
             raise SpecError(f"public_records must be ≤ the {len(parts.public)} public ones, got {self.public_records}. Raise split.public.")
         chosen = self.chosen(parts, seed)
         model = network(self.model, parts.schema, self.training, seed)
-        state = None
-        if self.pretraining is not None:
-            free = torch.ones(len(parts.private), dtype=torch.bool).index_fill(0, torch.cat(chosen), False)
-            state = trained(model, take(parts.private, free), **vars(self.pretraining), seed=seed)
+        free = torch.ones(len(parts.private), dtype=torch.bool).index_fill(0, torch.cat(chosen), False)
+        state = self.state(model, parts, take(parts.private, free), seed)
         batches = [[take(parts.private, ids) for ids in torch.split(chosen[i], self.batch)] for i in range(self.victims)]
         assert all(sum(map(len, clients)) == each for clients in batches)
         return [
             victim(model, parts.schema, clients, self.training, seed=seed, state=state, labels=self.labels, public=public)
             for clients in batches
         ]
+
+    def state(self, model: nn.Module, parts: Splits, others: Batch, seed: int) -> tuple[Tensors, Tensors] | None:
+        """What is broadcast: the initial model, or one trained on records that are no victims."""
+        return None if self.pretraining is None else trained(model, others, **vars(self.pretraining), seed=seed)
 
     def accuracy(self, seed: int) -> float:
         """Share of the public records that the attacked model gets right."""

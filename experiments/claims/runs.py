@@ -138,10 +138,9 @@ class SecureAggregationMeasure:
 
     def __call__(self) -> Mapping[str, float]:
         """The fastest of a few."""
-        from defenses.channel.secure_aggregation import SecureAggregation
-        from experiments.benchmarks.secure_aggregation import aggregate, keystream_rate, masking_rate
+        from experiments.benchmarks.secure_aggregation import aggregate, keystream_rate, masking_rate, setting
 
-        settings = SecureAggregation(bits=32, graph=self.graph)
+        settings = setting(self.clients, self.graph)
         runs = [aggregate(self.clients, self.words, self.dropped, float("inf"), settings) for _ in range(self.repeats)]
         plan = settings.plan_for(self.clients)
         assert plan is not None

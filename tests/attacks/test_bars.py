@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -15,7 +16,7 @@ from attacks.update.dlg_paper import DLGPaper
 from attacks.update.fedavg_matching import FedAvgMatching
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.labels import LabelRecovery
-from attacks.update.linear_leak import LinearLeak
+from attacks.update.linear_leak import LinearLeak, factors, rank_without
 from simulator import lookup
 from simulator.adversary import Attack, Knowledge
 from simulator.rng import stream
@@ -89,6 +90,26 @@ def test_linear_leak_certifies_no_mixture_of_two_classes(linear: range, mlp: ran
         assert guess.inputs is not None
         for image, proof in zip(guess.inputs, guess.certificate, strict=True):
             assert not proof or float((image - batch.inputs).square().flatten(1).mean(1).min()) < 1e-8
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_the_rank_without_a_record_is_that_of_the_whole_matrix(shape: tuple[int, int]) -> None:
+    """Against numpy's, of the full difference: for a record of the sum, one of another weight, a mixture, and a stranger."""
+    rng = stream(0, "rank")
+    signals, records = torch.randn(shape[0], 5, generator=rng).double(), torch.rand(shape[1], 5, generator=rng).double()
+    weight = (signals @ records.T).float().double()  # as it is sent
+    space = factors(weight)
+    assert len(space.values) == 5
+    assert torch.allclose(space.left * space.values @ space.right, weight, atol=1e-5)
+    mixed, strange = signals[:, 0] + signals[:, 1], torch.randn(shape[0], generator=rng).double()
+    cases = [
+        (signals[:, 2], records[:, 2], 4), (0.5 * signals[:, 2], records[:, 2], 5), (mixed, records[:, 0] + records[:, 1], 5),
+        (strange, records[:, 2], 5), (strange, torch.rand(shape[1], generator=rng).double(), 6),
+    ]  # fmt: skip
+    for signal, x, rank in cases:
+        assert rank_without(space, signal, x) == rank
+        values = np.linalg.svd((weight - torch.outer(signal, x)).numpy(), compute_uv=False)
+        assert int((values > 1e-6 * float(space.values[0])).sum()) == rank
 
 
 def drawn(data: Batch, size: int, seed: int, *, two_classes: bool = False) -> Batch:

@@ -117,6 +117,27 @@ def test_what_is_not_separable_keeps_its_proofs_beside_the_guess(monkeypatch: py
     assert torch.equal(guess.inputs[:2], TRUTH.inputs[:2])
 
 
+@dataclass(frozen=True)
+class Latter(Oracle):
+    """Proves the third record alone."""
+
+    def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        found = super().__call__(view, knowledge, rng=rng)
+        assert found.inputs is not None
+        inputs = torch.full_like(found.inputs, 0.5)
+        inputs[2] = TRUTH.inputs[2]
+        return replace(found, inputs=inputs, certificate=("", "", "told", "", "", ""))
+
+
+def test_what_two_solvers_prove_of_a_batch_that_cannot_be_taken_apart_is_united(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strongest, "LADDER", (Oracle, Latter))
+    view, knowledge = attack_surface(build("resnet20", (1, 8, 8), width=4).train(), [TRUTH])
+    guess = Strongest()(view, knowledge, rng=stream(0))
+    assert guess.inputs is not None
+    assert guess.certificate == ("told", "told", "told", "", "", "")
+    assert torch.equal(guess.inputs[:3], TRUTH.inputs[:3])
+
+
 def test_answer_follows_the_order_of_disclosed_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strongest, "LADDER", (Oracle, Oracle, Oracle))
     view, knowledge = attack_surface(build("linear", (1, 8, 8)), [TRUTH])
@@ -143,8 +164,10 @@ def test_nothing_that_applies_is_a_reason_and_no_answer_an_error(monkeypatch: py
 def test_a_gradient_of_zeros_proves_nothing() -> None:
     view, knowledge = attack_surface(build("mlp", (1, 8, 8)), [records(2, (1, 8, 8))])
     zeros = Update("gradient", {name: torch.zeros_like(tensor) for name, tensor in view.upload.update.tensors.items()})
-    guess = Strongest(seconds=0.5)(replace(view, uploads=(replace(view.upload, update=zeros),)), knowledge, rng=stream(0))
+    nothing = replace(view, uploads=(replace(view.upload, update=zeros),))
+    guess = Strongest(seconds=0.5)(nothing, knowledge, rng=stream(0))
     assert guess.certificate == ("", "")
+    assert LinearLeak()(nothing, knowledge, rng=stream(0)).certificate == ("", "")
 
 
 def test_one_record_of_a_dense_network_is_proven_at_once() -> None:

@@ -14,6 +14,7 @@ from defenses.channel._secagg import messages
 from defenses.channel._secagg.encoding import ideal_sum
 from defenses.channel._secagg.masking import WIDTHS, pack, packed_bytes, reduced, unpack, word_type
 from defenses.channel.secure_aggregation import SecureAggregation
+from experiments.benchmarks.secure_aggregation import setting
 from simulator.defense import Defense
 from simulator.errors import ProtocolAbort
 from simulator.types import Update
@@ -116,3 +117,13 @@ def test_plain_sums_have_no_integers_to_add_noise_to() -> None:
     assert "mode must be quantized or protocol with integer noise, got plain" in (refusal(mode="plain") or "")
     assert refusal(mode="quantized") is None
     assert refusal() is None
+
+
+@pytest.mark.parametrize(("clients", "bits"), [(100, 32), (1000, 32)])
+def test_the_timed_settings_take_four_bytes_and_round_below_a_ten_thousandth(clients: int, bits: int) -> None:
+    """Upload and precision together: what the benchmark measures is what a user may set."""
+    timed = setting(clients, "k-regular")
+    assert timed.bits_for(clients) == bits
+    error = timed.rounding_rms(cohort=clients, senders=clients, num_examples=clients, max_examples=2)
+    assert error <= 1e-4 * 1e-3 / clients**0.5
+    assert SecureAggregation(graph="k-regular").bits_for(clients) == 64
