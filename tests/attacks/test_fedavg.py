@@ -17,12 +17,12 @@ from attacks._matching.objective import Objective, Setting
 from attacks._matching.simulate import prepare
 from attacks._matching.surrogate import Surrogate, center
 from attacks._matching.unroll import Epochs, Unrolled, coarse, disagreement, epochs, merged, shifted
-from attacks.update.fedavg_matching import FedAvgMatching
+from attacks.update.fedavg_matching import FedAvgMatching, once
 from attacks.update.sme import SME
 from simulator.rng import stream
 from simulator.training import local_training, mean_gradient
 from simulator.types import Batch, LocalTraining, Tensors
-from tests.attacks.victims import attack_surface, build, cifar10, records, smooth
+from tests.attacks.victims import attack_surface, build, cifar10, digits, psnr_db, records, smooth
 
 SHAPE = (1, 4, 4)
 RECIPES = [
@@ -229,3 +229,29 @@ def matched_psnr_db(guess: Tensor | None, truth: Tensor) -> float:
     from scipy.optimize import linear_sum_assignment
 
     return float(-10 * torch.log10(cost[linear_sum_assignment(cost.numpy())]).mean())
+
+
+@pytest.mark.slow
+def test_records_that_are_taken_once_are_matched_in_the_order_of_the_dummies() -> None:
+    """Two steps of one record each: averaging the records over the steps, as for longer training, costs decibels."""
+    recipe, gains = LocalTraining(algorithm="fedavg", batch_size=1, learning_rate=0.2), []
+    for number in range(4):
+        batch = digits(2, offset=40 + 2 * number)
+        view, knowledge = attack_surface(build("cnn", (1, 8, 8), seed=number, width=8, hidden=64), [batch], recipe)
+        known = replace(knowledge, labels=batch.labels)
+        assert once(view, known, 4)
+        auto, mean = (FedAvgMatching(order=order, steps=800)(view, known, rng=stream(number)) for order in ("auto", "mean"))  # type: ignore[arg-type]
+        gains.append(psnr_db(auto.inputs, batch.inputs) - psnr_db(mean.inputs, batch.inputs))
+    print(gains)
+    assert sum(gains) / len(gains) > 0.5, gains
+
+
+def test_auto_order_is_mean_where_records_come_back() -> None:
+    view, knowledge = attack_surface(
+        build("cnn", (1, 8, 8), width=4, hidden=16), [digits(2)], LocalTraining(algorithm="fedavg", batch_size=1, epochs=2)
+    )
+    assert not once(view, knowledge, 4)
+    auto, mean = (FedAvgMatching(order=order, steps=3)(view, knowledge, rng=stream(0)) for order in ("auto", "mean"))  # type: ignore[arg-type]
+    assert auto.inputs is not None
+    assert mean.inputs is not None
+    assert torch.equal(auto.inputs, mean.inputs)
