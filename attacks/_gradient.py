@@ -156,12 +156,20 @@ def rounding(tensors: Tensors) -> float:
     return relative * norm(tensors) + smallest * float(size**0.5)
 
 
+def share_of_noise(settings: Mapping[str, object], senders: int) -> float:
+    """Deviation of one sender's share of the noise on a sum: what it is told to add, where more than z·C/√senders, as for drop-outs."""
+    if (told := settings.get("noise_std")) is not None:
+        return float(str(told))
+    times = float(str(settings["noise_multiplier"]))
+    return times * float(str(settings["clip_norm"])) / senders**0.5 if times else 0.0
+
+
 def noise_level(view: Observation, knowledge: Knowledge) -> float:
     """Norm of the noise that known defenses added before the upload, relative to the norm of the upload; 0 without any.
 
     The setting tells one upload's noise: sigma of gaussian_noise, b·√2 of laplace_noise, z·C of client_dp, z·2C of local_dp, z·C/n of
-    dp_sgd's mean gradient; for a delta of dp_sgd the steps' noises add up. Senders' noises average out; those of distributed_dp, z·C in
-    all, are made for that.
+    dp_sgd's mean gradient; for a delta of dp_sgd the steps' noises add up. Senders' noises average out; those of distributed_dp are
+    made for that.
     """
     update, senders = view.upload.update, len(view.upload.senders)
     records, steps = records_per_sender(view, knowledge), steps_taken(view, knowledge)
@@ -174,12 +182,10 @@ def noise_level(view: Observation, knowledge: Knowledge) -> float:
             square += 2 * float(str(settings["scale"])) ** 2
         if name == "local_dp" and told["noise_multiplier"]:
             square += (2 * told["noise_multiplier"] * told["clip_norm"]) ** 2 * (2 if settings["mechanism"] == "laplace" else 1)
-        if name == "distributed_dp" and told["noise_multiplier"]:
-            square += (told["noise_multiplier"] * told["clip_norm"]) ** 2 / senders
         if name == "client_dp":
             square += (told["noise_multiplier"] * told["clip_norm"]) ** 2 if told["noise_multiplier"] else 0.0
-        if name == "simulated_enclave" and told["noise_multiplier"]:  # once, on the sum
-            square += (told["noise_multiplier"] * told["clip_norm"]) ** 2 / senders
+        if name in ("distributed_dp", "simulated_enclave"):
+            square += share_of_noise(settings, senders) ** 2
         if name == "dp_sgd" and told["noise_multiplier"]:
             batch = min(knowledge.training.batch_size or records, records)
             scale = 1.0 if update.kind == "gradient" else knowledge.training.learning_rate * steps**0.5

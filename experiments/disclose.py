@@ -10,7 +10,7 @@ from torch import nn
 from simulator import config
 from simulator.adversary import Knowledge, ThreatModel
 from simulator.dataset import Splits
-from simulator.defense import overrides
+from simulator.defense import Defense, overrides
 from simulator.network import network
 from simulator.types import Batch, Observation, Upload
 from simulator.world import World
@@ -54,8 +54,13 @@ def disclose(
         labels=truth.labels.clone() if threat.labels == "exact" else None,
         label_counts=torch.bincount(truth.labels, minlength=classes) if threat.labels != "none" else None,
         public=splits.public if threat.public_data else None,
-        defenses=tuple((defense.name, config.dump(defense)) for defense in world.defenses),
+        defenses=tuple((defense.name, {**config.dump(defense), **noise_told(defense, world)}) for defense in world.defenses),
         encoded=any(overrides(defense, "on_batch") for defense in world.defenses),
         adversary=threat.adversary,
         history=tuple(sorted(others, key=lambda seen: seen.broadcast.round)) if threat.rounds == "all" else (),
     )
+
+
+def noise_told(defense: Defense, world: World) -> dict[str, object]:
+    """What a client of this world adds to its upload, where it follows from more than the defense's own settings."""
+    return {"noise_std": defense.noise_std(world)} if world.channel is not None and defense.noise_std(world) else {}

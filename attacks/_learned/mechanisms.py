@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from attacks._gradient import clip_limit
+from attacks._gradient import clip_limit, share_of_noise
 from simulator.adversary import Knowledge
 from simulator.mechanisms.censor import orthogonal_update
 from simulator.mechanisms.outpost import perturbed, risks
@@ -109,9 +109,8 @@ def chain(view: Observation, knowledge: Knowledge) -> Chain:
         elif name in ("central_dp", "adaptive_clipping"):  # the server's noise comes after what it saw
             steps.append(Step(clip_norm=clip_limit(view, name, settings)))
         elif name in ("distributed_dp", "simulated_enclave"):  # noise on the sum, of which each sender has its share
-            times = number(settings, "noise_multiplier")
             steps.append(Step(clip_norm=clip_limit(view, name, settings)))
-            steps.append(Step(sigma=times * number(settings, "clip_norm") / len(view.upload.senders) ** 0.5 if times else 0.0))
+            steps.append(Step(sigma=share_of_noise(settings, len(view.upload.senders))))
         elif name == "gaussian_noise":
             steps.append(Step(sigma=number(settings, "sigma")))
         elif name == "laplace_noise":  # of equal variance: what is learned is linear in the update but for a correction

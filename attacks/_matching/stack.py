@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from attacks._gradient import records_per_sender, steps_taken
+from attacks._gradient import records_per_sender, share_of_noise, steps_taken
 from attacks._layers import probe
 from attacks._matching.defended import Defended, struck
 from simulator.adversary import Knowledge
@@ -92,9 +92,9 @@ def _with(found: Stack, name: str, settings: Settings, view: Observation, knowle
     if name == "laplace_noise":
         return replace(found, distance=replace(distance, laplace=number(settings, "scale")))
     if name in ("distributed_dp", "simulated_enclave"):  # on the sum as a whole
-        clip, times = number(settings, "clip_norm"), number(settings, "noise_multiplier")
+        clip = number(settings, "clip_norm")
         bounded = replace(distance, clip_norm=min(distance.clip_norm, clip)) if name == "distributed_dp" else distance
-        return replace(found, distance=noised(bounded, times * clip / len(view.upload.senders) ** 0.5 if times else 0.0))
+        return replace(found, distance=noised(bounded, share_of_noise(settings, len(view.upload.senders))))
     if name == "local_dp":
         return replace(found, distance=local_dp(distance, settings))
     if name == "dp_sgd":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attacks._gradient import noise_level
 from attacks._learned.batches import drawn, pool
 from attacks._learned.estimate import PURE, Affine, Estimator, Pairs, affine
 from attacks._learned.features import LONG, shortened
@@ -18,6 +19,7 @@ from attacks._learned.mechanisms import Compressed, chain, compressed, grid, vis
 from attacks._learned.pairs import sender, updates
 from attacks._learned.train import Plan, affordable, compression, reader, train
 from attacks._matching.simulate import flat
+from attacks._matching.stack import known_stack
 from attacks.update.inverting_gradients import InvertingGradients
 from attacks.update.learning_to_invert import LearningToInvert
 from clients.local import gradient_rule
@@ -406,3 +408,15 @@ def test_a_short_budget_learns_from_fewer_pairs_and_says_that_it_is_not_whole() 
     inverter = train(view, known, private(1).labels, {}, Plan(1024, 0.3, 1024))
     assert inverter.estimator.curve[-1][0] == affordable(Plan(1024, 0.3, 1024), 9698) < 512
     assert not inverter.whole
+
+
+def test_a_share_of_the_noise_is_what_a_client_is_told_to_add() -> None:
+    """With room for drop-outs and colluders a sum holds more noise than z·S."""
+    view, knowledge = surface("linear", [private(2), private(2, 2)])
+    told = {"clip_norm": 0.01, "noise_multiplier": 0.1, "noise_std": 0.002}
+    known = replace(knowledge, defenses=(("distributed_dp", told),))
+    assert sender(view, known, {}).noise == pytest.approx(0.002 / 2**0.5)
+    assert known_stack(view, known).distance.sigma == pytest.approx((0.002 / 2**0.5,))
+    size = sum(tensor.numel() for tensor in view.upload.update.tensors.values())
+    norm = float(flat(view.upload.update.tensors, tuple(view.upload.update.tensors)).double().norm())
+    assert noise_level(view, known) == pytest.approx(0.002 / 2**0.5 * size**0.5 / norm, rel=1e-5)

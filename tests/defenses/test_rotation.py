@@ -17,6 +17,7 @@ from defenses.channel._secagg.rotation import hadamard, rotated, transformed, tu
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.distributed_dp import LARGEST_VARIANCE, DistributedDP
 from defenses.distributed import reach
+from experiments.disclose import noise_told
 from simulator.errors import ProtocolAbort
 from simulator.network import network
 from simulator.rng import stream
@@ -230,3 +231,12 @@ def test_what_cannot_be_rotated_is_refused() -> None:
     assert "clip_norm must be finite" in str(endless.no_words(plain_world(endless, 4)))
     assert "≥ 2 steps either way, got 1" in str(DistributedDP().no_words(plain_world(DistributedDP(), 20_000, 16)))
     assert DistributedDP().no_words(plain_world(DistributedDP(), 4, 16)) is None
+
+
+def test_the_attacker_is_told_what_a_client_adds() -> None:
+    """A client adds z·S/√h for the h honest clients that must answer: more than z·S/√n."""
+    of = plain_world(DistributedDP(clip_norm=2.0, noise_multiplier=0.5), 30)
+    told = noise_told(of.defenses[0], of)["noise_std"]
+    assert told == pytest.approx(DistributedDP(clip_norm=2.0, noise_multiplier=0.5).share(of))
+    assert isinstance(told, float)
+    assert told > 1.0 / 30**0.5
