@@ -194,7 +194,7 @@ def test_dlg_bar() -> None:
     assert sum(value > 30 for value in psnr) >= 18
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_dlg_bar_on_photos() -> None:
     """Colour pictures on the sigmoid LeNet: at least 30 dB in 40 CPU s, and 8 dB above the published settings in the same time."""
     model, data = build("lenet", (3, 32, 32)), cifar10()

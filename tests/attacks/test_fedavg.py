@@ -196,7 +196,7 @@ def test_refusals_name_the_next_action() -> None:
         SME(point="middle")  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sme_beats_one_gradient_at_the_broadcast() -> None:
     """N = 8, E = 2, B = 4, five batches of pictures that no setting was chosen on, each attack with the prior that suits it.
 
