@@ -27,6 +27,8 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     Raises:
         BroadcastRefused: a defense does not trust the model.
     """
+    # a transcript keeps tensors by name, and noise is drawn tensor after tensor: what is computed again must draw in the model's order
+    broadcast = replace(broadcast, parameters={name: broadcast.parameters[name] for name, _ in model.named_parameters()})
     batches = private_batches(world, client, broadcast.round)
     rng = secret_stream(world.seed, world.secret, "defense", client, broadcast.round)
     recipe = broadcast.training

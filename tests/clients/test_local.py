@@ -95,3 +95,18 @@ def test_everybody_trains_the_model_that_the_defense_makes() -> None:
     assert {name: t.shape for name, t in upload(replace(of, defenses=(Wider(),))).items()} == {
         name: t.shape for name, t in upload(replace(of, model=MLP(hidden=(16, 7)))).items()
     }
+
+
+@pytest.mark.parametrize(
+    "defense", [{"name": "gaussian_noise", "sigma": 0.1}, {"name": "dp_sgd", "clip_norm": 1.0, "noise_multiplier": 1.0}]
+)
+def test_an_upload_computed_again_from_the_transcript_has_the_same_noise(defense: dict) -> None:
+    """A transcript keeps tensors by name; colluders and rounding are computed from it, so that the order must not matter."""
+    of = world(defenses=[defense])
+    model = network(of.architecture, of.data.load().schema, of.training, of.seed)
+    parameters, buffers = tensors(model)
+    assert list(parameters) != sorted(parameters)
+    sent = local_upload(of, model, Broadcast(1, parameters, buffers, of.training), 0)
+    again = local_upload(of, model, Broadcast(1, dict(sorted(parameters.items())), buffers, of.training), 0)
+    for name, tensor in sent.update.tensors.items():
+        assert torch.equal(tensor, again.update.tensors[name])
