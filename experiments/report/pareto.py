@@ -25,6 +25,8 @@ SMALLEST, LARGEST = 24.0, 300.0
 
 CROWDED = 14
 """From here on only undefended, baseline and undominated arms are named at their points; the legend names the families."""
+TOP = 0.99
+"""Of the largest leak in a crowded panel, from which on arms are counted and not named."""
 
 HUES = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#7b3fa0", "#a6761d", "#1b9e9e", "#e7298a", "#66a61e", "#7570b3",
@@ -55,6 +57,9 @@ def pareto(rows: Sequence[Mapping[str, object]], theme: Theme | None = None) -> 
         canvas.draw()  # type: ignore[no-untyped-call]
         for which, axes in panels.items():
             label_points(axes, [_point(arm) for arm in _named(drawn[which])], set(), canvas, theme)
+            if len(drawn[which]) >= CROWDED and (top := sum(bool(arm.family) and _at_top(arm, drawn[which]) for arm in drawn[which])):
+                words = f"{top} arms at the top are not named"
+                axes.text(0.98, 0.98, words, transform=axes.transAxes, ha="right", va="top", color=theme.quiet, fontsize=8)
     return figure
 
 
@@ -111,7 +116,12 @@ def _draw(axes: Axes, arms: Sequence[Arm], colors: Mapping[tuple[str, ...], str]
 def _named(arms: Sequence[Arm]) -> list[Arm]:
     if len(arms) < CROWDED:
         return list(arms)
-    return [arm for arm in arms if arm.baseline or not arm.family or not arm.dominated_by]
+    return [arm for arm in arms if not arm.family or (not _at_top(arm, arms) and (arm.baseline or not arm.dominated_by))]
+
+
+def _at_top(arm: Arm, arms: Sequence[Arm]) -> bool:
+    """Whether an arm leaks as much as the worst: where many do, their names would lie on each other."""
+    return arm.leak > TOP * max(other.leak for other in arms)
 
 
 def _pale(arm: Arm) -> bool:
