@@ -55,6 +55,11 @@ def applicable(view: Observation, knowledge: Knowledge) -> tuple[type[Any], ...]
     return tuple(solver for solver in LADDER if choice.refusal(solver) is None)
 
 
+def begun(views: Sequence[Observation], knowledge: Sequence[Knowledge]) -> list[State]:
+    """Victims of whom nothing is known yet but which solvers apply."""
+    return [State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)]
+
+
 def with_budget(solver: type[Any], seconds: float) -> Any:
     """The solver with its default settings and, if it takes one, this budget."""
     return solver(seconds=seconds) if any(item.name == "seconds" for item in fields(solver)) else solver()
@@ -129,26 +134,26 @@ class Strongest:
         self, views: Sequence[Observation], knowledge: Sequence[Knowledge], *, rngs: Sequence[torch.Generator]
     ) -> list[Reconstruction]:
         """Attack many victims at once."""
-        rivals = [may_rehearse(State(view, known, applicable(view, known))) for view, known in zip(views, knowledge, strict=True)]
-        if not any(rivals):
-            return [merged(state, known) for state, known in zip(self._climbed(views, knowledge, rngs), knowledge, strict=True)]
-        ladder = replace(self, seconds=share_of_ladder(sum(rivals)) * self.seconds)
+        states = begun(views, knowledge)
+        if not (rivals := sum(map(may_rehearse, states))):
+            return [merged(state, known) for state, known in zip(self._climbed(states, rngs), knowledge, strict=True)]
+        ladder = replace(self, seconds=share_of_ladder(rivals) * self.seconds)
 
         def climb(views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
-            return [merged(state, known) for state, known in zip(ladder._climbed(views, knowledge, rngs), knowledge, strict=True)]
+            return [merged(state, known) for state, known in zip(ladder._climbed(begun(views, knowledge), rngs), knowledge, strict=True)]
 
-        states = contested(ladder._climbed(views, knowledge, rngs), rngs, climb, self.seconds)
+        states = contested(ladder._climbed(states, rngs), rngs, climb, self.seconds)
         return [merged(state, known) for state, known in zip(states, knowledge, strict=True)]
 
-    def _climbed(self, views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator]) -> list[State]:
+    def _climbed(self, starts: Sequence[State], rngs: Sequence[torch.Generator]) -> list[State]:
         """The ladder, solver by solver."""
-        states = [State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)]
+        states = list(starts)
         whole = {i for i, state in enumerate(states) if several_sums(state)}
         while (wanted := {i: solver for i, state in enumerate(states) if (solver := self._next(state)) is not None}) or whole:
             if late := {i for i in whole if i not in wanted or wanted[i] not in EXACT}:
                 whole -= late
                 for i in late:
-                    states[i] = self._apart(states[i], views[i], knowledge[i], rngs[i])
+                    states[i] = self._apart(states[i], starts[i].view, starts[i].knowledge, rngs[i])
                 continue
             solver = min(wanted.values(), key=LADDER.index)
             able = [i for i, wish in wanted.items() if wish is solver]

@@ -26,14 +26,12 @@ from torch import Tensor
 from attacks._cohorts import aggregates
 from attacks._isolated import Sum, as_sum, of_round, owner
 from attacks._rest import farthest, in_order, separable, without
+from attacks._solving import TWIN
 from attacks.update.linear_leak import LinearLeak
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.progress import tick
 from simulator.registry import register
 from simulator.types import Batch, Observation
-
-TWIN = 1e-2
-"""Largest difference of a pixel between two exact images of one record."""
 
 
 @dataclass(frozen=True)

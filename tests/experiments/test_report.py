@@ -16,6 +16,8 @@ from rich.console import Console
 
 from experiments.checks import EQUIVALENCE_DB, FLAGS
 from experiments.report import html, limits, plots, table, values, verdict, words
+from experiments.report import pareto as pareto_plot
+from experiments.report.front import Arm
 from experiments.report.html import Picture
 from experiments.report.rows import control_of, lines, rows_of, strongest
 
@@ -417,7 +419,9 @@ def test_answer_names_each_arm_once_under_what_it_leaks() -> None:
     assert sorted(text for text, arm in pieces if arm) == sorted(str(arm["defense"]) for arm in arms())
     sentence = "".join(text for text, _ in pieces)
     assert "The honest-but-curious server can recognize the clients’ pictures under none, clip, dp_sgd ε=8 and central DP; " in sentence
-    assert sentence.endswith("no better than a blind guess, with this attack, under dp_sgd ε=1, secure aggregation and secure aggregation + DP.")
+    assert sentence.endswith(
+        "no better than a blind guess, with this attack, under dp_sgd ε=1, secure aggregation and secure aggregation + DP."
+    )
     assert [text for text, arm in words.no_better({"rows": arms()}) if arm] == ["clip", "dp_sgd ε=8", "central DP"]
 
 
@@ -558,3 +562,15 @@ def test_a_picture_that_is_no_number_is_still_drawn(tmp_path: Path) -> None:
 )
 def test_numbers_are_read_and_printed(got: object, expected: object) -> None:
     assert got == expected
+
+
+def test_in_a_crowd_arms_that_leak_as_much_as_the_worst_are_counted_and_not_named() -> None:
+    """Of twenty at the top only the undefended one has a name; what leaks less keeps its own unless it is dominated."""
+
+    def arm(name: str, leak: float, family: tuple[str, ...], dominated_by: tuple[str, ...] = ()) -> Arm:
+        return Arm(name=name, family=family, drop=1.0, leak=leak, cost=None, dominated_by=dominated_by)
+
+    crowd = [arm("none", 100.0, ()), *(arm(f"useless {i}", 99.5 + 0.01 * i, ("clip",)) for i in range(20))]
+    rest = [arm("noise", 40.0, ("gaussian_noise",)), arm("worse", 60.0, ("laplace_noise",), ("noise",))]
+    assert [one.name for one in pareto_plot._named([*crowd, *rest])] == ["none", "noise"]
+    assert len(pareto_plot._named(crowd[:5])) == 5
