@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +21,13 @@ class Jostled:
         inner: the objective.
         rngs: one for each row of the full stack, so that no row's noise depends on who else is attacked.
         deviation: of the noise at the start.
+        annealed: whether it falls along half a cosine over the whole run, as the steps of an annealed optimizer do.
     """
 
     inner: Objective
     rngs: list[torch.Generator]
     deviation: float
+    annealed: bool = False
     _rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     _progress: float = 0.0
 
@@ -60,12 +63,12 @@ class Jostled:
 
     def project(self, z: Candidates) -> Candidates:
         """Add noise and project."""
-        left = max(0.0, 1 - self._progress / SETTLED)
+        left = (1 + math.cos(math.pi * self._progress)) / 2 if self.annealed else max(0.0, 1 - self._progress / SETTLED)
         noise = torch.stack([torch.randn(z.shape[1], generator=self.rngs[int(row)], dtype=z.dtype) for row in self._rows])
         return self.inner.project(z + self.deviation * left * noise)
 
 
-def langevin(objective: Objective, start: Candidates, *, deviation: float) -> Jostled:
+def langevin(objective: Objective, start: Candidates, *, deviation: float, annealed: bool = False) -> Jostled:
     """Noise whose seed is the start of each row."""
     seeds = [int(row.double().square().sum() * 2**20) % 2**62 for row in start]
-    return Jostled(objective, [torch.Generator().manual_seed(seed) for seed in seeds], deviation)
+    return Jostled(objective, [torch.Generator().manual_seed(seed) for seed in seeds], deviation, annealed)

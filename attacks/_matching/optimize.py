@@ -135,11 +135,12 @@ def adam(
     signed: bool = False,
     decays: tuple[float, ...] = DECAYS,
     annealed: bool = False,
+    halving: bool = True,
 ) -> Run:
     """Adam on every row, projected after each step; the step size falls to a tenth at each of ``decays``.
 
     ``signed`` takes the sign of the gradient first, as Geiping et al. do. ``annealed`` lets the step size fall to 0 along half a cosine
-    instead (Loshchilov and Hutter, 2017, arXiv:1608.03983).
+    instead (Loshchilov and Hutter, 2017, arXiv:1608.03983). Without ``halving`` all restarts go on to the end.
 
     Where weights of priors move, objectives of different steps cannot be compared, so the best iterate is that of the last eighth
     (of the whole run where they never move), and its objective is the one under the final weights.
@@ -157,7 +158,7 @@ def adam(
     trace: list[tuple[int, Float[Tensor, " rows"]]] = []
     while not clock.over and not solved:
         step, progress = clock.done, clock.progress
-        keep = quota(objective.restarts, progress)
+        keep = quota(objective.restarts, progress) if halving else objective.restarts
         if step and len(rows) > len(start) // objective.restarts * keep:
             kept = survivors(value, rows, objective.restarts, keep)
             lowest[rows[~kept]] = torch.inf

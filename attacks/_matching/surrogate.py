@@ -46,13 +46,19 @@ class Surrogate(Recipe):
     Attributes:
         point: ``learned`` starts α at :func:`center` and optimizes it; ``center`` leaves it there; ``broadcast`` keeps α = 0: the naive
             attack that takes the delta for one gradient.
+        begin: where a learned α starts; None is :func:`center`.
+        pace: of a learned α, in units of the step of a pixel.
     """
 
     point: Point = "learned"
+    begin: float | None = None
+    pace: float = PACE
 
     def start(self, victim: Victim, rng: torch.Generator) -> Float[Tensor, " extras"]:
         """α alone."""
         alpha = 0.0 if self.point == "broadcast" else center(victim.recipe, len(victim.order))
+        if self.point == "learned" and self.begin is not None:
+            alpha = self.begin
         return torch.tensor([alpha], dtype=torch.float64)
 
     def simulate(self, trial: Trial) -> tuple[Float[Tensor, " coordinates"], Tensors]:
@@ -75,5 +81,5 @@ class Surrogate(Recipe):
         return extras.clamp(0, 1)
 
     def rates(self, victim: Victim) -> Float[Tensor, " extras"]:
-        """:data:`PACE` where α is learned and the client took more than one step."""
-        return torch.tensor([PACE if self.point == "learned" and len(victim.order) > 1 else 0.0])
+        """``pace`` where α is learned and the client took more than one step."""
+        return torch.tensor([self.pace if self.point == "learned" and len(victim.order) > 1 else 0.0])

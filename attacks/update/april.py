@@ -10,9 +10,8 @@ the weakest combinations: those few are found by Gauss–Newton on the whole upd
 Source: Lu et al., 2022, arXiv:2112.14087 (APRIL), section 3.2: ∂p_t is the gradient of the tokens, and a linear system follows.
 Deviations: the system is that of the patch embedding and not of the first attention, which must have no normalization before it; that one
     solves for tokens and needs as many rows as this. Certificates. Weak combinations are completed.
-    Measured: claims april-wide (fewer tokens than width) and april-vit (as many). Four photo crops of 3×32×32, vit of width 64: april
-    69 to 82 dB in 1.5 to 4 CPU s; on one crop levenberg_marquardt leaves 20 dB in 40 s, dlg 23 in 30, inverting_gradients 17 in 14.
-    A FedAvg delta of one step at learning rate 0.1 is a difference of rounded parameters: 60 dB, not certified, 14 s.
+    Measured: claims april-wide (fewer tokens than width) and april-vit (as many). A FedAvg delta of one step is a difference of rounded
+    parameters, which is the less exact the smaller the learning rate, and may not be certified.
 """
 
 from __future__ import annotations

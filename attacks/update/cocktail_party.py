@@ -9,8 +9,8 @@ Source: Kariyappa et al., 2023, arXiv:2209.05578 (CPA: unmixing by whitening, no
     1999, doi:10.1109/72.761722 (FastICA). The solution by the backward signal is our own.
 Deviations: no gradient descent on a sum of priors, but FastICA where pictures are independent and sparse, on the differences of
     neighbouring pixels in mean and opponent colors. Scale and sign from the bias.
-    Measured: claims cocktail-sigmoid-16, -64 and -128, and cocktail-relu-64. Where no record is found, as of 128 behind 512 ReLUs, nothing
-    good is left, since errors of the unmixing move a picture's brightness.
+    Measured: claims cocktail-sigmoid-16, -64 and -128, and cocktail-relu-64. Where no record is found, nothing good is left, since
+    errors of the unmixing move a picture's brightness.
     Only at the input: features of a hidden layer are no pictures.
 """
 

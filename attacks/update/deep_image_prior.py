@@ -5,9 +5,8 @@ Source: Ulyanov et al., 2018, arXiv:1711.10925 (the prior); Zhang et al., 2023, 
 Deviations: a decoder of four blocks and 32 channels with normalized features for each record, so that records do not mix (published:
     spectral norm and BatchNorm, channels doubled until the weights are four times the pixels, 5000 steps at 0.001); total variation is
     added; the angle and the steps of the learning rate are those of inverting_gradients.
-    It loses to inverting_gradients. Convnet-16, one initial model, dB and CPU seconds a victim: 5 faces of 16×16, 200 steps, 27.9 in 1.4
-    against 28.9 in 1.0; 5 pictures of cifar10-sample, 150 steps, 20.2 in 1.7 against 22.2 in 1.0. On hard pictures it can win: the
-    worst face has 26.1 against 20.8 dB, the worst picture 18.0 against 13.7.
+    **The engine has no such network, so that there is no deep_image_prior-paper.** It is not on the ladder of ``strongest``: in trials on
+    faces and photographs, which no command repeats, it lost to inverting_gradients on average, though not on the hardest pictures.
 """
 
 from __future__ import annotations

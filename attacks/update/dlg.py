@@ -5,9 +5,8 @@ Source: Zhu et al., 2019, arXiv:1906.08935, algorithm 1: L-BFGS on the squared d
 Deviations: strong-Wolfe line search, float64, gradients compared as unit vectors (clipping changes nothing), no stopping tolerance.
     The numbers that L-BFGS moves are cosine coefficients, scaled by the fall of natural spectra, from a gray start
     (attacks._matching.spectrum). upload.buffers (BatchNorm statistics after training) are not used, though a server sees them.
-    What all of this is worth beside the published settings: claim B13. In the same time a gray start beats a uniform one, coefficients
-    beat pixels by far, and powers of the spectrum from 0.5 to 1 hardly differ. Rejected: squared distances relative to each tensor's,
-    or to its root.
+    What all of this together is worth beside the published settings: claim B13; of single parts nothing is claimed. Tried and not taken:
+    squared distances relative to each tensor's, or to its root.
     Dropout masks that are not read off are optimized along (Scheliga et al., 2022, arXiv:2208.06163), unbounded: claims dropout-joint
     and dropout-read.
     The search stops at the rounding of the update; a solved victim of up to 1500 unknowns is certified like Levenberg–Marquardt's.

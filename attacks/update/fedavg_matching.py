@@ -1,17 +1,12 @@
 """Gradient matching for FedAvg: the simulated client takes the local steps, and the attack differentiates through them.
 
-Source: Geiping et al., 2020, arXiv:2003.14053, section 5 (unrolled local updates); Dimitrov et al., 2022, arXiv:2206.12395, section 4.3
+Source: Geiping et al., 2020, arXiv:2003.14053, section 6 (unrolled local updates); Dimitrov et al., 2022, arXiv:2206.12395, section 4.3
     (separate dummies for each epoch and their order-invariant prior: ``order = "separate"``).
-Deviations: the client's shuffling is unknown. Unless each record is taken once in few steps, every simulated step sees all records,
-    which is the expectation of a step, where Geiping et al. assume one order and Dimitrov et al. optimize over dummies for each epoch.
-    Angle to the delta at the true records, fixed order / fixed order with momentum ignored / all records, mean of two batches of
-    public crops, N = 8, E = 2, B = 4:
-    convnet-16, learning rate 0.05: 0.065 / – / 0.042; 0.02 with momentum 0.9: 0.17 / 0.11 / 0.11; cnn, 0.02 with momentum 0.9:
-    0.38 / 0.39 / 0.27. So it was the order, not the momentum, that made modelling momentum worse than ignoring it. With batches of one
-    record (E = 4) the fixed order is nearer: 0.14 against 0.21. Attacked at 16×16, 200 steps, 4 batches, momentum 0.9: all records
-    16.7 dB in 33 CPU s, fixed order 15.7 dB in 27. Where each record is taken once, fixed is
-    better: ``pytest --slow tests/attacks/test_fedavg.py -k once``.
-    Longer training is merged into ``unroll`` longer steps: N = 16, E = 5, B = 4 (20 steps) in 5: 0.019, in 20: 0.014, one gradient: 0.12.
+Deviations: **these are not the published settings**, which are fedavg_matching-paper. The client's shuffling is unknown. Unless each
+    record is taken once in few steps, every simulated step sees all records, which is the expectation of a step, where Geiping et al.
+    assume one order and Dimitrov et al. optimize over dummies for each epoch. At the true records the delta is then nearer than in a
+    fixed order, with momentum and without (tests/attacks/test_fedavg.py, -k nearer). Where each record is taken once, fixed is better:
+    ``pytest --slow tests/attacks/test_fedavg.py -k once``. Longer training is merged into ``unroll`` longer steps.
     The epochs' prior compares means for each class, where Dimitrov et al. also take maxima of random features; epochs are matched by
     squared distance within a class. In train mode BatchNorm sees all records at once in the order ``mean``. Several senders are one
     client with larger batches. The angle, the prior and the optimizer are those of inverting_gradients.

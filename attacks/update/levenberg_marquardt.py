@@ -6,10 +6,9 @@ Levenberg–Marquardt, which near a solution doubles the right digits in every i
 Source: Levenberg, 1944, and Marquardt, 1963, as in Nocedal and Wright, 2006, section 10.3, on the objective of Zhu et al., 2019,
     arXiv:1906.08935, equation 4. Labels as in Zhao et al., 2020, arXiv:2001.02610: recovered first, not optimized.
 Deviations: steps are measured in cosine modes weighted by the spectrum of natural images, from a gray start and from low to full
-    resolution: uniform noise as the start and plain pixels leave photographs unsolved. Measured: claims B11-1 to -4 and
-    B12-sigmoid, B12-softplus. Large normal equations are factored in float32 and
-    reused as a preconditioner. Tensors are weighed by their own norms. upload.buffers (BatchNorm statistics after training) are
-    not used.
+    resolution, where Zhu et al. start pixels from noise. Measured: claims B11-1 to -4 and B12-sigmoid, B12-softplus. Large normal equations
+    are factored in float32 and reused as a preconditioner. Tensors are weighed by their own norms. upload.buffers (BatchNorm statistics
+    after training) are not used.
 """
 
 from __future__ import annotations
@@ -78,11 +77,7 @@ class LevenbergMarquardt:
         return self.improve(view, knowledge, None, rng=rng)
 
     def improve(self, view: Observation, knowledge: Knowledge, guess: Batch | None, *, rng: torch.Generator) -> Reconstruction:
-        """The same with another attack's guess as the first start.
-
-        Photographs of 3×32×32 behind the LeNet: after 2 CPU seconds of dlg (32 and 35 dB) 8 and 6 iterations end at rounding, in half the
-        time of the whole way from gray.
-        """
+        """The same with another attack's guess as the first start: near a solution a few iterations end at rounding."""
         began, deadline = time.perf_counter(), time.process_time() + self.seconds
         victim, unscaled = prepare(view, knowledge), maybe_clipped(view, knowledge)
         if not bool(victim.target.any()):

@@ -8,7 +8,7 @@ Deviations: cross-entropy over any number of classes in place of a logistic loss
     It starts at the last linear layer with bias from which down all gradients are what the client computed: of such a layer the bias'
     gradient is what came back, and x = ∂Wᵀ∂b/‖∂b‖² its input (Phong et al., 2018), whatever a defense did to the layers behind. The
     certificate then compares all tensors that no defense changed, with a bottleneck's noise read off. Soteria and PRECODE cost nothing
-    (tests/defenses/test_broken_heuristics.py: 10 of 10 records proven at 150 dB for each of three strengths, as without them).
+    (tests/defenses/test_heuristics_solved.py: 10 of 10 records proven at 150 dB for each of three strengths, as without them).
     A frozen layer has W·x = z − b alone. Where a first layer of up to 1024 inputs has too few equations, the range of pixels and the
     signs of dead outputs fill in (attacks._bounds): same cnn, first layer frozen, 10 of 10 proven at 134 dB.
     Measured, CIFAR-10 pictures: claims r-gap-lenet, r-gap-cnn (exact) and r-gap-relu (too few equations: a guess, never certified). On

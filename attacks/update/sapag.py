@@ -1,9 +1,11 @@
-"""Self-Adaptive Privacy Attack from Gradients: a Gaussian kernel of the difference, tensor by tensor.
+"""A Gaussian kernel of the difference of gradients, tensor by tensor: after SAPAG, of which only the abstract could be read.
 
-Source: Wang et al., 2020, arXiv:2009.06228: the kernel as a distance, its width taken from the observed gradient of each tensor, AdamW.
-Deviations: only the abstract and secondary descriptions were at hand; the width (the squared norm of the observed tensor), the equal
-    weights of the tensors and the step size are ours, and plain Adam stands for AdamW, since pixels must not decay to black.
-    Labels are recovered first, not optimized.
+Source: Wang et al., 2020, arXiv:2009.06228, **the abstract only**: "a Gaussian kernel based of gradient difference as a distance measure".
+    A width taken from each observed tensor, and AdamW: secondary descriptions, not verified.
+Deviations: **the published settings are not known, so that there is no sapag-paper**, and results here are not those of the paper. The
+    width (the squared norm of the observed tensor), the equal weights of the tensors and the step size are ours; a replication
+    (github.com/NielsFuglsang/02460-advanced-machine-learning, src/utils.py) reads it as mean squares over twice the tensor's variance,
+    with weights that fall with depth, and L-BFGS. Plain Adam, since pixels must not decay to black. Labels are recovered first.
 """
 
 from __future__ import annotations

@@ -2,19 +2,17 @@
 
 Source: Zhu et al., 2023, arXiv:2306.00127 (ICML); github.com/JunyiZhu-AI/surrogate_model_extension for the settings: the gradient at
     θα = (1 − α)·θ0 + α·θT, cosine to θ0 − θT, total variation, Adam on inputs and on α (0.001 beside 1), steps of a tenth at 3/8, 5/8
-    and 7/8.
-Deviations: α starts where a client with a constant gradient computes its gradients on average, (T − 1)/2T for plain SGD, and not at 0.5.
-    There the true records' gradient is nearest the delta; from 0.5 momentum makes the surrogate worse than none.
-    By default α stays there; the paper's ``point = "learned"`` is no better on average and varies more.
-    Steps fall along half a cosine, not by tenths: what limits the attack is the search, not the surrogate.
+    and 7/8. With all of these: sme-paper.
+Deviations: α starts where a client with a constant gradient computes its gradients on average, (T − 1)/2T for plain SGD, less under
+    momentum, and not at 0.5 (tests/attacks/test_fedavg.py, -k center). By default α stays there; the paper's is ``point = "learned"``.
+    Steps fall along half a cosine, not by tenths.
     Weight decay and FedProx are added at θα. The angle, the colour prior, the box and signed Adam are those of inverting_gradients; the
     weight of the prior stops falling at 0.06, where the misfit of the surrogate begins to be fitted.
     ``point = "broadcast"`` is the naive attack with one gradient that the paper compares with; it wants ``tv_final = 0.15``.
-    **The bar of 1.5 dB over the naive attack is not met** at N = 8, E = 2, B = 4, learning rate 0.05: claim B20. The naive gradient is
-    then nearly parallel to the delta, so that little can be gained, and most of what is left is the unknown order. The published settings
-    have 100 small steps (N = 50, E = 20, B = 10, learning rate 0.004, α = 0 as the naive attack, one weight of the prior for both), where
-    gradients change along the way and hardly with the order; with as many, E = 50, it is met: claim B20-many-steps. A naive attack whose
-    weight falls to 0.02, too low for its misfit, makes the gap look larger.
+    **The bar of 1.5 dB over the naive attack is not met** at N = 8, E = 2, B = 4, learning rate 0.05: claim B20. The naive gradient is then
+    nearly parallel to the delta, so that little can be gained. The published clients take 100 small steps (N = 50, E = 20, B = 10, learning
+    rate 0.004, α = 0 as the naive attack, one weight of the prior for both), where gradients change along the way and hardly with the
+    order; with as many, E = 50, it is met: claim B20-many-steps.
 """
 
 from __future__ import annotations
