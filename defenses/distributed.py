@@ -1,4 +1,4 @@
-"""Rényi DP of the Skellam noise that many clients add together.
+"""The Skellam noise that many clients add together: how it is drawn, and its Rényi DP.
 
 All in units of the grid, on which the clients' vectors and noise are integers: l2 and l1 bound one client's integers, ``variance`` is
 that of the noise in the sum.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from dp_accounting import DpEvent
 
 Curve = npt.NDArray[np.float64]
@@ -24,6 +25,17 @@ ORDERS: Curve = np.array([*range(2, 257), 512, 1024, 2048], float)
 """Rényi orders; α of the curves below."""
 BETA = math.exp(-0.5)
 """Chance, at most, that a rounding has to be repeated because the rounded vector is too long."""
+
+
+LARGEST_VARIANCE = 2.0**44
+"""Of one client's noise, in squared units of the grid. numpy's Poisson numbers are built from floats: above 2^46 their spread is off, and
+above 2^53 all are even, so that the sum's parity is the secret's."""
+
+
+def skellam(variance: float, shape: tuple[int, ...], rng: torch.Generator) -> npt.NDArray[np.int64]:
+    """Independent Skellam integers, symmetric about 0: the difference of two Poisson numbers of mean ``variance``/2."""
+    numpy_rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng)))
+    return np.asarray(numpy_rng.poisson(variance / 2, shape) - numpy_rng.poisson(variance / 2, shape), np.int64)
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,19 @@
 """What one run leaves behind: one line of JSON a trial, and what each arm cost and claimed.
 
-The lines are standard JSON: an infinite or undefined number is written as ``"inf"``, ``"-inf"`` or ``"nan"``.
-Reading is strict: an unknown or missing key, or a value of another type, is refused; only a field that older versions did not
-write may be missing.
+The lines are standard JSON, read strictly: see :mod:`experiments.json_lines`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import repeat
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from experiments import json_lines
+from experiments.json_lines import SINCE, ResultError, plain
 from experiments.metrics import ImageScores
-from simulator.errors import FedpeekError
-
-T = TypeVar("T")
 
 Status = Literal["ok", "failed", "unsupported", "diverged"]
 """``unsupported`` says before running why not; ``failed`` raised; ``diverged`` ended in values that are not finite."""
@@ -28,13 +21,6 @@ Status = Literal["ok", "failed", "unsupported", "diverged"]
 Answered = Literal["inputs", "labels", "candidates"]
 """What the attack gave back: a guess of the private inputs, of their labels alone, or which of the candidates they are that it was
 handed. The last two are not to be judged as pictures."""
-
-SINCE = {"optional": True}
-"""Metadata of a field that lines of an older version lack; they are read with its default."""
-
-
-class ResultError(FedpeekError):
-    """A line of results that is not one of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +117,9 @@ class Trial:
     @classmethod
     def from_json(cls, line: str) -> Trial:
         """Read a line of :meth:`to_json`; raises ResultError if it is not one."""
-        table = _table(line)
+        table = json_lines.table(line)
         view = table.pop("view", None)
-        trial = _record(cls, table, "trial")
+        trial = json_lines.record(cls, table, "trial")
         if view != trial.view:
             raise ResultError(f"trial.view must be {trial.view!r} for {len(trial.senders)} senders, got {view!r}. The line was altered.")
         return trial
@@ -200,78 +186,4 @@ class ArmFacts:
     @classmethod
     def from_json(cls, line: str) -> ArmFacts:
         """Read a line of :meth:`to_json`; raises ResultError if it is not one."""
-        return _record(cls, _table(line), "facts")
-
-
-def plain(value: Any) -> Any:
-    """Return dataclasses, mappings and sequences as what standard JSON can write; infinite numbers become text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def _table(line: str) -> dict[str, Any]:
-    try:
-        table = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ResultError(f"a result must be one line of JSON, got {line[:60]!r} ({error}). The run may have been cut off.") from error
-    if not isinstance(table, dict):
-        raise ResultError(f"a result must be a JSON object, got {type(table).__name__}. Remove the line.")
-    return table
-
-
-def _decode(hint: Any, value: Any, path: str) -> Any:
-    origin, args = _parts(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _record(hint, value, path)
-    if origin in (Union, types.UnionType):
-        return None if value is None else _decode(next(arg for arg in args if arg is not type(None)), value, path)
-    if origin is Literal:
-        return _checked(value in args, value, path, f"one of {', '.join(map(repr, args))}")
-    if origin is tuple:
-        _checked(isinstance(value, list) and (args[-1] is ... or len(value) == len(args)), value, path, "a list of the right length")
-        kinds = repeat(args[0]) if args[-1] is ... else args
-        pairs = enumerate(zip(value, kinds, strict=False))
-        return tuple(item if type(item) is kind else _decode(kind, item, f"{path}.{i}") for i, (item, kind) in pairs)
-    if origin is not None and issubclass(origin, Mapping):
-        _checked(isinstance(value, dict), value, path, "an object")
-        return {key: _decode(args[1], item, f"{path}.{key}") for key, item in value.items()}
-    if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(_checked(number or value in ("inf", "-inf", "nan"), value, path, "a number"))
-    return _checked(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), value, path, f"of type {hint.__name__}")
-
-
-def _record(cls: type[T], value: Any, path: str) -> T:
-    hints, required = _keys(cls)  # type: ignore[arg-type]
-    complete = isinstance(value, dict) and required <= value.keys() <= hints.keys()
-    _checked(complete, value, path, f"an object with exactly the keys {', '.join(hints)}")
-    try:
-        found = {name: (value[name], hint) for name, hint in hints.items() if name in value}
-        return cls(**{name: x if type(x) is hint else _decode(hint, x, f"{path}.{name}") for name, (x, hint) in found.items()})
-    except ValueError as error:
-        raise ResultError(f"{path}: {error}") from error
-
-
-@cache
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    return get_origin(hint), get_args(hint)
-
-
-@cache
-def _keys(cls: type[Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """The types of a record's keys, and the keys that every version wrote."""
-    hints = get_type_hints(cls)
-    return hints, frozenset(hints) - {item.name for item in dataclasses.fields(cls) if item.metadata == SINCE}
-
-
-def _checked(condition: bool, value: Any, path: str, wanted: str) -> Any:
-    if not condition:
-        raise ResultError(f"{path} must be {wanted}, got {str(value)[:80]!r}. Was it written by another version of fedpeek?")
-    return value
+        return json_lines.record(cls, json_lines.table(line), "facts")

@@ -16,8 +16,9 @@ from experiments.checks import flags_for
 from experiments.comparison import compare, correct
 from experiments.facts import accuracy_difference, ceiling_of, columns
 from experiments.groups import Group, Row, Scored, bounds, independent, interval_of, mean, rate_of, told_apart
+from experiments.json_lines import plain
 from experiments.ladder import BEST, best_per_victim
-from experiments.result import ArmFacts, Trial, plain
+from experiments.result import ArmFacts, Trial
 from experiments.row_scores import above_floor, attributed, floor, guessed, over_prior, scores
 
 SCHEMA = 1
@@ -177,5 +178,3 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         **columns(facts, [float(trial.upload_bytes) for trial in group.trials], sorted({trial.round for trial in group.trials})),
         "flags": flags + sorted({flag for trial in group.trials for flag in trial.flags} - set(flags)),
     }
-
-

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from experiments import estimate, isolated
 from experiments.arms import Arm
 from experiments.facts import gather
 from experiments.spec import Experiment
+from experiments.stopwatch import LONGEST_SECONDS, Tell, attack_seconds
 from experiments.trial import attack_victims
 from experiments.under_attack import find_victims, foreseen
 from experiments.workers import Notify
@@ -38,11 +38,7 @@ LIMIT_SECONDS = 45.0
 ROUNDS = 2
 """Of a sampled federation: the time between them is that of a round without the set-up."""
 
-LONGEST_SECONDS = 6.0
-"""Of CPU: an attack that takes longer on the sampled upload is ended."""
-
 Kind = tuple[str, ...]
-Tell = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ def timed(experiment: Experiment, arm: Arm, tell: Tell, *, until: float = math.i
         for attack in experiment.asked(arm) if victims else ():
             if time.perf_counter() > until + LONGEST_SECONDS:
                 break
-            attacks[attack.name], ended = _attack_seconds(attack, victims, mini.judged(small), world, tell)
+            attacks[attack.name], ended = attack_seconds(attack, victims, mini.judged(small), world, tell)
             if ended:
                 attack_victims(ready, victims, mini.judged(small), world, "estimate")
         begun = time.process_time()
@@ -168,52 +164,6 @@ def timed(experiment: Experiment, arm: Arm, tell: Tell, *, until: float = math.i
             )  # fmt: skip
         rest += time.process_time() - begun
     return Sample(max(0.0, whole - ROUNDS * round), round, attacks, rest)
-
-
-def _attack_seconds(attack: Any, victims: Sequence[Any], evaluation: Any, world: Any, tell: Tell) -> tuple[float, bool]:
-    """Seconds that an attack takes on one upload, and whether it had to be ended, so that this is a guess.
-
-    It is then taken to go on as it told of itself, or else to use up its budget, which some have for each record.
-    """
-    budget, own = float(getattr(attack, "seconds", math.inf)), list[tuple[float, float]]()
-
-    def listen(what: str, done: int, total: int, note: str) -> None:
-        tell(attack.name, done, total, note)
-        if what == attack.name and total:
-            own.append((_clock(), done / total))
-
-    clock, whole = _clock(), threading.Event()
-    watch = threading.Thread(target=_end_at, args=(clock + LONGEST_SECONDS, whole), daemon=True)
-    watch.start()
-    try:
-        with progress.listening(listen):
-            attack_victims(attack, victims, evaluation, world, "estimate")
-    finally:
-        took, ended = max(0.0, _clock() - clock), not watch.is_alive()
-        whole.set()
-        watch.join()
-    if not ended:
-        return took, False
-    (first, least), (last, most) = (own[0], own[-1]) if own else ((0.0, 0.0), (0.0, 0.0))
-    told = (last - first) / (most - least) if most > least else math.inf
-    budgets = budget * victims[0].knowledge.num_examples if 2 * budget < LONGEST_SECONDS else budget
-    most_likely = min(told, budgets)
-    return max(LONGEST_SECONDS, most_likely if math.isfinite(most_likely) else 0.0), True
-
-
-def _end_at(clock: float, whole: threading.Event) -> None:
-    """End the attack's process at this time of :func:`_clock`, or after three times as long by the clock on the wall."""
-    wall = time.perf_counter() + 3 * LONGEST_SECONDS
-    while not whole.wait(0.2):
-        if _clock() > clock or time.perf_counter() > wall:
-            isolated.stop()
-            return
-
-
-def _clock() -> float:
-    """CPU seconds of this process and of the attacks'; wall-clock time where the system does not say."""
-    attacks = isolated.cpu_seconds()
-    return time.perf_counter() if attacks is None else time.process_time() + float(attacks)
 
 
 @contextmanager

@@ -1,31 +1,29 @@
 """What the server received, on disk: append-only, hash-chained, safetensors and JSON lines, never pickle.
 
-``transcript.jsonl`` holds one event a line. Each line carries the SHA-256 of the line before it, and of the tensor file that
-belongs to it, so that an altered, reordered or missing piece is found, with its round. Without an ``end`` event it was cut short.
+``transcript.jsonl`` holds one event a line, chained (:mod:`simulator.chain`). Each line carries the SHA-256 of the tensor file that belongs
+to it, too, so that an altered, reordered or missing piece is found, with its round. Without an ``end`` event it was cut short.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load, save
 from torch import Tensor
 
+from simulator.chain import GENESIS, SCHEMA, sealed, verified
 from simulator.errors import TranscriptError
 from simulator.events import Arrays, broadcast_of, model_of, upload_of
 from simulator.types import Broadcast, Observation, Tensors, Upload
 
-SCHEMA = 1
 LINES = "transcript.jsonl"
-GENESIS = "0" * 64
 END, CUT = "end", "cut short"
 IN_FLIGHT = 32  # events that may wait to be written: bounds the memory that a slow disk can cost
 
@@ -92,12 +90,9 @@ class Transcript:
             if not self._keep or round in self._keep or kind == "released":
                 event["file"] = f"{self._count:06d}.safetensors"
                 (self._directory / event["file"]).write_bytes(body)
-        event["previous"] = self._previous
-        event["digest"] = _digest(event)  # so that the last line, which nothing follows, is protected like the others
-        line = json.dumps(event, sort_keys=True, allow_nan=False).encode() + b"\n"
+        line, self._previous = sealed(event, self._previous)
         self._lines.write(line)
         self._lines.flush()
-        self._previous = hashlib.sha256(line).hexdigest()
         self._count += 1
 
     def close(self, status: str, facts: Mapping[str, Any] | None = None) -> None:
@@ -155,7 +150,9 @@ def read(directory: Path, *, whole: bool = True) -> Record:
         TranscriptError: there is none, it has another schema, it was truncated, its chain of events was altered, or nothing can be read;
             the message names the round.
     """
-    events = _verified_events(directory, half_is_none=not whole)
+    if not (directory / LINES).is_file():
+        raise TranscriptError(f"transcript must be a directory with {LINES}, got {directory}. Run `fedpeek run` first.")
+    events = verified(directory / LINES, half_is_none=not whole)
     last = max((int(event["round"]) for event in events), default=0)
     missing = ""
     if not events or events[-1]["kind"] != END:
@@ -215,44 +212,6 @@ def _content(event: Mapping[str, Any]) -> str:
     if event["kind"] == "upload":
         return f"round {event['round']}, client {', '.join(map(str, sorted(event['senders'])))}"
     return f"round {event['round']}, every client" if event["kind"] == "broadcast" else f"the {event['kind']} model"
-
-
-def _verified_events(directory: Path, half_is_none: bool) -> list[dict[str, Any]]:
-    """All events; a last line that was cut off counts as none if ``half_is_none``."""
-    path = directory / LINES
-    if not path.is_file():
-        raise TranscriptError(f"transcript must be a directory with {LINES}, got {directory}. Run `fedpeek run` first.")
-    events: list[dict[str, Any]] = []
-    previous, round = GENESIS, 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    for place, line in enumerate(lines):
-        try:
-            event = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            event = None
-        if not _is_event(event) or event["previous"] != previous or event["event"] != len(events):
-            if half_is_none and place == len(lines) - 1 and not line.endswith(b"\n"):
-                break
-            raise TranscriptError(
-                f"transcript must be unaltered, got a broken chain at event {len(events)}, round {round}. Record it again."
-            )
-        if not events and event.get("schema") != SCHEMA:
-            raise TranscriptError(f"transcript schema must be {SCHEMA}, got {event.get('schema')}. Use the fedpeek version that wrote it.")
-        previous, round = hashlib.sha256(line).hexdigest(), max(round, int(event["round"]))
-        events.append(event)
-    return events
-
-
-def _is_event(event: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a line is one of ours, and unaltered in itself."""
-    required = {"event": int, "round": int, "kind": str, "previous": str, "digest": str}
-    fits = isinstance(event, dict) and all(isinstance(event.get(name), kind) for name, kind in required.items())
-    return fits and event["digest"] == _digest(event)
-
-
-def _digest(event: Mapping[str, Any]) -> str:
-    content = {name: value for name, value in event.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(directory: Path, event: Mapping[str, Any]) -> dict[str, Tensor]:

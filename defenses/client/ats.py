@@ -15,7 +15,7 @@ picture that anyone would recognize, and is no measure of what leaks.
 Broken by: whatever breaks no defense, as Balunović et al., 2022, arXiv:2111.04706, section 5, show for networks early in training.
 Digits, mlp, one record for each upload: ``linear_leak`` reads the transformed record off exactly (> 100 dB), which is 8 dB from
 the original. ``candidate_identification`` puts the candidates through the policies, 8 or 16 versions each, and names every victim among
-100 candidates (the table on this defense's page). tests/defenses/test_broken_heuristics.py.
+100 candidates (the table on this defense's page). tests/defenses/test_heuristics_solved.py.
 """
 
 from __future__ import annotations

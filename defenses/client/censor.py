@@ -20,7 +20,7 @@ published algorithm would have uploaded.
 It makes no differential-privacy claim (ε = ∞), and ends that of what stands before it.
 Broken by: a guess among known candidates: every tensor's norm is that of the true gradient, and tells 8 of 8 records from 99 others.
 Nothing that we tried rebuilds pictures from one upload: inverting_gradients gets 9.5 dB, and 9.5 dB from norms and orthogonality; the
-mean picture 13.5 dB (``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights,
+mean picture 13.5 dB (``pytest --slow -s tests/defenses/test_heuristics_matched.py``: photos in 16×16, ConvNet at its initial weights,
 batches of one).
 """
 

@@ -49,7 +49,7 @@ from defenses.channel._secagg.rotation import transformed
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.clip import clip_to_norm, require_clip_norm
 from defenses.client.gaussian_noise import require_noise_multiplier
-from defenses.distributed import SkellamDpEvent, l1_of, reach, rounded_norm
+from defenses.distributed import LARGEST_VARIANCE, SkellamDpEvent, l1_of, reach, rounded_norm, skellam
 from defenses.refusal import batch_norm_in_train_mode
 from simulator.defense import Claim, ClientContext, Defense, Role, overrides
 from simulator.network import network
@@ -64,15 +64,6 @@ REACH = 8
 """Standard deviations of noise in the sum for which the words must have room where nothing is rotated."""
 LARGEST_CHANCE = 1e-3
 """Of a coordinate to wrap: room for 3.9 standard deviations, beyond which 1e-4 of a Gaussian's numbers add 0.6 % to its variance."""
-LARGEST_VARIANCE = 2.0**44
-"""Of one client's noise, in squared units of the grid. numpy's Poisson numbers are built from floats: above 2^46 their spread is off, and
-above 2^53 all are even, so that the sum's parity is the secret's."""
-
-
-def skellam(variance: float, shape: tuple[int, ...], rng: torch.Generator) -> npt.NDArray[np.int64]:
-    """Independent Skellam integers, symmetric about 0: the difference of two Poisson numbers of mean ``variance``/2."""
-    numpy_rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng)))
-    return np.asarray(numpy_rng.poisson(variance / 2, shape) - numpy_rng.poisson(variance / 2, shape), np.int64)
 
 
 def words(world: World) -> SecureAggregation:
@@ -127,10 +118,8 @@ class DistributedDP(Defense):
                 channel.name if channel is not None and not isinstance(channel, SecureAggregation) else "plain sums" if channel else "none"
             )
             return f"channel must be secure_aggregation on integers for distributed_dp, got {got}. Use its mode 'protocol' or 'quantized'."
-        if n < 2 or channel.plan_for(n) is None:
+        if n < 2 or (plan := channel.plan_for(n)) is None:
             return None  # secure aggregation says so itself
-        plan = channel.plan_for(n)
-        assert plan is not None
         told = self.tolerated(world)
         if plan.complete and told >= (most := most_corrupt(n, plan.threshold, active=channel.active)):
             return f"colluding must be below the {most} clients that can open others' uploads together, got {told}. Lower it."

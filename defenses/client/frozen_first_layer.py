@@ -13,7 +13,7 @@ Broken by: ``r_gap``, which peels the trained layers and then solves z = W·x + 
 exact and proven on mlp (151 dB), lenet (146 dB) and a cnn of width 8 with 64 hidden units (134 dB), in 0.04 CPU s each. Where a ReLU
 leaves fewer live outputs than pixels, as on most records of that cnn, black pixels and dead outputs are bounds that make up for them.
 ``levenberg_marquardt`` is exact where the model is smooth. ``linear_leak`` refuses it.
-``pytest -s tests/defenses/test_broken_heuristics.py``.
+``pytest -s tests/defenses/test_heuristics_solved.py``.
 """
 
 from __future__ import annotations

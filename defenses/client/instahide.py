@@ -20,7 +20,7 @@ solve; the 100 images of the authors' challenge from 5000 encodings); that attac
 to identify: ``candidate_identification`` peels it off a record's gradient and sums over the signs under a Gaussian model of the partners
 (the table on this defense's page; chance is one in a hundred). Averaging magnitudes
 over 100 encodings of one record does not reconstruct it (11.2 dB, the public mean 11.3). Tests:
-tests/defenses/test_broken_heuristics.py.
+tests/defenses/test_heuristics_solved.py.
 """
 
 from __future__ import annotations

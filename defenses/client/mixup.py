@@ -17,7 +17,7 @@ shares off exactly; against the record that is 18 dB. Of 100 candidates the near
 leaves (x̃ − λ·x)/(1 − λ) nearest to [0, 1] in 92. ``candidate_identification`` asks how well
 what is left could be another record (the table on this defense's page). Where a record is used again and
 again, the median by pixel of its 3, 6 and 33 purest of 5, 20 and 100 mixtures is at 23, 31 and 37 dB (the public mean: 11).
-tests/defenses/test_broken_heuristics.py.
+tests/defenses/test_heuristics_solved.py.
 """
 
 from __future__ import annotations

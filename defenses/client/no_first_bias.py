@@ -10,7 +10,7 @@ layer has a bias that tells the factor. It stops the quotient of single rows on 
 claims nothing (ε = ∞).
 
 Broken by: ``r_gap``. Digits, one record: 20 of 20 on an mlp exact and proven, in 0.07 CPU s each; 3 of 3 on lenet and cnn.
-``levenberg_marquardt`` on lenet: 3 of 3. tests/defenses/test_broken_heuristics.py.
+``levenberg_marquardt`` on lenet: 3 of 3. tests/defenses/test_heuristics_solved.py.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ head's gradient, and there are more of them the longer the training lasts. Coord
 of a tensor whose weights are all alike (a new bias, a new norm layer) is 0. It makes no differential-privacy claim (ε = ∞).
 Broken by: waiting. In round 1 of FedSGD it perturbs 89 % of the uploads, in round 100 7 %, and the others show all: digits, cnn of width 8
 with 64 hidden units, one record, noised = 0.1, 0.4 and 0.8, round 1: each of 20 uploads is told apart, and the one that was left alone
-exact and proven by ``r_gap`` (``pytest tests/defenses/test_broken_heuristics.py``). A perturbed upload
+exact and proven by ``r_gap`` (``pytest tests/defenses/test_heuristics_solved.py``). A perturbed upload
 (decay = 0) gives inverting_gradients 16.6 dB, and 17.2 dB when it matches the support, each tensor in units of its size and its
 noise, which the broadcast gives away; 21.4 dB without a defense, 13.5 dB for the mean picture
-(``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
+(``pytest --slow -s tests/defenses/test_heuristics_matched.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
 disclosed, mean of 8).
 """
 

@@ -17,7 +17,7 @@ came back, noise or not. Digits, cnn of width 8 with 64 hidden units, one record
 in 0.03 CPU s each, 150 dB without the defense. Or by reading ε: ∂W = ∂b·xᵀ at the encoder gives h and so μ and σ, at the decoder z, and
 ε = (z − μ)/σ. Digits, lenet, one record, 5 victims: ε to 3e-7; ``dlg`` that ignores it 4 to 5 dB, with it in place 88 to 97 dB in
 8 CPU s (118 to 125 without the defense). For several records the noise is optimized along or its layers' gradients are left out
-(Scheliga et al., 2022, arXiv:2208.04767). tests/defenses/test_broken_heuristics.py.
+(Scheliga et al., 2022, arXiv:2208.04767). tests/defenses/test_heuristics_solved.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ What it does not protect: the error of a coordinate is below ‖v‖/s, and the 
 distribution, drawn afresh for each upload. It makes no differential-privacy claim (ε = ∞).
 Broken by: gradient matching as it stands, or within the step that shows in each bucket. With 15 and 3 levels inverting_gradients gets
 17.9 and 13.8 dB, and 16.5 and 16.2 dB when it matches the interval that was rounded; 21.4 dB without a defense, 13.5 dB for the mean
-picture (``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of
+picture (``pytest --slow -s tests/defenses/test_heuristics_matched.py``: photos in 16×16, ConvNet at its initial weights, batches of
 one, labels disclosed, mean of 8).
 Where public records are held, ``adaptive_matching`` finds one small record by sampling (the table on this defense's page).
 """

@@ -12,7 +12,7 @@ It makes no differential-privacy claim (ε = ∞).
 Broken by: gradient matching on the coordinates that were uploaded, and by collecting them over rounds. With pruned = 0.9
 inverting_gradients gets 8.4 dB, and 18.1 dB when it looks at the support alone (with 0.99 it depends on the mask: 12.5 and 14.4 dB on
 two draws, the mean picture is at 13.5); 21.4 dB without a defense, 13.5 dB for the mean picture (``pytest --slow -s
-tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels disclosed, mean of
+tests/defenses/test_heuristics_matched.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels disclosed, mean of
 8).
 Where public records are held, ``adaptive_matching`` finds one small record by sampling (the table on this defense's page).
 """

@@ -13,7 +13,7 @@ parameters than the record has bits. With scale = "mean" also every tensor's mea
 (ε = ∞).
 Broken by: gradient matching against smoothed signs of the trial, only in part: inverting_gradients gets 4.9 dB, 14.2 dB against
 tanh(u/rms(u)), which shows shapes, not shades; 21.4 dB without a defense, 13.5 dB for the mean picture
-(``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
+(``pytest --slow -s tests/defenses/test_heuristics_matched.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
 disclosed, mean of 8). Learned inverters (Wu et al., 2023) need no derivative. Where the first layer is linear, the signs of a
 record's gradient are those of its pixels around the mean.
 Where public records are held, ``adaptive_matching`` finds one small record by sampling (the table on this defense's page).

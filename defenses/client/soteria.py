@@ -15,12 +15,12 @@ adversary what was pruned. It makes no differential-privacy claim (ε = ∞), an
 Broken by: not asking the defended tensor. A linear layer with bias before the head gives its input away, x = ∂Wᵀ∂b/‖∂b‖², and
 ``r_gap`` peels the layers below it one by one. Digits, cnn of width 8 with 64 hidden units, one record, pruned = 0.2, 0.5 and 0.8:
 10 of 10 exact and proven at 150 dB in 0.02 CPU s each, to the bit as without the defense
-(``pytest -s tests/defenses/test_broken_heuristics.py``). The hidden layer of a batch is factorized by ``hybrid`` as before, exact and
+(``pytest -s tests/defenses/test_heuristics_solved.py``). The hidden layer of a batch is factorized by ``hybrid`` as before, exact and
 proven with its labels even where nothing of the head's weight is left (``pytest tests/attacks/test_intact.py``).
 Where the defended head is the only linear layer, the pruned columns are left out of the match (Balunović et al., 2022,
 arXiv:2111.04706). With pruned = 0.1, 0.4 and 0.8 inverting_gradients gets 12.4, 12.7 and 12.6 dB, and 21.4, 21.2 and 21.0 dB without
 those columns: as much as without a defense, 21.4 dB; 13.5 dB for the mean picture
-(``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
+(``pytest --slow -s tests/defenses/test_heuristics_matched.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
 disclosed, mean of 8).
 """
 

@@ -13,7 +13,7 @@ What it does not protect: the coordinates that stay are exact, and which ones st
 and makes no differential-privacy claim (ε = ∞).
 Broken by: gradient matching on the coordinates that were uploaded (as Yue et al., 2023, arXiv:2206.04055, warn). With pruned = 0.9,
 0.99 and 0.999 inverting_gradients gets 16.9, 13.8 and 12.2 dB, and 20.3, 17.9 and 14.4 dB when it looks at the support alone; 21.4 dB
-without a defense, 13.5 dB for the mean picture (``pytest --slow -s tests/defenses/test_heuristics_broken.py``: photos in 16×16,
+without a defense, 13.5 dB for the mean picture (``pytest --slow -s tests/defenses/test_heuristics_matched.py``: photos in 16×16,
 ConvNet at its initial weights, batches of one, labels disclosed, mean of 8).
 """
 

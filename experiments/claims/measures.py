@@ -172,7 +172,7 @@ class AttackMeasure:
 
     def build(self, seed: int) -> list[Victim]:
         """The victims of a seed: disjoint batches of private records, unless their classes are chosen."""
-        parts, each = self.parts(seed), self.batch * self.clients
+        parts = self.parts(seed)
         public = take(parts.public, slice(self.public_records)) if self.public_records else None
         if len(parts.public) < self.public_records:
             raise SpecError(f"public_records must be ≤ the {len(parts.public)} public ones, got {self.public_records}. Raise split.public.")
@@ -181,7 +181,6 @@ class AttackMeasure:
         free = torch.ones(len(parts.private), dtype=torch.bool).index_fill(0, torch.cat(chosen), False)
         state = self.state(model, parts, take(parts.private, free), seed)
         batches = [[take(parts.private, ids) for ids in torch.split(chosen[i], self.batch)] for i in range(self.victims)]
-        assert all(sum(map(len, clients)) == each for clients in batches)
         return [
             victim(model, parts.schema, clients, self.training, seed=seed, state=state, labels=self.labels, public=public)
             for clients in batches

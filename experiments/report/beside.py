@@ -49,6 +49,24 @@ def prior(row: Row) -> str:
     return f"{values.decibel(found.value, sign=True)}{f' [{ends}]' if ends else ''}, {records or 0:.0f} records"
 
 
+def sender(row: Row) -> str:
+    """Of how many records the attack names the sender rightly, with interval and chance; empty where it names none.
+
+    A row of each victim's strongest attack says nothing: that attack was not chosen for whom it names.
+    """
+    found, records = estimate(row, "attributed"), number(lookup(row, "attributed", "records"))
+    if found.value is None or row.get("attack") == BEST:
+        return ""
+    ends = values.percent_range(found.low, found.high)
+    chance = values.percent(number(lookup(row, "attributed", "chance")))
+    return f"{values.percent(found.value)}{f' [{ends}]' if ends else ''} of {records or 0:.0f} records, chance {chance}"
+
+
+def senders(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
+    """Return arm, attack and :func:`sender` of each row whose attack names senders."""
+    return [(name(row, "defense"), name(row, "attack"), said) for row in rows if (said := sender(row))]
+
+
 def who(row: Row, members: Iterable[Row] = ()) -> str:
     """The attack behind a row, or, where each victim counts with its strongest, which of them that was how often.
 

@@ -14,11 +14,12 @@ from markupsafe import Markup
 
 from experiments import marginals
 from experiments.checks import INFORMATION
-from experiments.report import costs, front, limits, pareto, plots, values, words
+from experiments.report import beside, costs, front, limits, pareto, plots, values, words
 from experiments.report import pictures as pixels
 from experiments.report.headline import laddered, name, rows_of, strongest
 from experiments.report.rows import SCORES, Line, lines, main_lines
 from experiments.report.theme import DARK, LIGHT
+from experiments.report.threat import threat_card
 from experiments.report.values import estimate
 from experiments.report.verdict import Verdict
 
@@ -43,7 +44,7 @@ def write(
         directory: where to write; made if it is missing.
         summary: the content of ``summary.json``; an optional key that is missing is printed as an em dash.
         pictures: best, median and worst victim of each arm.
-        threat: the fields of the threat model (see ``words.threat_card``).
+        threat: the fields of the threat model (see :mod:`experiments.report.threat`).
         spec_toml: the resolved spec.
         provenance: what is needed to run it again, by name: command, seeds, versions, hash.
     """
@@ -71,6 +72,7 @@ def write(
         several=len({line.attack for line in details}) > 1,
         sentences=list(dict.fromkeys(line.sentence for line in main if line.sentence)),
         flags=[(flag, words.explain(flag)) for flag in dict.fromkeys(flag for line in (*main, *details) for flag in line.flags)],
+        senders=beside.senders(rows),
         shown=[place for place in range(len(SCORES)) if any(line.scores[place].mean != values.MISSING for line in details)],
         information=INFORMATION,
         galleries=galleries,
@@ -78,8 +80,9 @@ def write(
         plot_text=_plot_text(rows),
         front=fronts,
         front_text=pareto.text(rows),
+        front_lines=pareto.lines(rows),
         front_says=front.sentences(rows),
-        threat=words.threat_card(threat, summary),
+        threat=threat_card(threat, summary),
         glossary=words.GLOSSARY,
         verdicts=words.verdicts(),
         spec_toml=spec_toml,

@@ -17,6 +17,7 @@ TITLES = (
 
 
 OVER = "over the same attack on shuffled updates"
+NAMED = "Senders that an attack names for the records of a sum, rightly; chance deals the records to the senders at random"
 
 
 def table(defense: str, rows: Sequence[Row]) -> str:
@@ -79,10 +80,13 @@ def _notes(shown: Sequence[Row], rows: Sequence[Row], letters: Mapping[str, str]
     ceilings = " Ceilings are for what the attack saw, (all …) for every upload." if any(map(limits.over_training, shown)) else ""
     arms = {name(row, "defense") for row in shown}
     blind = [row for row in rows if name(row, "defense") in arms and row.get("attack") != BEST and beside.prior(row)]
+    named = beside.senders(row for row in rows if name(row, "defense") in arms)
     return [
         f"Brackets are 95 % intervals. Each victim counts with its strongest attack: which, how often.{paired}{rounding}{ceilings}",
         *([""] if blind else []),
         *(f"- {name(row, 'attack')} under {name(row, 'defense')}: {beside.prior(row)} {OVER}" for row in blind),
+        *(["", f"{NAMED}:", ""] if named else []),
+        *(f"- {attack} under {arm}: {said}" for arm, attack, said in named),
         *(["", "Flags:", ""] if letters else []),
         *(f"- {letter}: {flag.replace('_', ' ')}. {explain(flag)}".rstrip() for flag, letter in letters.items()),
     ]

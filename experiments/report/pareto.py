@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -14,9 +15,9 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.report import values
+from experiments.report import key, values
 from experiments.report.front import BASELINES, PANELS, Arm, panel
-from experiments.report.labels import Point, label_points
+from experiments.report.labels import Point, comb, comb_height, label_points
 from experiments.report.plots import axes_style
 from experiments.report.theme import LIGHT, Theme
 
@@ -24,9 +25,11 @@ SMALLEST, LARGEST = 24.0, 300.0
 """Areas in square points of the cheapest and of the costliest arm."""
 
 CROWDED = 14
-"""From here on only undefended, baseline and undominated arms are named at their points; the legend names the families."""
-TOP = 0.99
-"""Of the largest leak in a crowded panel, from which on arms are counted and not named."""
+"""From here on arms are numbered, and a key below the panels has their names."""
+NUMBERS = 7.5
+"""Size of the numbers in points."""
+LEVEL, MANY = 0.02, 6
+"""From so many arms on whose leaks differ by less than this part of the panel's range, their numbers stand in a comb."""
 
 HUES = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#7b3fa0", "#a6761d", "#1b9e9e", "#e7298a", "#66a61e", "#7570b3",
@@ -37,30 +40,57 @@ HUES = (
 def pareto(rows: Sequence[Mapping[str, object]], theme: Theme | None = None) -> Figure:
     """Draw each arm's accuracy loss against the upper limit of what leaks, by identification and by PSNR gain.
 
-    Dominated arms are hollow, ones that may be are pale. The area of a bubble is the client's CPU time of one round.
+    Dominated arms are hollow, ones that may be are pale. The area of a bubble is the client's CPU time of one round. A few arms are named
+    at their points; many are numbered, in panels as wide as the page, with a key below; the baselines then keep their names as well.
     """
     theme = theme or LIGHT
     drawn = {which: panel(rows, which) for which in PANELS}
     families = list(dict.fromkeys(arm.family for arms in drawn.values() for arm in arms if arm.family and not arm.baseline))
     colors = {family: HUES[place % len(HUES)] for place, family in enumerate(families)}
-    legend_rows = math.ceil((len(families) + 5) / 4)
-    figure = Figure(figsize=(10.4, 5.0 + 0.2 * legend_rows), dpi=160, facecolor=theme.paper, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    panels = dict(zip(PANELS, figure.subplots(1, 2), strict=True))
     costs = [arm.cost for arms in drawn.values() for arm in arms if arm.cost]
+    numbers = _numbers(drawn)
+    figure, panels = _many(numbers, theme) if numbers else _few(len(families), theme)
+    canvas = FigureCanvasAgg(figure)
     for which, axes in panels.items():
         axes_style(axes, PANELS[which], theme, across="Accuracy lost against no defense, percentage points")
         _draw(axes, drawn[which], colors, costs, theme)
-    _legend(figure, drawn, colors, costs, theme)
+    _legend(figure, drawn, {} if numbers else colors, costs, theme)
+    if numbers:
+        key.draw(figure.axes[-1], _entries(drawn, numbers, colors, theme), theme)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         canvas.draw()  # type: ignore[no-untyped-call]
         for which, axes in panels.items():
-            label_points(axes, [_point(arm) for arm in _named(drawn[which])], set(), canvas, theme)
-            if len(drawn[which]) >= CROWDED and (top := sum(bool(arm.family) and _at_top(arm, drawn[which]) for arm in drawn[which])):
-                words = f"{top} arms at the top are not named"
-                axes.text(0.98, 0.98, words, transform=axes.transAxes, ha="right", va="top", color=theme.quiet, fontsize=8)
+            if numbers:
+                _number(axes, drawn[which], numbers, canvas, theme)
+            else:
+                label_points(axes, [_point(arm, arm.name) for arm in drawn[which]], set(), canvas, theme)
     return figure
+
+
+def lines(rows: Sequence[Mapping[str, object]]) -> list[key.Line]:
+    """Return what the plot shows as a table, with the numbers that arms have in it."""
+    drawn = {which: panel(rows, which) for which in PANELS}
+    return key.lines(drawn["identified"], drawn["gain"], _numbers(drawn))
+
+
+def _numbers(drawn: Mapping[str, Sequence[Arm]]) -> dict[str, int]:
+    """The number of each arm by its name; none where there are few."""
+    return key.numbered(drawn.values()) if max(map(len, drawn.values())) >= CROWDED else {}
+
+
+def _few(families: int, theme: Theme) -> tuple[Figure, dict[str, Axes]]:
+    height = 5.0 + 0.2 * math.ceil((families + 5) / 4)
+    figure = Figure(figsize=(10.4, height), dpi=160, facecolor=theme.paper, layout="constrained")
+    return figure, dict(zip(PANELS, figure.subplots(1, 2), strict=True))
+
+
+def _many(names: Collection[str], theme: Theme) -> tuple[Figure, dict[str, Axes]]:
+    """One panel below the other, and below them the axes of the key."""
+    heights = [4.1, 5.1, key.ROW * key.rows(names)]
+    figure = Figure(figsize=(10.4, sum(heights) + 0.6), dpi=160, facecolor=theme.paper, layout="constrained")
+    *panels, _ = figure.subplots(3, 1, height_ratios=heights)
+    return figure, dict(zip(PANELS, panels, strict=True))
 
 
 def svg(figure: Figure) -> str:
@@ -113,23 +143,59 @@ def _draw(axes: Axes, arms: Sequence[Arm], colors: Mapping[tuple[str, ...], str]
     axes.axvline(0, color=theme.rule, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
 
 
-def _named(arms: Sequence[Arm]) -> list[Arm]:
-    if len(arms) < CROWDED:
-        return list(arms)
-    return [arm for arm in arms if not arm.family or (not _at_top(arm, arms) and (arm.baseline or not arm.dominated_by))]
+def _number(axes: Axes, arms: Sequence[Arm], numbers: Mapping[str, int], canvas: FigureCanvasAgg, theme: Theme) -> None:
+    """Write each arm's number: in a comb where many leak as much as the worst or the best does, else beside the point."""
+    tight = {above: _level(arms, above=above) for above in (True, False)}
+    inside = [arm for arm in arms if arm not in tight[True] and arm not in tight[False]]
+    box = axes.get_window_extent()
+    wide, high = (72 * pixels / canvas.figure.dpi for pixels in (box.width, box.height))
+    points = {above: [_point(arm, str(numbers[arm.name])) for arm in level] for above, level in tight.items()}
+    room = {above: comb_height(found, NUMBERS, wide) if found else 0.0 for above, found in points.items()}
+    low, top = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= top])
+    span = (top - low) / (1 - sum(room.values()) / high)
+    axes.set_ylim(low - span * room[False] / high, top + span * room[True] / high)
+    for above, found in points.items():
+        if found:
+            comb(axes, found, canvas, theme, above=above, size=NUMBERS)
+    named = [_point(arm, f"{numbers[arm.name]} {arm.name}" if arm.baseline else str(numbers[arm.name])) for arm in inside]
+    label_points(axes, named, set(), canvas, theme, size=NUMBERS, others=[*points[True], *points[False]])
 
 
-def _at_top(arm: Arm, arms: Sequence[Arm]) -> bool:
-    """Whether an arm leaks as much as the worst: where many do, their names would lie on each other."""
-    return arm.leak > TOP * max(other.leak for other in arms)
+def _level(arms: Sequence[Arm], *, above: bool) -> list[Arm]:
+    """The arms that leak as much as the worst, or as little as the best, if these are many."""
+    leaks = [arm.leak for arm in arms]
+    near = LEVEL * (max(leaks) - min(leaks)) if leaks else 0.0
+    found = [arm for arm in arms if (arm.leak >= max(leaks) - near if above else arm.leak <= min(leaks) + near)]
+    return found if len(found) >= MANY and near else []
+
+
+def _entries(
+    drawn: Mapping[str, Sequence[Arm]], numbers: Mapping[str, int], colors: Mapping[tuple[str, ...], str], theme: Theme
+) -> list[key.Entry]:
+    arms = {arm.name: arm for members in drawn.values() for arm in members}
+    strengths = Counter(arm.family for arm in arms.values())
+    return [
+        key.Entry(
+            number=number, name=name, marker=_marker(arms[name].family), color=_color(arms[name].family, colors, theme),
+            joined="none" if strengths[arms[name].family] < 2 else "--" if arms[name].baseline else "-", bold=_bold(arms[name]),
+        )
+        for name, number in numbers.items()
+    ]  # fmt: skip
+
+
+def _bold(arm: Arm) -> bool:
+    return arm.baseline or not arm.family
 
 
 def _pale(arm: Arm) -> bool:
     return bool(arm.undecided) and not arm.dominated_by
 
 
-def _point(arm: Arm) -> Point:
-    return Point(arm=arm.name, view="", level="floor", x=arm.drop, y=arm.leak, low=arm.leak, high=arm.leak)
+def _point(arm: Arm, words: str) -> Point:
+    return Point(
+        arm=words, view="", level="floor", x=arm.drop, y=arm.leak, low=arm.leak, high=arm.leak, bold=words != arm.name and _bold(arm)
+    )
 
 
 def _color(family: tuple[str, ...], colors: Mapping[tuple[str, ...], str], theme: Theme) -> str:
@@ -176,7 +242,8 @@ def _legend(
         Line2D([], [], marker=marker, markerfacecolor=face, markeredgecolor=edge, color=edge, linestyle=line, markersize=7, label=words)
         for marker, face, edge, line, words in entries
     ]
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5, handletextpad=0.5)
+    columns = 4 if colors else 3
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, handletextpad=0.5)
     for label in legend.get_texts():
         label.set_color(theme.quiet)
         label.set_parse_math(False)

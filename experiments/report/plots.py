@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ from experiments.report.verdict import level
 MARKERS = {"aggregate": "s"}
 VACUOUS = 0.9995  # a ceiling this close to 1 rules nothing out and is not drawn
 LONGEST_NAME = 30
+LETTER = 8.0  # percentage points that a line of text takes on a panel of 118
 CROWDED = 24
 """Of more points than this none is named: the table does, and the Pareto plot names those that matter."""
 
@@ -48,10 +49,13 @@ def leakage_vs_accuracy(rows: Sequence[Mapping[str, object]], theme: Theme | Non
     for row, _ in arms:
         if (chance := number(lookup(row, "identified", "chance"))) is not None:
             chances.setdefault(100 * chance, []).append(name(row, "view"))
-    for chance, views in chances.items():
+    for chance in chances:
         right.axhline(chance, color=theme.rule, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
-        _beside(right, chance, "chance" if len(chances) == 1 else f"chance, {', '.join(dict.fromkeys(views))}", theme)
     right.set_ylim(-9, 109)
+    for together in _near(chances):
+        views = dict.fromkeys(view for chance in together for view in chances[chance])
+        words = "chance" if len(chances) == 1 else f"chance, {', '.join(views)}"
+        _beside(right, sum(together) / len(together), words, theme)
     ceilings = _ceilings(right, arms, theme)
     _legend(figure, [point for point in gains + rates if point is not None], ceilings=ceilings, theme=theme)
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes, which is no reason to warn
@@ -130,6 +134,17 @@ def _beside(axes: Axes, y: float, words: str, theme: Theme) -> None:
     """Name a horizontal line at its right end, outside the panel, where no point can be."""
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": theme.quiet, "va": "center", "parse_math": False}
     axes.annotate(words, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), annotation_clip=False, **style)
+
+
+def _near(heights: Iterable[float]) -> list[list[float]]:
+    """Heights in percent by groups: names of lines that are closer than a letter is high would lie on each other."""
+    groups: list[list[float]] = []
+    for height in sorted(heights):
+        if groups and height - groups[-1][0] < LETTER:
+            groups[-1].append(height)
+        else:
+            groups.append([height])
+    return groups
 
 
 def _ceilings(axes: Axes, arms: Sequence[tuple[Mapping[str, object], Estimate]], theme: Theme) -> bool:

@@ -75,6 +75,7 @@ def _lines(rows: Sequence[Mapping[str, object]], everything: Sequence[Mapping[st
             paired_seeds=beside.paired_seeds(row),
             rounding=beside.rounding(row),
             over_prior=beside.prior(row),
+            sender=beside.sender(row),
             upload=values.size(number(row.get("upload_bytes"))),
             seconds=values.duration(number(row.get("seconds"))),
             flags=flags_of(row),
@@ -183,7 +184,7 @@ class Line:
 
     ``solved`` says which attack gave how many victims, where each counts with its strongest; ``identified_by`` names the attack that
     said who it was, where that was not the picture. ``labels`` is the share of right labels where the attack answered nothing else,
-    else None. ``accuracy_against``, ``rounding`` and ``over_prior`` come from :mod:`experiments.report.beside`.
+    else None. ``accuracy_against``, ``rounding``, ``over_prior`` and ``sender`` come from :mod:`experiments.report.beside`.
     ``proven`` says how many records carry a certificate, and which solver produced how many.
     """
 
@@ -216,6 +217,7 @@ class Line:
     paired_seeds: str
     rounding: str
     over_prior: str
+    sender: str
     upload: str
     seconds: str
     flags: tuple[str, ...]

@@ -15,8 +15,8 @@ from experiments.report.rows import Line, lines, main_lines
 from experiments.report.verdict import Level
 from experiments.report.words import explain
 
-MOST_SHUFFLED = 3
-"""Comparisons with shuffled updates below the table; the others are in the report."""
+MOST = 3
+"""Comparisons with shuffled updates, and attacks that name senders, below the table; the others are in the report."""
 
 STYLES: Mapping[Level, str] = {
     "recognizable": "bold red",
@@ -86,6 +86,8 @@ def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) 
     if any(line.over_training for line in rows):
         parts.append("Ceiling: for what the attack saw; (all …) for whoever has every upload of the training.")
     parts += _beside(rows, details)
+    if named := [f"{line.attack}, {line.defense}: {line.sender}" for line in details if line.sender]:
+        parts.append(f"Senders named rightly: {_first(named)}.")
     parts += [f"{letter}: {flag.replace('_', ' ')}. {explain(flag)}".strip() for flag, letter in letters.items()]
     return Text("\n".join(parts + _unmeasured(details)))
 
@@ -96,9 +98,12 @@ def _beside(rows: list[Line], details: list[Line]) -> list[str]:
     blind = [f"{line.attack}, {line.defense}: {line.over_prior}" for line in details if line.over_prior and line.attack != BEST]
     parts = [f"Rounding, rms of the released mean: {'; '.join(f'{arm} {much}' for arm, much in rounded.items())}."] if rounded else []
     if blind:
-        shown = blind if len(blind) <= MOST_SHUFFLED else [*blind[:MOST_SHUFFLED], f"{len(blind) - MOST_SHUFFLED} more in report.html"]
-        parts.append(f"PSNR above that of the same attack on shuffled updates: {'; '.join(shown)}.")
+        parts.append(f"PSNR above that of the same attack on shuffled updates: {_first(blind)}.")
     return parts
+
+
+def _first(items: list[str]) -> str:
+    return "; ".join(items if len(items) <= MOST else [*items[:MOST], f"{len(items) - MOST} more in report.html"])
 
 
 def _unmeasured(rows: list[Line]) -> list[str]:

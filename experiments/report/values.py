@@ -109,6 +109,11 @@ def duration(value: float | None) -> str:
     return f"{value:.1f}{NBSP}s" if value >= 0.1 else f"{value * 1e3:.2g}{NBSP}ms"
 
 
+def count(number: int, noun: str) -> str:
+    """Print a number of things: ``1 arm``, ``2 arms``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def join(words: Sequence[str]) -> str:
     """Return words as an English enumeration."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

@@ -1,13 +1,14 @@
-"""The report's prose: the answer in one sentence, the threat model in plain words, and how to read each number."""
+"""The report's prose: the answer in one sentence, and how to read each number."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.checks import EQUIVALENCE_DB, FLAGS
 from experiments.ladder import BEST
 from experiments.report import values
 from experiments.report.headline import control_of, name, rows_of, strongest
+from experiments.report.threat import adversary
 from experiments.report.values import lookup, number
 from experiments.report.verdict import EQUAL, FAILED, MEANING, WORDS, Level, level, verdict
 
@@ -44,6 +45,11 @@ GLOSSARY: Sequence[tuple[str, str]] = (
         "Records that the attack itself proved exact, without the truth, by a certificate of its solver. Below it, how many the "
         "identifiability of the updates predicts before any attack, and how many came out exact; and which solver produced how "
         "many.",
+    ),
+    (
+        "Sender named",
+        "Of the records in a sum of several clients, how often an attack that says whose each one is names the right client. Chance is "
+        "what dealing the records to the senders at random gets right; of labels alone, which are interchangeable, that is more.",
     ),
     (
         "Labels right",
@@ -116,7 +122,7 @@ def answer(summary: Mapping[str, object], threat: Mapping[str, object]) -> list[
         by_level.setdefault(level(row), []).append(name(row, "defense"))
     if not by_level:
         return [("Nothing was measured: the summary has no rows.", False)]
-    pieces: list[tuple[str, bool]] = [(f"The {_adversary(threat)} ", False)]
+    pieces: list[tuple[str, bool]] = [(f"The {adversary(threat)} ", False)]
     present: list[Level] = [key for key in CLAUSES if key in by_level]
     for position, key in enumerate(present):
         clause = CLAUSES[key].replace("them", "the clients’ pictures") if position == 0 else CLAUSES[key]
@@ -138,88 +144,12 @@ def facts(summary: Mapping[str, object]) -> list[str]:
     victims = {int(count) for row in rows if (count := number(row.get("victims"))) is not None and abs(count) != float("inf")}
     candidates = {count for row in rows if (count := number(lookup(row, "identified", "candidates")))}
     attacks = [attack for attack in dict.fromkeys(name(row, "attack") for row in rows) if attack != BEST]
-    found = [_count(len(strongest(rows)), "arm")]
+    found = [values.count(len(strongest(rows)), "arm")]
     if victims:
-        found.append(_count(min(victims), "victim") if len(victims) == 1 else f"{min(victims)}–{max(victims)} victims")
+        found.append(values.count(min(victims), "victim") if len(victims) == 1 else f"{min(victims)}–{max(victims)} victims")
     if candidates:
         found.append(f"{max(candidates):.0f} candidates")
     return [*found, *([f"{'attack' if len(attacks) == 1 else 'attacks'} {values.join(attacks)}"] if attacks else [])]
-
-
-def threat_card(threat: Mapping[str, object], summary: Mapping[str, object]) -> list[tuple[str, list[str]]]:
-    """Return the threat model in plain words: who, what it sees, what it was told, what it cannot do.
-
-    Args:
-        threat: the fields of the threat model. The keys ``who``, ``sees``, ``told`` and ``cannot`` (a text or several) replace the card's
-            own words; a key that is not known is printed as it stands under "What it was told".
-        summary: tells which views the adversary had.
-    """
-    views = list(dict.fromkeys(name(row, "view") for row in rows_of(summary)))
-    passive = str(threat.get("adversary", "honest-but-curious")) == "honest-but-curious"
-    active = str(threat.get("adversary")) == "active"
-    habit = ": it runs the protocol exactly as agreed, keeps all that it receives, and analyses it later." if passive else "."
-    if active:
-        planted = PLANTED.get(str(threat.get("tampering", "")), "numbers of its own")
-        habit = (
-            f": it is NOT honest-but-curious. In place of the model it broadcasts {planted}, so that the uploads hold records verbatim, "
-            "and reads them out. The architecture, the recipe and the sampling stay as agreed; the model learns little."
-        )
-    sees = [VIEWS.get(view, f"The view “{view}”.") for view in views if view != values.MISSING]
-    known = {"adversary", "tampering", "labels", "public_data", "colluding", "candidates", "metadata", "who", "sees", "told", "cannot"}
-    colluding = int(number(threat.get("colluding")) or 0)
-    if colluding:
-        sees.append(f"What {_count(colluding, 'client')} sent, who collude{'s' if colluding == 1 else ''} with it: {ACCOMPLICES}")
-    told = [
-        "The model, the broadcast parameters and the training recipe: it wrote them itself.",
-        "Which defenses are on, with their settings (Kerckhoffs’ principle).",
-        LABELS.get(str(threat.get("labels", "none")), f"Labels: {threat.get('labels')}."),
-        "Public pictures of the same kind." if threat.get("public_data") else "No pictures of the same kind.",
-        *([_candidates(summary)] if threat.get("candidates") else []),
-        *(f"{str(key).replace('_', ' ').capitalize()}: {_plain(value)}" for key, value in threat.items() if key not in known),
-    ]
-    cannot = [
-        "Change the model, the protocol or the sampling to make clients leak more." if passive else "",
-        "" if threat.get("metadata", True) else "See how many examples a lone sender has, or its BatchNorm statistics: both are withheld.",
-        "Look into a client’s device: pictures, labels and keys stay there.",
-        "Know a defense’s random numbers: noise, masks and seeds stay with whoever drew them.",
-        "Take back the masks of secure aggregation: it gets the sum, not the parts." if "aggregate" in views else "",
-    ]
-    return [
-        ("Who", _texts(threat.get("who")) or [f"The {_adversary(threat).removesuffix(',')}{habit}"]),
-        ("What it sees", _texts(threat.get("sees")) or sees),
-        ("What it was told", _texts(threat.get("told")) or told),
-        ("What it cannot do", _texts(threat.get("cannot")) or [text for text in cannot if text]),
-    ]
-
-
-LABELS = {
-    "none": "No labels: the attack recovers them from the upload, or does without.",
-    "counts": "How many private records there are of each class, but not which is which.",
-    "exact": "Each private label. A real server would have to recover them first.",
-}
-ACCOMPLICES = (
-    "they follow the protocol and tell it afterwards, noise and rounding included. It takes their part out of every sum. They are "
-    "no victims."
-)
-PLANTED = {
-    "imprint": "thresholds of brightness planted in its first layer (imprint, Robbing the Fed)",
-    "trap_weights": "trap weights planted in its first layer (Curious Abandon Honesty)",
-}
-VIEWS = {
-    "update": "The model that it broadcast, and every client’s upload on its own, with its sender’s name.",
-    "aggregate": "Under secure aggregation, only the sum over the whole cohort, once it is unmasked; no single client’s upload.",
-    "model": "The trained models that are released, round after round.",
-    "query": "Answers of the released model’s query interface.",
-}
-
-
-def _candidates(summary: Mapping[str, object]) -> str:
-    counts = {count for row in rows_of(summary) if (count := number(lookup(row, "identified", "candidates")))}
-    many = f"A list of {max(counts):.0f} records" if counts else "A list of records"
-    return (
-        f"{many} with their labels, the true ones among them: the identifier need only say which. It is the game that a ceiling bounds; "
-        "a server that cannot guess what a record might be knows less."
-    )
 
 
 def explain(flag: str) -> str:
@@ -233,13 +163,6 @@ def verdicts() -> list[tuple[str, str]]:
     return [*((WORDS[key], MEANING[key]) for key in WORDS), (FAILED, "no attack ended well, so that its scores are those of gray pictures")]
 
 
-def _adversary(threat: Mapping[str, object]) -> str:
-    adversary = str(threat.get("adversary", "honest-but-curious"))
-    if adversary == "active":
-        return "ACTIVE server, which tampers with the model,"
-    return adversary if adversary.endswith(("server", "client", "adversary")) else f"{adversary} server"
-
-
 def _enumeration(arms: Sequence[str], most: int = 10) -> list[tuple[str, bool]]:
     """Name the arms; of more than ``most`` the first ones, and how many more."""
     pieces: list[tuple[str, bool]] = []
@@ -247,17 +170,3 @@ def _enumeration(arms: Sequence[str], most: int = 10) -> list[tuple[str, bool]]:
     for place, arm in enumerate(shown):
         pieces += [("" if place == 0 else " and " if place == len(arms) - 1 else ", ", False), (arm, True)]
     return pieces if shown is arms else [*pieces, (f" and {len(arms) - len(shown)} more arms", False)]
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _plain(value: object) -> str:
-    return values.join([str(item) for item in value]) if isinstance(value, list | tuple) else str(value)
-
-
-def _texts(value: object) -> list[str]:
-    if not value:
-        return []
-    return [str(text) for text in value] if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [str(value)]

@@ -265,7 +265,7 @@ def test_a_smooth_network_gives_the_record_away_to_the_last_digit(name: str) -> 
 @pytest.mark.slow
 def test_soteria_and_precode_are_no_protection_against_those_who_know_them() -> None:
     """Five digits of 16×16, ReLU ConvNet, whose only linear layer is the head, so that nothing is exact: within 2 dB of all that is known
-    of the undefended update, far above the attack that does not ask. Where there is another one: tests/defenses/test_broken_heuristics.py.
+    of the undefended update, far above the attack that does not ask. Where there is another one: tests/defenses/test_heuristics_solved.py.
     """
     shape, attack, blunt = (1, 16, 16), Strongest(seconds=6), InvertingGradients(steps=400)
     plain = build("convnet", shape, width=8)

@@ -19,9 +19,10 @@ from defenses.bounds import reconstruction_ceiling
 from defenses.channel._secagg.quantization import Scale, to_words
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.clip import Clip, global_norm
-from defenses.client.distributed_dp import LARGEST_VARIANCE, DistributedDP, skellam
+from defenses.client.distributed_dp import DistributedDP
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.distributed import (
+    LARGEST_VARIANCE,
     ORDERS,
     Curve,
     SkellamDpEvent,
@@ -29,6 +30,7 @@ from defenses.distributed import (
     gaussian_curve,
     l1_of,
     rounded_norm,
+    skellam,
     skellam_curve,
     success_of,
 )

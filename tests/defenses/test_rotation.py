@@ -15,8 +15,8 @@ from defenses.channel._secagg.encoding import ideal_sum
 from defenses.channel._secagg.quantization import Scale, to_words
 from defenses.channel._secagg.rotation import hadamard, rotated, transformed, turned_back
 from defenses.channel.secure_aggregation import SecureAggregation
-from defenses.client.distributed_dp import LARGEST_VARIANCE, DistributedDP
-from defenses.distributed import reach
+from defenses.client.distributed_dp import DistributedDP
+from defenses.distributed import LARGEST_VARIANCE, reach
 from experiments.disclose import noise_told
 from simulator.errors import ProtocolAbort
 from simulator.network import network

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from experiments import defense_pages
+from experiments import defense_pages, measurements
 from experiments.facts import accuracy_difference, relative
 from experiments.report import beside, front, measured, values
 from experiments.result import ArmFacts
@@ -68,6 +68,11 @@ def test_a_page_prints_no_comparison_where_the_control_failed() -> None:
     assert (hidden[at], hidden[at + 1]) == (beside.CONTROL_FAILED, beside.CONTROL_FAILED)
     assert (shown[at], shown[at + 1]) == ("+3.0 [2.0 to 4.0]", beside.CONTROL_FAILED)
     assert [arm.name for arm in front.panel(rows, "gain")] == ["none"]
+    chance, above = ({"rate": 0.05, "low": low, "high": 0.2, "chance": 0.01} for low in (0.001, 0.02))
+    nobody = [judged("none", 3.0, identified=chance), judged("hidden", 2.0, identified=chance), judged("shown", 2.0, identified=above)]
+    _, hidden, shown = (line.split(" | ") for line in measured.table("top_k", nobody).splitlines()[2:5])
+    at = measured.TITLES.index("identified, chance")
+    assert (hidden[at], shown[at]) == (beside.CONTROL_FAILED, "5\u00a0% [2–20\u00a0%], 1\u00a0%")
     assert front.panel([judged("none", 3.0), judged("seen", -4.0)], "gain")[1].name == "seen"
 
 
@@ -105,7 +110,7 @@ def test_the_terminal_prints_rounding_accuracy_and_what_shuffled_updates_say() -
 
 def test_pages_of_unequal_seeds_or_several_states_are_refused_or_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     equal = [judged("none", 3.0, accuracy_by_seed={"0": 0.8, "1": 0.8}), judged("top-k", 2.0, accuracy_by_seed={"0": 0.7, "1": 0.7})]
-    defense_pages.require_whole({"rows": equal, "later": []}, partial=False)
+    measurements.require_whole({"rows": equal, "later": []}, partial=False)
     fewer = [equal[0], judged("top-k", 2.0, accuracy_by_seed={"0": 0.7})]
     for content, got in (
         ({"rows": fewer}, "arms with 1 to 2 seeds"),
@@ -113,14 +118,23 @@ def test_pages_of_unequal_seeds_or_several_states_are_refused_or_marked(tmp_path
         ({"rows": equal, "later": [{"source": "b"}]}, "rows of 2 states of the code"),
     ):
         with pytest.raises(SpecError, match=f"must be .* got {got}.* --partial"):
-            defense_pages.require_whole(content, partial=False)
-        defense_pages.require_whole(content, partial=True)
+            measurements.require_whole(content, partial=False)
+        measurements.require_whole(content, partial=True)
         path = tmp_path / "defenses.json"
         path.write_text(json.dumps(content))
-        monkeypatch.setattr(defense_pages, "MEASURED", path)
+        monkeypatch.setattr(measurements, "MEASURED", path)
         found = defense_pages.pages()
         assert got in found["top_k.md"]
         assert got in found["README.md"]
+
+
+def test_a_page_says_who_was_named_as_the_sender_beside_chance_and_keeps_it_of_a_run() -> None:
+    named = {"rate": 0.75, "low": 0.6, "high": 0.86, "records": 40, "chance": 0.125}
+    rows = [judged("none", 3.0), judged("sum", 1.0, attack="support_leak", attributed=named), judged("clip", 1.0, attributed=None)]
+    text = measured.table("top_k", rows)
+    assert f"{measured.NAMED}:\n\n- support_leak under sum: 75\u00a0% [60–86\u00a0%] of 40 records, chance 12\u00a0%" in text
+    assert measured.NAMED not in measured.table("top_k", [rows[0], rows[2]])
+    assert "attributed" in measurements.KEPT
 
 
 def test_symbols_keep_their_case_and_no_line_points_to_a_module() -> None:

@@ -64,7 +64,9 @@ def test_a_lone_sender_counts_as_usual_and_a_sum_keeps_its_total(tmp_path: Path)
     experiment = config.build(spec.Experiment, {"data": "digits", **UNEVEN, "arms": [{"name": "a"}]})
     usual = usual_examples(experiment.world(experiment.arms[0], 0))
     assert {victim.knowledge.num_examples for victim in alone} == {victim.view.upload.num_examples for victim in alone} == {usual}
-    assert any(len(victim.truth) != usual for victim in alone)
+    sizes = [len(victim.truth) for victim in alone]
+    assert usual == round(sum(sizes) / 4), "each of the 4 clients is a victim, and trains on all that it has"
+    assert any(size != usual for size in sizes)
     (summed,) = victims(UNEVEN, tmp_path / "sum", metadata=False, defenses=("secure_aggregation",))
     assert summed.knowledge.num_examples == len(summed.truth)
 
@@ -75,6 +77,7 @@ def test_a_lone_sender_counts_as_usual_and_a_sum_keeps_its_total(tmp_path: Path)
         (UNEVEN, {"labels": "counts"}, "must be true with threat.labels, got false: clients state"),
         ({**NORMED, "federation": {"clients": 2, "rounds": 2}}, {"rounds": "all"}, "each broadcast shows the mean of those before"),
         (NORMED, {"labels": "counts"}, None),
+        ({**UNEVEN, "federation": {**UNEVEN["federation"], "rounds": 2}}, {"rounds": "all"}, None),  # no statistics
     ],
 )
 def test_metadata_that_shows_otherwise_cannot_be_withheld(table: dict[str, Any], threat: dict[str, Any], reason: str | None) -> None:

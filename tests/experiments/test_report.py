@@ -15,11 +15,11 @@ from PIL import Image
 from rich.console import Console
 
 from experiments.checks import EQUIVALENCE_DB, FLAGS
-from experiments.report import html, limits, plots, table, values, verdict, words
-from experiments.report import pareto as pareto_plot
-from experiments.report.front import Arm
+from experiments.ladder import BEST
+from experiments.report import beside, html, limits, plots, table, values, verdict, words
 from experiments.report.html import Picture
 from experiments.report.rows import control_of, lines, rows_of, strongest
+from experiments.report.threat import threat_card
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input", "line", "circle"}
 HOSTILE = '<script>alert("x")</script><img src=http://evil/x onerror=y> $\\frac{[red]'
@@ -426,14 +426,14 @@ def test_answer_names_each_arm_once_under_what_it_leaks() -> None:
 
 
 def test_threat_card_speaks_of_what_was_disclosed() -> None:
-    card = dict(words.threat_card({"labels": "exact", "public_data": True, "colluding_clients": 2}, {"rows": arms()}))
+    card = dict(threat_card({"labels": "exact", "public_data": True, "colluding_clients": 2}, {"rows": arms()}))
     assert list(card) == ["Who", "What it sees", "What it was told", "What it cannot do"]
     told = " ".join(card["What it was told"])
     assert "Each private label" in told
     assert "Public pictures" in told
     assert "Colluding clients: 2" in told
     assert len(card["What it sees"]) == 2
-    assert dict(words.threat_card({"who": "A nosy landlord."}, {}))["Who"] == ["A nosy landlord."]
+    assert dict(threat_card({"who": "A nosy landlord."}, {}))["Who"] == ["A nosy landlord."]
 
 
 def test_flags_are_explained_and_warnings_stand_out(tmp_path: Path, no_plot: None) -> None:
@@ -564,13 +564,34 @@ def test_numbers_are_read_and_printed(got: object, expected: object) -> None:
     assert got == expected
 
 
-def test_in_a_crowd_arms_that_leak_as_much_as_the_worst_are_counted_and_not_named() -> None:
-    """Of twenty at the top only the undefended one has a name; what leaks less keeps its own unless it is dominated."""
+def test_names_of_arms_break_at_spaces_only(report: tuple[Path, str, Page], tmp_path: Path, no_plot: None) -> None:
+    """Each word of a name stands in a span that does not wrap, but for one that is longer than any name should be."""
+    css = (html.FOLDER / "report.css").read_text(encoding="utf-8")
+    assert re.search(r"^\.whole \{[^}]*white-space: nowrap", css, re.MULTILINE)
+    for name in ("dp_sgd ε=8", "secure aggregation + DP"):
+        spans = " ".join(f'<span class="whole">{word}</span>' for word in name.split())
+        assert f'<th scope="row">{spans}' in report[1]
+        assert f"<b>{spans}</b>" in report[1]
+    assert f"<span>{'x' * 33}</span>" in write(tmp_path, summary={"rows": [row("x" * 33)]}, pictures=[])
 
-    def arm(name: str, leak: float, family: tuple[str, ...], dominated_by: tuple[str, ...] = ()) -> Arm:
-        return Arm(name=name, family=family, drop=1.0, leak=leak, cost=None, dominated_by=dominated_by)
 
-    crowd = [arm("none", 100.0, ()), *(arm(f"useless {i}", 99.5 + 0.01 * i, ("clip",)) for i in range(20))]
-    rest = [arm("noise", 40.0, ("gaussian_noise",)), arm("worse", 60.0, ("laplace_noise",), ("noise",))]
-    assert [one.name for one in pareto_plot._named([*crowd, *rest])] == ["none", "noise"]
-    assert len(pareto_plot._named(crowd[:5])) == 5
+def test_who_sent_a_record_is_printed_where_an_attack_names_it_beside_chance(tmp_path: Path, no_plot: None) -> None:
+    """On the page twice, among the attacks and below the table; in the terminal; and never of the best attack per victim."""
+    named = {"attributed": {"rate": 0.78125, "low": 0.6, "high": 0.907, "records": 32, "chance": 0.25}}
+    rows = [row("none"), row("sum", attack="support_leak", **named), row("sum", attack=BEST, **named)]
+    said = "78\u00a0% [60–91\u00a0%] of 32 records, chance 25\u00a0%"
+    assert beside.senders(rows) == [("sum", "support_leak", said)]
+    text = Page(write(tmp_path, summary={"rows": rows}, pictures=[])).text
+    assert f"sum, support_leak: names the sender of {said}" in text
+    assert text.count(said) == 2
+    assert f"Senders named rightly: support_leak, sum: {said}." in re.sub("[ \n]+", " ", terminal({"rows": rows}))
+    assert "Senders named" not in Page(write(tmp_path, summary={"rows": rows[:1]}, pictures=[])).text + terminal({"rows": rows[:1]})
+
+
+def test_names_of_chance_lines_that_are_close_are_one() -> None:
+    def chance(value: float, view: str) -> dict[str, object]:
+        return row(view, view=view, identified={"rate": 0.5, "low": 0.4, "high": 0.6, "chance": value})
+
+    figure = plots.leakage_vs_accuracy([chance(0.01, "update"), chance(0.02, "update"), chance(0.04, "aggregate"), chance(0.5, "sum")])
+    words_ = [text.get_text() for text in figure.axes[1].texts if text.get_text().startswith("chance")]
+    assert words_ == ["chance, update, aggregate", "chance, sum"]

@@ -174,6 +174,8 @@ def test_the_plan_counts_what_there_is_to_do() -> None:
     planned = plan(spec)
     assert (planned.arms, planned.seeds, planned.attacks, planned.shuffled) == (3, 2, 2, 2 * 44)
     assert planned.uploads == (5 + 5 + 1) * 2 * 2
+    every = replace(spec, evaluation=replace(spec.evaluation, victims=0))
+    assert plan(every).uploads == (7 + 7 + 1) * 2 * 2  # whoever colludes is no victim
     assert math.isinf(planned.seconds)
     assert planned.sentence() == (
         "3 arms × 2 seeds = 6 federations; 2 attacks × 44 uploads = 88 reconstructions, and as many on shuffled updates."

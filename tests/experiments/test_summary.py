@@ -13,8 +13,9 @@ import pytest
 from scipy import stats
 
 from experiments.checks import EQUIVALENCE_DB, FLAGS, INFORMATION, flags_for
+from experiments.json_lines import ResultError
 from experiments.metrics import ImageScores
-from experiments.result import ArmFacts, RecordResult, ResultError, Trial
+from experiments.result import ArmFacts, RecordResult, Trial
 from experiments.statistics import Interval, Rate, binomial_rate
 from experiments.summary import summarize
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from types import SimpleNamespace
+
 import pytest
 
-from experiments import timing
+from experiments import stopwatch, timing
 from experiments.timing import Sample, in_turn, kind_of
+from simulator import progress
 from simulator.errors import FedpeekError
 from tests.experiments.test_resuming import tiny
 
@@ -49,3 +54,44 @@ def test_time_is_extrapolated_from_the_arms_of_the_same_world(monkeypatch: pytes
     samples.clear()
     with pytest.raises(FedpeekError, match="must run before .* got none .* it does not run"):
         timing.sample(spec, limit=60.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds"),
+    [
+        (math.inf, 20.0),  # a tenth in 2 s
+        (12.0, 12.0),  # its budget ends it before
+        (2.5, 10.0),  # likewise, of four records one after the other
+        (4.0, stopwatch.LONGEST_SECONDS),  # it took that long, whatever its budget says
+    ],
+)
+def test_a_slow_attack_is_ended_and_extrapolated_from_its_progress_and_its_budget(
+    monkeypatch: pytest.MonkeyPatch, budget: float, seconds: float
+) -> None:
+    now, stopped = [100.0], threading.Event()
+
+    def slow(*_: object) -> None:
+        progress.tick("slow", 0, 100, "")
+        now[0] += 2.0
+        progress.tick("slow", 10, 100, "")
+        now[0] += stopwatch.LONGEST_SECONDS
+        assert stopped.wait(10), "nothing ends it"
+
+    monkeypatch.setattr(stopwatch, "_clock", lambda: now[0])
+    monkeypatch.setattr(stopwatch, "attack_victims", slow)
+    monkeypatch.setattr(stopwatch.isolated, "stop", stopped.set)
+    attack, heard = SimpleNamespace(name="slow", seconds=budget), list[tuple[object, ...]]()
+    victims = [SimpleNamespace(knowledge=SimpleNamespace(num_examples=4))]
+    found = stopwatch.attack_seconds(attack, victims, None, None, lambda *tick: heard.append(tick))  # type: ignore[arg-type]
+    assert found == (pytest.approx(seconds), True)
+    assert heard == [("slow", 0, 100, ""), ("slow", 10, 100, "")]
+
+
+def test_a_quick_attack_takes_what_it_took_and_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stopped = [100.0], threading.Event()
+    monkeypatch.setattr(stopwatch, "_clock", lambda: now[0])
+    monkeypatch.setattr(stopwatch, "attack_victims", lambda *_: now.__setitem__(0, 101.5))
+    monkeypatch.setattr(stopwatch.isolated, "stop", stopped.set)
+    victims = [SimpleNamespace(knowledge=SimpleNamespace(num_examples=1))]
+    assert stopwatch.attack_seconds(SimpleNamespace(name="quick"), victims, None, None, timing._nothing) == (1.5, False)  # type: ignore[arg-type]
+    assert not stopped.is_set()

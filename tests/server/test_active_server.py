@@ -16,7 +16,7 @@ from experiments.conclude import conclude, threat
 from experiments.directory import TRANSCRIPTS
 from experiments.disclose import architecture, disclose
 from experiments.refusals import check
-from experiments.report import words
+from experiments.report.threat import threat_card
 from experiments.run import run
 from experiments.spec import Experiment, load
 from server import active
@@ -154,7 +154,7 @@ def test_every_row_and_the_report_say_active(tmp_path: Path) -> None:
     assert "ACTIVE server" in html
     assert "NOT honest-but-curious" in html
     assert all("ACTIVE" in read(path).header["adversary"] for path in (out / TRANSCRIPTS).iterdir() if path.is_dir())
-    who = dict(words.threat_card(threat(small), {}))["Who"]
+    who = dict(threat_card(threat(small), {}))["Who"]
     assert "imprint" in who[0]
 
 

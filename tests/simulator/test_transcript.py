@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -93,6 +94,17 @@ def test_every_single_line_is_protected(copy: Path) -> None:
         event["note"] = "altered"
         (copy / LINES).write_bytes(b"".join([*lines[:place], json.dumps(event, sort_keys=True).encode() + b"\n", *lines[place + 1 :]]))
         with pytest.raises(TranscriptError, match=f"broken chain at event {place},"):
+            read(copy)
+
+
+def test_a_line_that_was_altered_and_sealed_again_no_longer_fits_the_next(copy: Path) -> None:
+    """Whoever computes the line's own digest anew would have to do so for all that follow."""
+    lines = _lines(copy)
+    for place, line in enumerate(lines[:-1]):
+        event = {name: value for name, value in json.loads(line).items() if name != "digest"} | {"note": "altered"}
+        event["digest"] = hashlib.sha256(json.dumps(event, sort_keys=True).encode()).hexdigest()
+        (copy / LINES).write_bytes(b"".join([*lines[:place], json.dumps(event, sort_keys=True).encode() + b"\n", *lines[place + 1 :]]))
+        with pytest.raises(TranscriptError, match=f"broken chain at event {place + 1},"):
             read(copy)
 
 

@@ -1,4 +1,4 @@
-"""What heuristics are worth against an attacker who does not know them, and against one who does: each page's figures come from here.
+"""What heuristics are worth against gradient matching that does not know them, and that does: figures of the defenses' pages.
 
 Photos in 16×16, ConvNet of width 8 at its initial weights, FedSGD with batches of one, labels disclosed; inverting_gradients for 400
 steps, and the same attack with the distance of updates adapted to the defense. ``pytest --slow -s`` prints the table.

@@ -1,4 +1,6 @@
-"""What breaks the heuristics of data and model, in closed form where there is one: the figures of their docstrings.
+"""Heuristics that a solver sees through: records and mixtures that are read off exactly, in closed form where there is one.
+
+Figures of the defenses' pages; gradient matching against heuristics is measured in test_heuristics_matched.py.
 
 Digits, one record for each upload, the model ``mlp`` where nothing else is said.
 """
