@@ -28,10 +28,12 @@ from attacks.update.multi_round_matching import MultiRoundMatching
 from attacks.update.r_gap import RGap
 from attacks.update.sme import SME
 from attacks.update.sparse_factorization import SparseFactorization
+from attacks.update.support_leak import SupportLeak
 from simulator.adversary import Knowledge
 from simulator.types import Observation
 
 LADDER: tuple[type[Any], ...] = (
+    SupportLeak,
     CocktailParty,
     SparseFactorization,
     LinearLeak,
@@ -49,8 +51,14 @@ LADDER: tuple[type[Any], ...] = (
 )
 """Strongest per second first: what can be exact, then gradient matching."""
 
-EXACT = (LinearLeak, SparseFactorization, CocktailParty, April, RGap, DLG, LevenbergMarquardt, Hybrid)
+EXACT = (SupportLeak, LinearLeak, SparseFactorization, CocktailParty, April, RGap, DLG, LevenbergMarquardt, Hybrid)
 """Solvers that explain an update to its last digits: under noise they explain the noise."""
+
+ALGEBRAIC = (SupportLeak, CocktailParty, SparseFactorization, LinearLeak, April, RGap, Hybrid)
+"""Those of them that solve equations and either find a record or do not: what they leave is worth a rehearsal."""
+
+MATCHING = (InvertingGradients, SME, FedAvgMatching)
+"""Solvers that start by chance and end where descent ends: another start may end elsewhere."""
 
 BLUNT = (DLG, LevenbergMarquardt, Hybrid, MultiRoundMatching, InvertingGradients, SME, FedAvgMatching)
 """Solvers that match the update as it is."""
@@ -151,7 +159,7 @@ class Choice:
 
     def altered(self, solver: type[Any]) -> str | None:
         """Why an exact solver cannot trust the tensors that it reads; r_gap says so itself."""
-        if not self.lossy or solver in (LinearLeak, RGap):
+        if not self.lossy or solver in (SupportLeak, LinearLeak, RGap):
             return None
         if solver in (SparseFactorization, CocktailParty):
             first = first_linear(self.knowledge, self.view.broadcast)
@@ -195,6 +203,8 @@ class Choice:
             if solver is LearningToInvert:
                 return "the update must be hidden by noise, signs or pruning, got one that matching sees more in"
             return "the update must not be hidden by noise, signs or pruning where public records are held. learning_to_invert uses them"
+        if solver is SupportLeak and not self.knowledge.history:
+            return "the history must hold other sums, got none. linear_leak looks through this one"
         if records > BLIND and solver is SparseFactorization and self.applies(CocktailParty):
             return f"the records must be ≤ {BLIND} for starts by chance, got {records}. cocktail_party has better ones"
         if solver is SparseFactorization and records == 1 and self.applies(LinearLeak):

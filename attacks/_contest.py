@@ -1,11 +1,13 @@
 """The ladder against the learned inverter, in rehearsal: which of the two serves a kind of victim is seen on public records.
 
 Where matching is far from its end (several local steps, sums, deep networks), the mean of all records that fit the update shows more than
-the best single fit. The fit does not tell: the mean explains the update worse. An attacker who holds public records need not guess.
+the best single fit. The fit does not tell: the mean explains the update worse. An attacker who holds public records need not guess, and
+asks before the victim's time is spent: whoever serves better gets what is left of it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,16 +18,21 @@ from attacks._learned.train import compression
 from attacks._rehearsal import psnr_db, rehearsal
 from attacks._solving import State, taken
 from attacks.update.learning_to_invert import FEWEST, LearningToInvert, kinds
-from simulator.adversary import Knowledge, Reconstruction
+from simulator.adversary import Knowledge
 from simulator.types import Observation
 
 REHEARSALS = 4
 """Uploads of public records, at most, on which the two are compared; as many as victims, if those are fewer."""
 
 LEARNING = 0.2
-"""Of the budget, what the inverter gets; the rehearsed uploads are attacked with what a victim gets."""
+"""Of the time that is left, what the inverter is taught in for the rehearsal. The ladder gets on each rehearsed upload what would be left
+of the rest for a victim."""
 
-Climb = Callable[[Sequence[Observation], Sequence[Knowledge], Sequence[torch.Generator]], list[Reconstruction]]
+CLOSE = 0.1
+"""Angle in radians between the simulated and the observed update below which a guess is not contested: no mean explains so much."""
+
+Climb = Callable[[Sequence[Observation], Sequence[Knowledge], Sequence[torch.Generator], float], list[State]]
+"""Views, what is known, randomness, CPU seconds for each → how far the ladder came."""
 
 
 def may_rehearse(state: State) -> bool:
@@ -37,37 +44,60 @@ def may_rehearse(state: State) -> bool:
     return LearningToInvert().supports(view, knowledge) is None and not chain(view, knowledge).unknown
 
 
-def share_of_ladder(victims: int) -> float:
-    """Of the budget, what the ladder keeps on each of these victims."""
-    return (1 - LEARNING) * victims / (victims + min(REHEARSALS, victims))
-
-
-def contested(states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, seconds: float) -> list[State]:
-    """The states, those that are not solved with the inverter's answer where it was better on public records.
+def contested(
+    states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, left: Callable[[State], float]
+) -> list[State]:
+    """The states after the rehearsal: those of victims whom the inverter serves better have its answer, and no solver to ask.
 
     Args:
-        climb: the ladder, with the budget that it had for the victims.
-        seconds: CPU seconds for each record.
+        left: CPU seconds that are left for a victim.
     """
     states = list(states)
-    left = [i for i, state in enumerate(states) if not (state.solved or state.whole or state.inside) and may_rehearse(state)]
-    views, knowledge = [states[i].view for i in left], [states[i].knowledge for i in left]
+    waiting = [i for i, state in enumerate(states) if worth(state) and left(state) > 0]
+    views, knowledge = [states[i].view for i in waiting], [states[i].knowledge for i in waiting]
     for places in kinds(views, knowledge, [compression(*pair) for pair in zip(views, knowledge, strict=True)]):
-        mine = [left[place] for place in places]
-        tried, told, truth = rehearsal(views[places[0]], knowledge[places[0]], min(REHEARSALS, len(mine)))
-        own = [torch.Generator().manual_seed(number) for number in range(len(tried))]
-        climbed = climb(tried, told, own)
-        inverter = LearningToInvert(seconds=LEARNING * seconds * told[0].num_examples)
-        answers = inverter.many(
-            [*tried, *(views[place] for place in places)],
-            [*told, *(replace(knowledge[place], public=told[0].public) for place in places)],
-            rngs=[*own, *(rngs[i] for i in mine)],
-        )
-        gains = [
-            psnr_db(learned.inputs, batch) - psnr_db(matched.inputs, batch)
-            for learned, matched, batch in zip(answers, climbed, truth, strict=False)
-        ]
-        if sum(gains) > 0:
-            for i, answer in zip(mine, answers[len(tried) :], strict=True):
-                states[i] = taken(states[i], "learning_to_invert", answer)
+        mine = [waiting[place] for place in places]
+        cpu, wall = time.process_time(), time.perf_counter()
+        budget = sum(left(states[i]) for i in mine)
+        learned = inverter_wins(views[places[0]], knowledge[places[0]], len(mine), budget, climb)
+        for i, state in zip(mine, charged([states[i] for i in mine], cpu, wall), strict=True):
+            states[i] = state
+        if learned:
+            seconds = max(sum(left(states[i]) for i in mine), LEARNING * budget) / len(mine)
+            cpu, wall = time.process_time(), time.perf_counter()
+            answers = LearningToInvert(seconds=seconds).many(
+                [states[i].view for i in mine], [states[i].knowledge for i in mine], rngs=[rngs[i] for i in mine]
+            )
+            for i, state, answer in zip(mine, charged([states[i] for i in mine], cpu, wall), answers, strict=True):
+                states[i] = replace(taken(state, "learning_to_invert", answer), asked=frozenset(state.able))
     return states
+
+
+def worth(state: State) -> bool:
+    """Whether there is something to contest."""
+    return not (state.solved or state.whole or state.inside or state.angle < CLOSE) and may_rehearse(state)
+
+
+def charged(states: Sequence[State], cpu: float, wall: float) -> list[State]:
+    """The states with their shares of the time since then."""
+    cpu, wall = (time.process_time() - cpu) / len(states), (time.perf_counter() - wall) / len(states)
+    return [replace(state, cpu=state.cpu + cpu, wall=state.wall + wall) for state in states]
+
+
+def inverter_wins(view: Observation, knowledge: Knowledge, victims: int, seconds: float, climb: Climb) -> bool:
+    """Whether the inverter was better than the ladder on rehearsed uploads like this one; no, where the ladder solves them.
+
+    Args:
+        seconds: CPU seconds that are left for all victims of the kind.
+    """
+    tried, told, truth = rehearsal(view, knowledge, min(REHEARSALS, victims))
+    own = [torch.Generator().manual_seed(number) for number in range(len(tried))]
+    climbed = climb(tried, told, own, (1 - LEARNING) * seconds / (victims + len(tried)))
+    if all(state.solved or state.whole for state in climbed):
+        return False
+    answers = LearningToInvert(seconds=LEARNING * seconds / len(tried)).many(tried, told, rngs=own)
+    gains = [
+        psnr_db(learned.inputs, batch) - psnr_db(None if state.guess is None else state.guess.inputs, batch)
+        for learned, state, batch in zip(answers, climbed, truth, strict=True)
+    ]
+    return sum(gains) > 0

@@ -25,12 +25,13 @@ TWIN = 1e-2
 
 @dataclass(frozen=True)
 class Proven:
-    """One record with a proof, and who gave it."""
+    """One record with a proof, who gave it, and whose record it is, −1 where that is not known."""
 
     image: Float[Tensor, "channel height width"]
     label: int
     certificate: str
     solver: str
+    client: int = -1
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class State:
         cpu, wall: seconds spent.
         failed: whether a solver raised or diverged, so that its part of the attack is missing.
         short: whether a solver ended with its time, or was not asked for want of it.
+        last: CPU seconds of the last solver.
+        gained: whether it made the guess better.
+        unflattened: whether it ended before its objective had flattened, and was not asked again yet.
     """
 
     view: Observation
@@ -66,6 +70,9 @@ class State:
     wall: float = 0.0
     failed: bool = False
     short: bool = False
+    last: float = 0.0
+    gained: bool = False
+    unflattened: bool = False
 
     @property
     def solved(self) -> bool:
@@ -88,16 +95,27 @@ def after(state: State, solver: str, answer: Reconstruction | None) -> State:
     state = replace(state, short=state.short or not answer.converged)
     proofs = answer.certificate or ("",) * len(answer.labels)
     sure, rest = [i for i, proof in enumerate(proofs) if proof], [i for i, proof in enumerate(proofs) if not proof]
-    new = tuple(Proven(answer.inputs[i], int(answer.labels[i]), proofs[i], solver) for i in sure)
+    clients = answer.clients or (-1,) * len(proofs)
+    new = tuple(Proven(answer.inputs[i], int(answer.labels[i]), proofs[i], solver, clients[i]) for i in sure)
     if not rest:
         return replace(state, proven=new if state.inside else state.proven + new, answer=answer, angle=0.0)
     if sure and not state.inside and separable(state.view, state.knowledge):
         view, knowledge = without(state.view, state.knowledge, Batch(answer.inputs[sure], answer.labels[sure]))
-        state = replace(state, view=view, knowledge=knowledge, proven=state.proven + new, guess=None, score=torch.inf)
+        state = beside(replace(state, view=view, knowledge=knowledge, proven=state.proven + new), [item.image for item in new])
         return judged(state, solver, answer, rest)
     if sure:
         state = replace(state, inside=True, proven=united(state.proven, new, state.knowledge.num_examples))
     return judged(state, solver, answer, range(len(proofs)))
+
+
+def beside(state: State, proven: Sequence[Tensor]) -> State:
+    """The state with what its guess says of the records that are not among the proven ones."""
+    if state.guess is None or len(state.guess) <= len(proven):
+        return replace(state, guess=None, score=torch.inf)
+    rest = farthest(state.guess.inputs, proven)
+    guess = Batch(state.guess.inputs[rest], state.guess.labels[rest])
+    angle, score = mismatch(state.view, state.knowledge, guess)
+    return replace(state, guess=guess, solvers=tuple(state.solvers[i] for i in rest.tolist()), angle=angle, score=score)
 
 
 def united(one: tuple[Proven, ...], other: tuple[Proven, ...], records: int) -> tuple[Proven, ...]:
@@ -164,6 +182,7 @@ def merged(state: State, knowledge: Knowledge) -> Reconstruction:
         images, labels = [*images, *state.guess.inputs[rest]], [*labels, *state.guess.labels[rest].tolist()]
         solvers += [state.solvers[i] for i in rest]
     certificates = [*(item.certificate for item in state.proven), *[""] * (len(images) - len(state.proven))]
+    clients = [*(item.client for item in state.proven), *[-1] * (len(images) - len(state.proven))]
     order = list(range(len(images)))
     if knowledge.labels is not None:
         order = in_order(labels, knowledge.labels.tolist())
@@ -174,6 +193,7 @@ def merged(state: State, knowledge: Knowledge) -> Reconstruction:
         trace=state.answer.trace,
         certificate=tuple(certificates[i] for i in order),
         solver=tuple(solvers[i] for i in order),
+        clients=tuple(clients[i] for i in order) if max(clients) >= 0 else (),
         seconds=state.wall,
         converged=state.solved or len(state.proven) >= knowledge.num_examples or not (state.short or state.failed),
     )

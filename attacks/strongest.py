@@ -3,8 +3,8 @@
 A solver that proves some records of a batch exact takes them out of it: their gradients are subtracted, and the next solver sees the
 mean gradient of the others alone. Of guesses without a proof the one is kept whose own simulated update comes nearest to the observed
 one. A solver that fails is logged; unless others solve the victim, it then counts as not converged. Where public records are held, what
-is left unsolved is contested (:mod:`attacks._contest`): by the learned inverter, if it was better on uploads of some of those records.
-Nothing here sees the truth.
+algebra leaves unsolved is contested (:mod:`attacks._contest`): by the learned inverter, if it is better on uploads of some of those
+records. Time that is left when all were asked goes into further starts of matching, as long as they gain. Nothing here sees the truth.
 
 Source: this project; every solver names its paper.
 Deviations: none.
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from attacks._apart import inseparable, part_by_part
-from attacks._choice import EXACT, LADDER, Choice
-from attacks._contest import contested, may_rehearse, share_of_ladder
+from attacks._choice import ALGEBRAIC, EXACT, LADDER, MATCHING, Choice
+from attacks._contest import contested, may_rehearse
 from attacks._gradient import unusable
 from attacks._rest import farthest
 from attacks._solving import State, after, judged, merged
@@ -48,6 +48,15 @@ QUICK = 0.2
 SCOUT = 0.6
 """The same for L-BFGS where that is less than a second."""
 
+LONGER = 3
+"""Factor on the steps of matching that is repeated because it had not flattened."""
+
+RESERVE = 0.1
+"""Of the whole budget, what the first solver gets even where a rehearsal took longer than it should."""
+
+GAIN = 0.01
+"""Relative improvement of the score that makes another start of matching worth its time."""
+
 
 def applicable(view: Observation, knowledge: Knowledge) -> tuple[type[Any], ...]:
     """The solvers that apply to a view, in order."""
@@ -60,9 +69,11 @@ def begun(views: Sequence[Observation], knowledge: Sequence[Knowledge]) -> list[
     return [State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)]
 
 
-def with_budget(solver: type[Any], seconds: float) -> Any:
-    """The solver with its default settings and, if it takes one, this budget."""
-    return solver(seconds=seconds) if any(item.name == "seconds" for item in fields(solver)) else solver()
+def with_budget(solver: type[Any], seconds: float, *, longer: bool = False) -> Any:
+    """The solver with its default settings, if it takes one this budget, and if it is to run longer more steps."""
+    names = {item.name for item in fields(solver)}
+    chosen = solver(seconds=seconds) if "seconds" in names else solver()
+    return replace(chosen, steps=LONGER * chosen.steps) if longer and "steps" in names else chosen
 
 
 def several_sums(state: State) -> bool:
@@ -70,9 +81,9 @@ def several_sums(state: State) -> bool:
     return len(state.view.upload.senders) > 1 and bool(state.knowledge.history) and inseparable(state.view, state.knowledge) is None
 
 
-def next_solver(state: State) -> type[Any] | None:
-    """The first solver that applies to what is left and was not asked about it."""
-    return next((solver for solver in state.able if solver not in state.asked), None)
+def next_solver(state: State, among: Collection[type[Any]] | None) -> type[Any] | None:
+    """The first solver that applies to what is left and was not asked about it; among these, if not all."""
+    return next((solver for solver in state.able if solver not in state.asked and (among is None or solver in among)), None)
 
 
 def ask(solver: Any, states: Sequence[State], rngs: Sequence[torch.Generator]) -> list[tuple[Reconstruction | None, float, float]]:
@@ -98,6 +109,14 @@ def ask(solver: Any, states: Sequence[State], rngs: Sequence[torch.Generator]) -
             answer = None
         found.append((answer, time.process_time() - cpu, time.perf_counter() - wall))
     return found
+
+
+def rehearsed(
+    views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator], seconds: float
+) -> list[State]:
+    """How far what is no algebra comes with these views in so many CPU seconds for each."""
+    states = [replace(state, able=tuple(each for each in state.able if each not in ALGEBRAIC)) for state in begun(views, knowledge)]
+    return Strongest(seconds / knowledge[0].num_examples)._climbed(states, rngs)
 
 
 @register("attacks", "strongest")
@@ -135,21 +154,20 @@ class Strongest:
     ) -> list[Reconstruction]:
         """Attack many victims at once."""
         states = begun(views, knowledge)
-        if not (rivals := sum(map(may_rehearse, states))):
-            return [merged(state, known) for state, known in zip(self._climbed(states, rngs), knowledge, strict=True)]
-        ladder = replace(self, seconds=share_of_ladder(rivals) * self.seconds)
+        if rivals := [i for i, state in enumerate(states) if may_rehearse(state)]:
+            mine = [rngs[i] for i in rivals]
+            begins = self._climbed([states[i] for i in rivals], mine, ALGEBRAIC)
+            for i, state in zip(rivals, contested(begins, mine, rehearsed, self._left), strict=True):
+                states[i] = state
+        return [merged(state, known) for state, known in zip(self._climbed(states, rngs), knowledge, strict=True)]
 
-        def climb(views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator]) -> list[Reconstruction]:
-            return [merged(state, known) for state, known in zip(ladder._climbed(begun(views, knowledge), rngs), knowledge, strict=True)]
-
-        states = contested(ladder._climbed(states, rngs), rngs, climb, self.seconds)
-        return [merged(state, known) for state, known in zip(states, knowledge, strict=True)]
-
-    def _climbed(self, starts: Sequence[State], rngs: Sequence[torch.Generator]) -> list[State]:
+    def _climbed(
+        self, starts: Sequence[State], rngs: Sequence[torch.Generator], among: Collection[type[Any]] | None = None
+    ) -> list[State]:
         """The ladder, solver by solver."""
         states = list(starts)
         whole = {i for i, state in enumerate(states) if several_sums(state)}
-        while (wanted := {i: solver for i, state in enumerate(states) if (solver := self._next(state)) is not None}) or whole:
+        while (wanted := {i: solver for i, state in enumerate(states) if (solver := self._next(state, among)) is not None}) or whole:
             if late := {i for i in whole if i not in wanted or wanted[i] not in EXACT}:
                 whole -= late
                 for i in late:
@@ -159,22 +177,41 @@ class Strongest:
             able = [i for i, wish in wanted.items() if wish is solver]
             tick("solvers", LADDER.index(solver), len(LADDER), solver.name)
             budget = min(self._budget(states[i], solver) * (SHARE if i in whole else 1) for i in able)
-            answers = ask(with_budget(solver, budget), [states[i] for i in able], [rngs[i] for i in able])
+            longer = all(solver in states[i].asked and states[i].unflattened for i in able)
+            answers = ask(with_budget(solver, budget, longer=longer), [states[i] for i in able], [rngs[i] for i in able])
             for i, (answer, cpu, wall) in zip(able, answers, strict=True):
-                before = states[i]
-                if answer is not None and solver is DLG and LevenbergMarquardt in before.able:
-                    answer = replace(answer, converged=True)  # the other goes on where it stopped
-                spent = replace(before, asked=before.asked | {solver}, cpu=before.cpu + cpu, wall=before.wall + wall)
-                states[i] = after(spent, solver.name, answer)
-                if states[i].knowledge is not before.knowledge:  # fewer records are left, and other solvers may apply to them
-                    states[i] = replace(states[i], able=applicable(states[i].view, states[i].knowledge), asked=frozenset(), short=False)
+                states[i] = self._advanced(states[i], solver, answer, cpu, wall)
         tick("solvers", len(LADDER), len(LADDER))
-        unasked = [not state.solved and next_solver(state) is not None for state in states]
+        unasked = [not state.solved and next_solver(state, among) is not None for state in states]
         return [replace(state, short=state.short or late) for state, late in zip(states, unasked, strict=True)]
 
-    def _next(self, state: State) -> type[Any] | None:
-        """The solver to be asked next; None where nothing is left to find, no solver, or no time."""
-        return None if state.solved or self._left(state) <= 0 else next_solver(state)
+    def _advanced(self, before: State, solver: type[Any], answer: Reconstruction | None, cpu: float, wall: float) -> State:
+        """The state with what a solver answered, and what it took."""
+        again = solver in before.asked
+        if answer is not None and solver is DLG and LevenbergMarquardt in before.able:
+            answer = replace(answer, converged=True)  # the other goes on where it stopped
+        if answer is not None and again:
+            answer = replace(answer, converged=True)
+        spent = replace(before, asked=before.asked | {solver}, cpu=before.cpu + cpu, wall=before.wall + wall)
+        state = after(spent, solver.name, answer)
+        if state.knowledge is not before.knowledge:  # fewer records are left, and other solvers may apply to them
+            return replace(state, able=applicable(state.view, state.knowledge), asked=frozenset(), short=False, gained=False)
+        gained = state.score < (1 - GAIN) * before.score
+        unflattened = not again and answer is not None and not answer.converged
+        return replace(state, last=cpu, gained=gained, unflattened=unflattened)
+
+    def _next(self, state: State, among: Collection[type[Any]] | None) -> type[Any] | None:
+        """The solver to be asked next; None where nothing is left to find, no solver, or no time.
+
+        Matching that came last is asked again, from other starts, as long as it gains and there is time for as much again.
+        """
+        if state.solved or (self._left(state) <= 0 and state.answer is not None):
+            return None
+        if (solver := next_solver(state, among)) is not None:
+            return solver
+        if among is not None or not state.gained or self._left(state) < state.last:
+            return None
+        return next((solver for solver in reversed(state.able) if solver in MATCHING), None)
 
     def _apart(self, state: State, view: Observation, knowledge: Knowledge, rng: torch.Generator) -> State:
         """The state with what the sums of other rounds say of each sender; they tell of the whole sum, proven records included."""
@@ -194,7 +231,7 @@ class Strongest:
 
     def _budget(self, state: State, solver: type[Any]) -> float:
         """CPU seconds for one solver: all that are left for the last that applies, else their share."""
-        left = self._left(state)
+        left = max(self._left(state), RESERVE * self.seconds * state.knowledge.num_examples)
         if not set(state.able) - state.asked - {solver}:
             return left
         if solver is DLG and LevenbergMarquardt in state.able:

@@ -17,6 +17,12 @@ ROUNDS = 25
 ALIKE = 1e-3
 """Angle, as a share of a half turn, within which :func:`unmixed` counts rows as one direction."""
 
+COMMON = 0.03
+"""Share of neurons that a column must at least be zero on; below, there are too many sets of rows to look at."""
+
+JUMP = 10.0
+"""Ratio of neighbouring sizes that sets zeros apart from the rest before they are exact."""
+
 CLEAR = 8.0
 """Entries of L·q below this many standard deviations of their noise count as zero, and above twice as many as not."""
 
@@ -39,6 +45,16 @@ class Atom:
     spread: float
     residual: float
     rival: Float[Tensor, " rank"]
+
+    def common(self, space: Space) -> bool:
+        """Whether it is zero on more rows than rank − 1, which any vector can be made, and than noise makes of the others by accident."""
+        neurons, rank = space.left.shape
+        size = (space.left @ self.direction).abs()
+        zero = below(space, self.direction, size)
+        if not bool((size > zero).any()):
+            return False
+        accidents = float(zero.sum() / size[size > zero].median())
+        return self.zeros >= max(COMMON * neurons, fewest(neurons, rank) + int(3 * accidents))
 
     @property
     def alone(self) -> bool:
@@ -63,12 +79,12 @@ def polish(space: Space, q: Float[Tensor, " rank"], rounds: int = 16) -> Atom:
     size = (left @ q).abs()
     if rank == 1:
         return Atom(q, int((size < below(space, q, size)).sum()), 1.0, 0.0, q)
-    threshold = min(0.15 * float(size.median()), 10 * float(size.quantile(0.15)))
+    threshold = min(0.15 * float(size.median()), 10 * float(size.quantile(0.15)), cut(size, rank))
     zero = size < threshold
-    values = torch.zeros(rank, dtype=torch.float64)
+    values, least = torch.zeros(rank, dtype=torch.float64), fewest(neurons, rank)
     for _ in range(rounds):
-        if int(zero.sum()) < rank + 4:
-            zero = torch.zeros_like(zero).index_fill(0, torch.topk(size, min(rank + 4, neurons), largest=False).indices, True)
+        if int(zero.sum()) < least:
+            zero = torch.zeros_like(zero).index_fill(0, torch.topk(size, min(least, neurons), largest=False).indices, True)
         rows = left[zero]
         values, vectors = torch.linalg.eigh(rows.T @ rows)
         q = vectors[:, 0]
@@ -83,6 +99,19 @@ def polish(space: Space, q: Float[Tensor, " rank"], rounds: int = 16) -> Atom:
     roots = torch.stack([less[1], values[0]]).clamp_min(0).sqrt().tolist()
     rival = others[:, :2] @ torch.linalg.svd(others[:, :2].T @ q[:, None])[0][:, 1]
     return Atom(q, int((size < noise).sum()), roots[0], roots[1], rival)
+
+
+def fewest(neurons: int, rank: int) -> int:
+    """Rows that a column must be zero on: a few more than the rank − 1 that any vector can be made zero on, one where there are few."""
+    return min(rank + 4, max(rank, neurons // 20))
+
+
+def cut(size: Float[Tensor, " neurons"], rank: int) -> float:
+    """The size in the last wide gap in the smaller half of the entries, beyond rank − 1 that may be zero anyway; ∞ without one."""
+    order = size.sort().values
+    few = order[rank - 1 : max(rank + 1, len(order) // 2)].clamp_min(1e-12 * float(order[-1]))
+    wide = (few[1:] > JUMP * few[:-1]).nonzero().flatten()
+    return float((few[wide[-1]] * few[wide[-1] + 1]).sqrt()) if len(wide) else torch.inf
 
 
 def unmixed(space: Space, atom: Atom, best: int = 4) -> Float[Tensor, "few rank"]:

@@ -21,7 +21,10 @@ Guess = Callable[[Float[Tensor, "rank inputs"], torch.Generator], Float[Tensor, 
 """Rows that mix records → coordinates that may unmix them, up to scale and sign."""
 
 SLACK = 0.004
-"""Share of neurons that may disagree with a record's mask while the search goes on; a certificate allows one."""
+"""Share of neurons that may disagree with a record's mask while the search goes on."""
+
+UNDECIDED = 3e-3
+"""Preactivation, relative to the typical one, below which a neuron may disagree with a certified record's mask, and just one may."""
 
 EXACT = 3e-4
 """Largest error of a certified record, relative to its size, that the noise of the update may cause."""
@@ -82,12 +85,11 @@ def directions(atoms: list[Atom], rank: int) -> Float[Tensor, "atoms rank"]:
 
 def is_mask(space: Space, atom: Atom, slack: float) -> bool:
     """Whether the zeros of ``atom`` are more than chance gives, leave no other vector, and are a mask that some record has."""
-    neurons, rank = space.left.shape
-    if atom.zeros < max(0.1 * neurons, rank + 4) or not atom.alone:
+    if not atom.common(space) or not atom.alone:
         return False
     on, off = atom.on_off(space)
     violations, _ = separate(space.slopes, on, off)
-    return violations <= slack * neurons + hidden(on, off)
+    return violations <= slack * len(on) + hidden(on, off)
 
 
 def hidden(on: Bool[Tensor, " neurons"], off: Bool[Tensor, " neurons"]) -> int:
@@ -127,7 +129,7 @@ def search(space: Space, deadline: float, rng: torch.Generator, slack: float, gu
                 continue
             if is_mask(live, atom, slack):
                 pool.add(atom)
-            elif not atom.alone and atom.zeros > 0.1 * len(live.left) and (zeros := atom.on_off(live)[1].numpy().tobytes()) not in planes:
+            elif not atom.alone and atom.common(live) and (zeros := atom.on_off(live)[1].numpy().tobytes()) not in planes:
                 planes.add(zeros)
                 for other in unmixed(live, atom):
                     atom = polish(live, other)
@@ -142,7 +144,9 @@ def search(space: Space, deadline: float, rng: torch.Generator, slack: float, gu
                 spreads = torch.tensor([atom.spread for atom in known])
                 keep = spreads > torch.rand(1, generator=rng) * spreads.median()
         else:
-            keep = agreement(live, known) > 1 - slack - 1e-9
+            preactivations = (live.slopes @ torch.linalg.inv(scaled(live, known)).T).T
+            wrong = [disagreements(live, atom, z) for atom, z in zip(known, preactivations, strict=True)]
+            keep = torch.tensor(wrong) <= slack * len(live.left)
             if keep.all():
                 break
         trusted = [atom for atom, kept in zip(known, keep.tolist(), strict=True) if kept]
@@ -175,24 +179,31 @@ def scaled(space: Space, atoms: list[Atom]) -> Float[Tensor, "rank rank"]:
     return q * scales
 
 
-def agreement(space: Space, atoms: list[Atom]) -> Float[Tensor, " rank"]:
-    """For each record, the share of clear neurons on which its column is zero exactly where its preactivation is negative."""
-    preactivations = space.slopes @ torch.linalg.inv(scaled(space, atoms)).T
-    shares = []
-    for atom, z in zip(atoms, preactivations.T, strict=True):
-        on, off = atom.on_off(space)
-        wrong = int((on & (z < 0)).sum()) + max(0, int((off & (z > 0)).sum()) - hidden(on, off))
-        shares.append(1 - wrong / len(z))
-    return torch.tensor(shares, dtype=torch.float64)
+def disagreements(space: Space, atom: Atom, z: Float[Tensor, " neurons"], *, beyond: float = 0.0) -> int:
+    """Clear neurons on which a column is not zero exactly where its record's preactivations z are negative.
+
+    Args:
+        beyond: the size of a preactivation, relative to the typical one, up to which either sign will do.
+    """
+    on, off = atom.on_off(space)
+    far = z.abs() > beyond * z.square().mean().sqrt()
+    return int((on & far & (z < 0)).sum()) + max(0, int((off & far & (z > 0)).sum()) - hidden(on, off))
 
 
 def solved(space: Space, atoms: list[Atom], spent: float) -> Factorization:
-    """Inputs and backward signals from all columns."""
+    """Inputs and backward signals from all columns.
+
+    Certified are columns that are no accident of few rows, each zero exactly where its record is off, but for one neuron at its kink.
+    """
     q = scaled(space, atoms)
     duals = torch.linalg.inv(q)
-    agree = agreement(space, atoms)
+    preactivations = (space.slopes @ duals.T).T
+    wrong = [disagreements(space, atom, z) for atom, z in zip(atoms, preactivations, strict=True)]
+    far = [disagreements(space, atom, z, beyond=UNDECIDED) for atom, z in zip(atoms, preactivations, strict=True)]
     inputs = duals @ space.right
     # Record i is a sum of the rows of ∂W with the weights L·c_i, and of their noise.
     clean = 3 * (space.noise[:, None] * (space.left @ duals.T)).norm(dim=0) < EXACT * inputs.square().mean(1).sqrt()
-    certified = bool((agree > 1 - 1.5 / len(space.left)).all() and clean.all())
-    return Factorization(inputs, space.left @ q, (certified,) * space.rank, space.rank, tuple(agree.tolist()), spent)
+    rare = space.rank == 1 or all(atom.zeros > space.rank for atom in atoms)
+    certified = rare and max(wrong) <= 1 and max(far) == 0 and bool(clean.all())
+    agree = tuple(1 - count / len(space.left) for count in wrong)
+    return Factorization(inputs, space.left @ q, (certified,) * space.rank, space.rank, agree, spent)

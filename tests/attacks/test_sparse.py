@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attacks._features import relu_entrance
 from attacks._layers import linear_before_relu
 from attacks._sparse.factorize import SLACK, Factorization, Layer, factorize, outlines, search
 from attacks._sparse.space import decompose
@@ -18,7 +19,7 @@ from attacks.update.sparse_factorization import SparseFactorization
 from simulator.adversary import Reconstruction
 from simulator.rng import stream
 from simulator.types import Batch, LocalTraining, Update
-from tests.attacks.victims import attack_surface, build, photos
+from tests.attacks.victims import attack_surface, build, digits, photos
 
 SHAPE = (3, 32, 32)
 
@@ -126,6 +127,42 @@ def test_columns_found_tell_their_records_though_others_are_missing() -> None:
     assert exact is not None
     apart = torch.cdist(columns.T.contiguous(), exact.T.contiguous()).min(1).values
     assert float((apart / columns.norm(dim=0)).max()) < 0.1
+
+
+def head_layer(count: int, number: int) -> tuple[Layer, Tensor]:
+    """The hidden layer of a small CNN on digits, with its gradient, and what truly reaches it."""
+    batch = digits(count, offset=900 + 37 * number)
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8), width=8, hidden=64, seed=number % 3), [batch])
+    entrance = relu_entrance(knowledge, view.broadcast)
+    assert not isinstance(entrance, str)
+    gradient, parameters, name = view.upload.update.tensors, view.broadcast.parameters, entrance.layer
+    layer = Layer(gradient[name.weight], gradient[name.bias], parameters[name.weight], parameters[name.bias])
+    return layer, entrance.features(batch.inputs.double())
+
+
+def farthest_off(found: Factorization, truth: Tensor) -> float:
+    """Largest relative distance of a true record to the nearest one found."""
+    return torch.inf if found.inputs is None else float((torch.cdist(found.inputs, truth).min(0).values / truth.norm(dim=1)).max())
+
+
+def test_two_records_that_few_neurons_tell_apart_are_found() -> None:
+    """Of 64 neurons two to nine are on for one of the two alone; a column was asked for six zeros, and one pair in ten was found."""
+    right = 0
+    for number in (0, 2, 4, 5, 6, 7, 8, 9):
+        layer, truth = head_layer(2, number)
+        found = factorize(layer, rng=stream(0, "a", number), seconds=1.0, records=2)
+        exact = farthest_off(found, truth) < 1e-5
+        right += exact
+        assert exact or not any(found.certified)
+    assert right >= 6
+
+
+def test_a_mask_that_is_wrong_on_one_neuron_away_from_its_kink_proves_nothing() -> None:
+    """Two of the six digits are so alike that a mixture of them is zero nearly where one should be; it was certified."""
+    layer, truth = head_layer(6, 1)
+    found = factorize(layer, rng=stream(0, "a", 1), seconds=1.5, records=6)
+    assert farthest_off(found, truth) > 0.1
+    assert not any(found.certified)
 
 
 def test_records_that_coincide_are_counted() -> None:

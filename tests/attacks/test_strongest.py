@@ -16,7 +16,7 @@ from attacks._blend import blended
 from attacks._choice import Choice
 from attacks._gradient import mean_gradient, noise_level, unusable
 from attacks._rest import farthest, in_order, labels_left, mismatch, separable, without
-from attacks._solving import Proven, united
+from attacks._solving import Proven, after, merged, united
 from attacks.strongest import Strongest
 from attacks.update.linear_leak import LinearLeak
 from simulator.adversary import Knowledge, Reconstruction
@@ -277,6 +277,44 @@ def test_a_solver_that_failed_or_was_cut_short_leaves_the_answer_unconverged(
     guess = Strongest()(*attack_surface(build("linear", (1, 8, 8)), [TRUTH]), rng=stream(0))
     assert guess.converged == converged
     assert set(guess.solver) <= {"gray", "hasty"}
+
+
+@dataclass(frozen=True)
+class Lucky(Gray):
+    """Comes halfway to the truth from wherever chance put it, better with every start up to the fourth."""
+
+    name: ClassVar[str] = "lucky"
+    asked: ClassVar[list[int]] = []
+
+    def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        self.asked.append(1)
+        error = 0.4 / min(len(self.asked), 4)
+        gray = torch.full_like(TRUTH.inputs, 0.5)
+        return Reconstruction(error * gray + (1 - error) * TRUTH.inputs, TRUTH.labels.clone(), converged=True)
+
+
+def test_matching_starts_again_as_long_as_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strongest, "LADDER", (Lucky,))
+    for again, calls, error in (((Lucky,), 5, 0.07), ((), 1, 0.21)):
+        Lucky.asked.clear()
+        monkeypatch.setattr(strongest, "MATCHING", again)
+        guess = Strongest()(*attack_surface(build("mlp", (1, 8, 8)), [TRUTH]), rng=stream(0))
+        assert len(Lucky.asked) == calls
+        assert guess.inputs is not None
+        assert error - 0.02 < float((guess.inputs - TRUTH.inputs).abs().max()) < error
+
+
+def test_a_guess_survives_the_proof_of_other_records() -> None:
+    """Of a batch of six one is guessed well; then two others are proven, by a solver with nothing to say of the rest."""
+    view, knowledge = attack_surface(build("linear", (1, 8, 8)), [TRUTH])
+    guess = Reconstruction(TRUTH.inputs + 0.01, TRUTH.labels.clone(), converged=True)
+    state = after(strongest.begun([view], [knowledge])[0], "guesser", guess)
+    proofs = replace(Oracle()(view, knowledge, rng=stream(0)), clients=(7, 8, -1, -1, -1, -1))
+    answer = merged(after(state, "oracle", proofs), knowledge)
+    assert answer.inputs is not None
+    assert answer.solver == ("oracle",) * 2 + ("guesser",) * 4
+    assert answer.clients == (7, 8, -1, -1, -1, -1)
+    torch.testing.assert_close(answer.inputs[2:], TRUTH.inputs[2:] + 0.01)
 
 
 def test_what_is_left_of_an_aggregate_is_a_view_that_attacks_take() -> None:
