@@ -1,9 +1,9 @@
 """Gradient matching here against the peer ``breaching`` 0.1.2: the same observation, network, label and CPU seconds, in pairs.
 
-Four parties: each side as shipped, and each with its weight of total variation chosen among five on public photographs, by the
-same rule. Each trial runs alone in a process of its own with one thread, its number of steps fitted to the budget by a short pilot, so that
-every schedule ends where the budget ends: a curve over budgets is one of finished runs, not of one run cut short. Victims are
-ImageNet photographs scaled down to 32×32, on which nothing here was tuned; labels are given to both sides.
+Four parties: each side as shipped, and each with its weight of total variation chosen among five, and then its step size among three, on
+public photographs, by the same rule. Each trial runs alone in a process of its own with one thread, its number of steps fitted to the
+budget by a short pilot, so that every schedule ends where the budget ends: a curve over budgets is one of finished runs, not of one run
+cut short. Victims are ImageNet photographs scaled down to 32×32, on which nothing here was tuned; labels are given to both sides.
 
     OMP_NUM_THREADS=1 nice python -m experiments.benchmarks.breaching --trials trials.jsonl --pictures 10 --budgets 10 30 60
     python -m experiments.benchmarks.breaching --trials trials.jsonl --budgets --report docs
@@ -46,13 +46,16 @@ PEER_WEIGHTS = (0.2, 0.02, 2e-3, 2e-4, 2e-5)
 OUR_FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01)
 """What is tried in tuning: the peer's weight of TV, and a factor on both ends of ours. The first of each is what ships."""
 
+RATES = (1.0, 3.0, 0.3)
+"""What is tried then, with the best weight: factors on the step size that ships."""
+
 PILOT_STEPS = 10
 MOST_STEPS = 24_000  # what breaching runs by default
 
 
 @dataclass(frozen=True)
 class Task:
-    """One attack on one picture within one budget; ``weight`` is one of the above."""
+    """One attack on one picture within one budget; ``weight`` and ``rate`` are of the above."""
 
     network: str
     side: str
@@ -60,6 +63,7 @@ class Task:
     data: str
     picture: int
     budget: float
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -122,20 +126,22 @@ def measure(arguments: argparse.Namespace) -> list[Trial]:
                 print(f"{task}: {done[task].psnr_db:.2f} dB, {done[task].cpu_seconds:.1f} CPU s", file=sys.stderr, flush=True)
         return [done[task] for task in tasks]
 
-    chosen: dict[str, float] = {}
+    chosen: dict[str, tuple[float, float]] = {}
+
+    def public(side: str, weight: float, rate: float) -> float:
+        budget, pictures = arguments.tuning_budget, range(arguments.tuning_pictures)
+        return sum(trial.psnr_db for trial in run([Task(network, side, weight, "public", i, budget, rate) for i in pictures]))
+
     for side, weights in sides:
-        tried = {
-            weight: run([Task(network, side, weight, "public", i, arguments.tuning_budget) for i in range(arguments.tuning_pictures)])
-            for weight in weights
-        }
-        chosen[side] = max(weights, key=lambda weight: sum(trial.psnr_db for trial in tried[weight]))
-        print(f"{side}: weight {chosen[side]:g} chosen on public photographs", file=sys.stderr)
+        weight = max(weights, key=lambda weight: public(side, weight, 1.0))
+        chosen[side] = weight, max(RATES, key=lambda rate: public(side, weight, rate))
+        print(f"{side}: weight {weight:g}, step size × {chosen[side][1]:g} chosen on public photographs", file=sys.stderr)
     for budget in sorted(arguments.budgets):
         for picture in range(arguments.pictures):
             run([
-                Task(network, side, weight, "private", picture, budget)
+                Task(network, side, weight, "private", picture, budget, rate)
                 for side, weights in sides
-                for weight in dict.fromkeys((weights[0], chosen[side]))
+                for weight, rate in dict.fromkeys(((weights[0], 1.0), chosen[side]))
             ])  # fmt: skip
     return list(done.values())
 
@@ -192,9 +198,9 @@ def network(name: str, schema: Schema) -> nn.Module:
 def clock(of: Victim, task: Task, steps: int) -> tuple[Tensor, float]:
     """The guess after this many steps, and its CPU seconds; reading a configuration is not counted."""
     if task.side == "breaching":
-        attack = peer.prepare(of, tv=task.weight, steps=steps, seed=task.picture)
+        attack = peer.prepare(of, tv=task.weight, rate=task.rate, steps=steps, seed=task.picture)
     else:
-        ours = weighted(config.build_plugin("attacks", {"name": task.side}, "attack"), task.weight, steps)
+        ours = scaled(config.build_plugin("attacks", {"name": task.side}, "attack"), task.weight, task.rate, steps)
         attack = partial(_answer, ours, of, stream(task.picture, "attack"))
     started = time.process_time()
     guess = attack()
@@ -206,8 +212,8 @@ def _answer(attack: Any, of: Victim, rng: torch.Generator) -> Tensor:
     return guess
 
 
-def weighted(attack: Any, factor: float, steps: int) -> Any:
-    """The attack with this many steps and its weights of total variation scaled.
+def scaled(attack: Any, weight: float, rate: float, steps: int) -> Any:
+    """The attack with this many steps, its weights of total variation times ``weight`` and its step size times ``rate``.
 
     Raises:
         SpecError: it has no steps to fit to a budget.
@@ -215,8 +221,8 @@ def weighted(attack: Any, factor: float, steps: int) -> Any:
     names = {field.name for field in fields(attack)}
     if "steps" not in names:
         raise SpecError(f"--attack must have a setting steps, got {attack.name!r}. {did_you_mean('', ['inverting_gradients'])}")
-    scaled = {name: factor * getattr(attack, name) for name in ("tv", "tv_final") if name in names}
-    return replace(attack, steps=steps, **scaled)
+    factors = {"tv": weight, "tv_final": weight, "learning_rate": rate}
+    return replace(attack, steps=steps, **{name: factor * getattr(attack, name) for name, factor in factors.items() if name in names})
 
 
 def peak_mb() -> float:

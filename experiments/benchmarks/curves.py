@@ -14,7 +14,10 @@ from experiments.statistics import Interval, bootstrap_difference, bootstrap_mea
 
 Row = dict[str, Any]
 SHIPPED = {"breaching": 0.2}
-"""The peer's weight as shipped; ours is a factor, 1 as shipped."""
+"""The peer's weight as shipped; ours is a factor, 1 as shipped. Step sizes are factors on both sides."""
+
+Settings = tuple[float, float]
+"""Weight of total variation and factor on the step size."""
 
 ENOUGH_DB = 20.0
 
@@ -22,7 +25,7 @@ ENOUGH_DB = 20.0
 def write(trials: Sequence[Row], directory: Path) -> None:
     """Write breaching.md with breaching.svg, and the trials that they show as breaching.jsonl."""
     directory.mkdir(parents=True, exist_ok=True)
-    rows = [{**trial.pop("task"), **trial} for trial in json.loads(json.dumps(trials))]
+    rows = [{"rate": 1.0, **trial.pop("task"), **trial} for trial in json.loads(json.dumps(trials))]
     (directory / "breaching.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
     (directory / "breaching.md").write_text(page(rows), encoding="utf-8")
     plot(rows, directory / "breaching.svg")
@@ -34,19 +37,19 @@ def parties(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     found: dict[tuple[str, str], list[Row]] = {}
     for side in dict.fromkeys(row["side"] for row in private):
         own = [row for row in private if row["side"] == side]
-        shipped = SHIPPED.get(side, 1.0)
-        tuned = tuned_weight([row for row in rows if row["side"] == side and row["data"] == "public"], default=shipped)
-        found[side, "as shipped"] = [row for row in own if row["weight"] == shipped]
-        found[side, "tuned"] = [row for row in own if row["weight"] == tuned]
+        shipped = (SHIPPED.get(side, 1.0), 1.0)
+        best = tuned([row for row in rows if row["side"] == side and row["data"] == "public"], default=shipped)
+        found[side, "as shipped"] = [row for row in own if (row["weight"], row["rate"]) == shipped]
+        found[side, "tuned"] = [row for row in own if (row["weight"], row["rate"]) == best]
     return found
 
 
-def tuned_weight(public: Sequence[Row], *, default: float) -> float:
-    """The weight of the highest mean PSNR on the public pictures."""
-    by_weight: dict[float, list[float]] = {}
+def tuned(public: Sequence[Row], *, default: Settings) -> Settings:
+    """The weight and step size of the highest mean PSNR on the public pictures."""
+    tried: dict[Settings, list[float]] = {}
     for row in public:
-        by_weight.setdefault(row["weight"], []).append(row["psnr_db"])
-    return max(by_weight, key=lambda weight: statistics.mean(by_weight[weight])) if by_weight else default
+        tried.setdefault((row["weight"], row["rate"]), []).append(row["psnr_db"])
+    return max(tried, key=lambda settings: statistics.mean(tried[settings])) if tried else default
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -68,13 +71,15 @@ def section(rows: Sequence[Row]) -> list[str]:
     of = parties(rows)
     pictures = max(map(attacked, of.values()), default=0)
     budgets = sorted({row["budget"] for row in rows if row["data"] == "private"})
-    head = ["attack", "weight of TV", *(f"{budget:g} CPU s" for budget in budgets), f"CPU s to {ENOUGH_DB:g} dB", "peak memory"]
+    cells = [f"{budget:g} CPU s" for budget in budgets]
+    head = ["attack", "weight of TV", "step size", *cells, f"CPU s to {ENOUGH_DB:g} dB", "peak memory"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (side, how), trials in of.items():
         cells = [_cell([row["psnr_db"] for row in trials if row["budget"] == budget], pictures=pictures) for budget in budgets]
         memory = max((row["memory_mb"] for row in trials), default=float("nan"))
         weight = f"{trials[0]['weight']:g}{'' if side in SHIPPED else ' × ours'}" if trials else "–"
-        lines.append(f"| `{side}` {how} | {weight} | {' | '.join(cells)} | {enough(trials)} | +{memory:.0f} MB |")
+        rate = f"{trials[0]['rate']:g} × shipped" if trials else "–"
+        lines.append(f"| `{side}` {how} | {weight} | {rate} | {' | '.join(cells)} | {enough(trials)} | +{memory:.0f} MB |")
     off = max((abs(row["cpu_seconds"] / row["budget"] - 1) for trials in of.values() for row in trials), default=0.0)
     lines += ["", f"No trial took over {100 * off:.0f} % more or less than its budget."]
     peer = next((trials for (side, how), trials in of.items() if side in SHIPPED and how == "tuned"), [])

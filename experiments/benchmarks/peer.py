@@ -31,7 +31,8 @@ from simulator.rng import stream
 from simulator.types import Schema
 
 SHIPPED_TV = 0.2
-"""Weight of total variation in its preset ``invertinggradients``."""
+SHIPPED_RATE = 0.1
+"""Weight of total variation and step size in its preset ``invertinggradients``."""
 
 
 def installed() -> bool:
@@ -63,10 +64,17 @@ def its_convnet(width: int, schema: Schema, seed: int) -> nn.Module:
     return nn.Sequential(OrderedDict(normalize=Normalize(), peer=network)).eval()
 
 
-def attacker(model: nn.Module, *, tv: float, steps: int) -> Any:
-    """Its attack ``invertinggradients`` on the network after our normalization, with this weight of TV and this many iterations."""
+def attacker(model: nn.Module, *, tv: float, steps: int, rate: float = 1.0) -> Any:
+    """Its attack ``invertinggradients`` on the network after our normalization.
+
+    Args:
+        tv: weight of total variation.
+        steps: iterations.
+        rate: factor on the step size that ships.
+    """
     package = breaching()
     overrides = [f"regularization.total_variation.scale={tv}", f"optim.max_iterations={steps}", "optim.callback=1000000"]
+    overrides.append(f"optim.step_size={rate * SHIPPED_RATE}")
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = package.get_attack_config("invertinggradients", overrides=overrides)
@@ -103,13 +111,13 @@ def payloads(victim: Victim) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     return [server], [user]
 
 
-def prepare(victim: Victim, *, tv: float, steps: int, seed: int) -> Callable[[], Tensor]:
+def prepare(victim: Victim, *, tv: float, steps: int, seed: int, rate: float = 1.0) -> Callable[[], Tensor]:
     """Its attack on this victim, ready to be called for a guess of the inputs in [0, 1].
 
     It draws its start from torch's global generator, which is seeded and restored.
     """
     server, user = payloads(victim)
-    peer = attacker(victim.knowledge.model, tv=tv, steps=steps)
+    peer = attacker(victim.knowledge.model, tv=tv, steps=steps, rate=rate)
 
     def run() -> Tensor:
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(sys.stderr):

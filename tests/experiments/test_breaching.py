@@ -103,8 +103,8 @@ def hand_made() -> list[dict[str, object]]:
 def test_the_table_pairs_the_tuned_sides_by_picture(tmp_path: Path) -> None:
     curves.write(hand_made(), tmp_path)
     text = (tmp_path / "breaching.md").read_text()
-    assert "| `breaching` tuned | 0.0002 | 15.5 dB" in text
-    assert "| `ours` tuned | 0.1 × ours | 19.5 dB" in text
+    assert "| `breaching` tuned | 0.0002 | 1 × shipped | 15.5 dB" in text
+    assert "| `ours` tuned | 0.1 × ours | 1 × shipped | 19.5 dB" in text
     assert "Tuned against tuned at 10 CPU s, 2 pictures paired: +4.0 dB [+4.0, +4.0]" in text
     assert "10 (1 of 2)" not in text, "the median of two pictures one of which never reached it is no number"
     assert "not reached (1 of 2)" in text
@@ -113,17 +113,32 @@ def test_the_table_pairs_the_tuned_sides_by_picture(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "breaching.jsonl").read_text().splitlines()[0])["task"]["side"] == "breaching"
 
 
+def test_a_better_step_size_is_tuned_with_the_weight(tmp_path: Path) -> None:
+    faster = [row("ours", 0.1, data, 0, budget, db) for data, budget, db in (("public", 1, 20), ("private", 10, 23))]
+    for trial in faster:
+        trial["task"] = {**dict(trial["task"]), "rate": 3.0}  # type: ignore[call-overload]
+    curves.write([*hand_made(), *faster], tmp_path)
+    assert "| `ours` tuned | 0.1 × ours | 3 × shipped | 23.0 dB" in (tmp_path / "breaching.md").read_text()
+
+
+@needs_the_peer
+def test_the_shipped_step_size_is_the_peers() -> None:
+    shipped = peer.breaching().get_attack_config("invertinggradients")
+    assert shipped.optim.step_size == peer.SHIPPED_RATE
+    assert shipped.regularization.total_variation.scale == peer.SHIPPED_TV
+
+
 def test_a_cell_with_fewer_pictures_says_how_many(tmp_path: Path) -> None:
     curves.write([*hand_made(), row("ours", 0.1, "private", 0, 30, 25), row("breaching", 2e-4, "private", 0, 30, 20)], tmp_path)
     text = (tmp_path / "breaching.md").read_text()
-    assert "| `ours` tuned | 0.1 × ours | 19.5 dB [18.0, 21.0] | 25.0 dB (n = 1) |" in text
+    assert "| `ours` tuned | 0.1 × ours | 1 × shipped | 19.5 dB [18.0, 21.0] | 25.0 dB (n = 1) |" in text
     drawn = re.findall(r"<!-- (.*) -->", (tmp_path / "breaching.svg").read_text())
     assert drawn.count("n = 1") == 2
     assert drawn[:2] == ["10", "30"], "ticks are the budgets, not powers of ten"
 
 
 def test_pictures_that_only_one_side_attacked_are_no_pairs() -> None:
-    rows = [{**dict(trial.pop("task")), **trial} for trial in hand_made()]  # type: ignore[call-overload]
+    rows = [{"rate": 1.0, **dict(trial.pop("task")), **trial} for trial in hand_made()]  # type: ignore[call-overload]
     own = [r for r in rows if r["side"] == "ours" and r["weight"] == 0.1 and r["data"] == "private"]
     difference = curves.paired(own, [r for r in rows if r["side"] == "breaching" and r["weight"] == 2e-4 and r["picture"] == 0], 10)
     assert difference is not None
