@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 
 from attacks._learned.mechanisms import chain
-from attacks._learned.train import compression
 from attacks._rehearsal import psnr_db, rehearsal
 from attacks._solving import State, taken
 from attacks.update.learning_to_invert import FEWEST, LearningToInvert, kinds
@@ -55,7 +54,7 @@ def contested(
     states = list(states)
     waiting = [i for i, state in enumerate(states) if worth(state) and left(state) > 0]
     views, knowledge = [states[i].view for i in waiting], [states[i].knowledge for i in waiting]
-    for places in kinds(views, knowledge, [compression(*pair) for pair in zip(views, knowledge, strict=True)]):
+    for places in kinds(views, knowledge, [{} for _ in waiting]):  # which coordinates a defense left does not decide who is better
         mine = [waiting[place] for place in places]
         cpu, wall = time.process_time(), time.perf_counter()
         budget = sum(left(states[i]) for i in mine)
