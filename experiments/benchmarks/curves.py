@@ -25,10 +25,15 @@ ENOUGH_DB = 20.0
 def write(trials: Sequence[Row], directory: Path) -> None:
     """Write breaching.md with breaching.svg, and the trials that they show as breaching.jsonl."""
     directory.mkdir(parents=True, exist_ok=True)
-    rows = [{"rate": 1.0, **trial.pop("task"), **trial} for trial in json.loads(json.dumps(trials))]
+    rows = flat(trials)
     (directory / "breaching.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials), encoding="utf-8")
     (directory / "breaching.md").write_text(page(rows), encoding="utf-8")
     plot(rows, directory / "breaching.svg")
+
+
+def flat(trials: Sequence[Row]) -> list[Row]:
+    """The trials with their tasks' settings beside what came of them; those of before the step size was tuned have the shipped one."""
+    return [{"rate": 1.0, **trial["task"], **{name: value for name, value in trial.items() if name != "task"}} for trial in trials]
 
 
 def parties(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -39,11 +39,11 @@ class PeerMeasure:
 
     def __call__(self) -> Mapping[str, float]:
         """Read the trials."""
-        from experiments.benchmarks.curves import parties
+        from experiments.benchmarks.curves import flat, parties
         from experiments.groups import fixed_rng
         from experiments.statistics import bootstrap_mean
 
-        rows = [{**row.pop("task"), **row} for row in map(json.loads, _text("breaching.jsonl", "breaching").splitlines())]
+        rows = flat([json.loads(line) for line in _text("breaching.jsonl", "breaching").splitlines()])
         of = parties([row for row in rows if row["network"] == self.network])
         ours, peers = (
             {row["picture"]: row["psnr_db"] for row in of.get((side, "tuned"), []) if row["budget"] == self.budget}
