@@ -55,7 +55,8 @@ EXACT = (SupportLeak, LinearLeak, SparseFactorization, CocktailParty, April, RGa
 """Solvers that explain an update to its last digits: under noise they explain the noise."""
 
 ALGEBRAIC = (SupportLeak, CocktailParty, SparseFactorization, LinearLeak, April, RGap, Hybrid)
-"""Those of them that solve equations and either find a record or do not: what they leave is worth a rehearsal."""
+"""Those of them that solve equations first: where these have no solution they have no guess, or one that explains nothing. Only what they
+leave is worth a rehearsal."""
 
 MATCHING = (InvertingGradients, SME, FedAvgMatching)
 """Solvers that start by chance and end where descent ends: another start may end elsewhere."""

@@ -7,6 +7,7 @@ asks before the victim's time is spent: whoever serves better gets what is left 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,9 +16,9 @@ import torch
 
 from attacks._learned.mechanisms import chain
 from attacks._rehearsal import psnr_db, rehearsal
-from attacks._solving import State, taken
+from attacks._solving import State, closed, merged, taken
 from attacks.update.learning_to_invert import FEWEST, LearningToInvert, kinds
-from simulator.adversary import Knowledge
+from simulator.adversary import Knowledge, Reconstruction
 from simulator.types import Observation
 
 REHEARSALS = 4
@@ -26,6 +27,9 @@ REHEARSALS = 4
 LEARNING = 0.2
 """Of the time that is left, what the inverter is taught in for the rehearsal. The ladder gets on each rehearsed upload what would be left
 of the rest for a victim."""
+
+RESERVE = 0.1
+"""Of that time, what the winner gets where the rehearsal took longer than it should."""
 
 CLOSE = 0.1
 """Angle in radians between the simulated and the observed update below which a guess is not contested: no mean explains so much."""
@@ -57,19 +61,31 @@ def contested(
     for places in kinds(views, knowledge, [{} for _ in waiting]):  # which coordinates a defense left does not decide who is better
         mine = [waiting[place] for place in places]
         cpu, wall = time.process_time(), time.perf_counter()
-        budget = sum(left(states[i]) for i in mine)
-        learned = inverter_wins(views[places[0]], knowledge[places[0]], len(mine), budget, climb)
-        for i, state in zip(mine, charged([states[i] for i in mine], cpu, wall), strict=True):
-            states[i] = state
-        if learned:
-            seconds = max(sum(left(states[i]) for i in mine), LEARNING * budget) / len(mine)
-            cpu, wall = time.process_time(), time.perf_counter()
-            answers = LearningToInvert(seconds=seconds).many(
-                [states[i].view for i in mine], [states[i].knowledge for i in mine], rngs=[rngs[i] for i in mine]
-            )
-            for i, state, answer in zip(mine, charged([states[i] for i in mine], cpu, wall), answers, strict=True):
-                states[i] = replace(taken(state, "learning_to_invert", answer), asked=frozenset(state.able))
+        try:
+            answers = learned([states[i] for i in mine], [rngs[i] for i in mine], climb, sum(left(states[i]) for i in mine))
+        except Exception:  # a failed rehearsal must not cost what algebra found
+            logging.getLogger("fedpeek").exception("the rehearsal failed inside strongest")
+            answers = [None] * len(mine)
+        for i, state, answer in zip(mine, charged([states[i] for i in mine], cpu, wall), answers, strict=True):
+            states[i] = state if answer is None else closed(taken(state, "learning_to_invert", answer))
     return states
+
+
+def learned(
+    states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, seconds: float
+) -> list[Reconstruction | None]:
+    """The inverter's answers for victims of one kind, if it serves their kind better; else None.
+
+    Args:
+        seconds: CPU seconds that are left for all of them.
+    """
+    began = time.process_time()
+    if not inverter_wins(states[0].view, states[0].knowledge, len(states), seconds, climb):
+        return [None] * len(states)
+    rest = max(seconds - (time.process_time() - began), RESERVE * seconds) / len(states)
+    views, knowledge = [state.view for state in states], [state.knowledge for state in states]
+    answers = LearningToInvert(seconds=rest).many(views, knowledge, rngs=rngs)
+    return [answer if answer.inputs is not None and bool(torch.isfinite(answer.inputs).all()) else None for answer in answers]
 
 
 def worth(state: State) -> bool:
@@ -94,9 +110,9 @@ def inverter_wins(view: Observation, knowledge: Knowledge, victims: int, seconds
     climbed = climb(tried, told, own, (1 - LEARNING) * seconds / (victims + len(tried)))
     if all(state.solved or state.whole for state in climbed):
         return False
+    matched = [None if state.answer is None else merged(state, known).inputs for state, known in zip(climbed, told, strict=True)]
     answers = LearningToInvert(seconds=LEARNING * seconds / len(tried)).many(tried, told, rngs=own)
     gains = [
-        psnr_db(learned.inputs, batch) - psnr_db(None if state.guess is None else state.guess.inputs, batch)
-        for learned, state, batch in zip(answers, climbed, truth, strict=True)
+        psnr_db(answer.inputs, batch) - psnr_db(images, batch) for answer, images, batch in zip(answers, matched, truth, strict=True)
     ]
     return sum(gains) > 0

@@ -81,7 +81,7 @@ def as_sum(view: Observation, knowledge: Knowledge) -> Sum | None:
     return Sum(view, knowledge, layer, affine, space, len(space.values) == min(weight.shape))
 
 
-def of_round(seen: Observation, knowledge: Knowledge) -> Knowledge:
+def unaided(seen: Observation, knowledge: Knowledge) -> Knowledge:
     """What is known of another round's sum: nothing that was told of the attacked one."""
     examples, recipe = seen.upload.num_examples, seen.broadcast.training
     return replace(knowledge, num_examples=examples, training=recipe, labels=None, label_counts=None, history=())

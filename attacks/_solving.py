@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attacks._blend import blended
@@ -41,6 +41,7 @@ class State:
     Attributes:
         view, knowledge: of what is left to attack.
         able: the solvers that apply.
+        barred: solvers that are not asked all the same.
         proven: the records with a proof.
         inside: whether the proven records are still part of ``view``, since the update is no mean of single gradients.
         guess: the best guess so far of all that ``view`` holds; None before the first.
@@ -50,9 +51,10 @@ class State:
         cpu, wall: seconds spent.
         failed: whether a solver raised or diverged, so that its part of the attack is missing.
         short: whether a solver ended with its time, or was not asked for want of it.
-        last: CPU seconds of the last solver.
-        gained: whether it made the guess better.
-        unflattened: whether it ended before its objective had flattened, and was not asked again yet.
+        extra: matching that came last and may be asked again from other starts.
+        last: CPU seconds that it took.
+        longer: whether it is to run longer then, since its objective had not flattened.
+        gaining: whether more time for it would probably have changed the guess.
     """
 
     view: Observation
@@ -70,9 +72,11 @@ class State:
     wall: float = 0.0
     failed: bool = False
     short: bool = False
+    extra: type[Any] | None = None
     last: float = 0.0
-    gained: bool = False
-    unflattened: bool = False
+    longer: bool = False
+    gaining: bool = False
+    barred: tuple[type[Any], ...] = ()
 
     @property
     def solved(self) -> bool:
@@ -102,7 +106,7 @@ def after(state: State, solver: str, answer: Reconstruction | None) -> State:
     if sure and not state.inside and separable(state.view, state.knowledge):
         view, knowledge = without(state.view, state.knowledge, Batch(answer.inputs[sure], answer.labels[sure]))
         state = beside(replace(state, view=view, knowledge=knowledge, proven=state.proven + new), [item.image for item in new])
-        return judged(state, solver, answer, rest)
+        return judged(state, solver, answer, as_told(answer.labels, rest, knowledge))
     if sure:
         state = replace(state, inside=True, proven=united(state.proven, new, state.knowledge.num_examples))
     return judged(state, solver, answer, range(len(proofs)))
@@ -112,10 +116,17 @@ def beside(state: State, proven: Sequence[Tensor]) -> State:
     """The state with what its guess says of the records that are not among the proven ones."""
     if state.guess is None or len(state.guess) <= len(proven):
         return replace(state, guess=None, score=torch.inf)
-    rest = farthest(state.guess.inputs, proven)
+    rest = as_told(state.guess.labels, farthest(state.guess.inputs, proven).tolist(), state.knowledge)
     guess = Batch(state.guess.inputs[rest], state.guess.labels[rest])
     angle, score = mismatch(state.view, state.knowledge, guess)
-    return replace(state, guess=guess, solvers=tuple(state.solvers[i] for i in rest.tolist()), angle=angle, score=score)
+    return replace(state, guess=guess, solvers=tuple(state.solvers[i] for i in rest), angle=angle, score=score)
+
+
+def as_told(labels: Int[Tensor, " batch"], places: Sequence[int], knowledge: Knowledge) -> list[int]:
+    """Some places of a guess, in the order in which the labels of the records that are left were told, if they were."""
+    if knowledge.labels is None:
+        return list(places)
+    return [places[i] for i in in_order(labels[list(places)].tolist(), knowledge.labels.tolist())]
 
 
 def united(one: tuple[Proven, ...], other: tuple[Proven, ...], records: int) -> tuple[Proven, ...]:
@@ -146,12 +157,20 @@ def judged(state: State, solver: str, answer: Reconstruction, places: Sequence[i
 
 
 def taken(state: State, solver: str, answer: Reconstruction) -> State:
-    """The state with an answer for all records that are not proven, whatever explains the update better."""
+    """The state with an answer for all records that are not proven, whatever explains the update better.
+
+    The failure of a solver before no longer counts: another answers.
+    """
     assert answer.inputs is not None
     guess = Batch(answer.inputs, answer.labels)
     angle, score = mismatch(state.view, state.knowledge, guess)
     new = replace(state, guess=guess, answer=answer, solvers=(solver,) * len(guess), angle=angle, score=score)
     return replace(new, short=not answer.converged, failed=False)
+
+
+def closed(state: State) -> State:
+    """The state with no solver to be asked, and none again."""
+    return replace(state, asked=frozenset(state.able), extra=None, gaining=False)
 
 
 def blend(better: State, other: State) -> State:
@@ -195,5 +214,5 @@ def merged(state: State, knowledge: Knowledge) -> Reconstruction:
         solver=tuple(solvers[i] for i in order),
         clients=tuple(clients[i] for i in order) if max(clients) >= 0 else (),
         seconds=state.wall,
-        converged=state.solved or len(state.proven) >= knowledge.num_examples or not (state.short or state.failed),
+        converged=state.solved or len(state.proven) >= knowledge.num_examples or not (state.short or state.failed or state.gaining),
     )

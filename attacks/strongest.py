@@ -54,7 +54,7 @@ LONGER = 3
 """Factor on the steps of matching that is repeated because it had not flattened."""
 
 RESERVE = 0.1
-"""Of the whole budget, what the first solver gets even where a rehearsal took longer than it should."""
+"""Of the budget of the records that are left, what a solver gets as long as none has answered, however long the others took."""
 
 GAIN = 0.01
 """Relative improvement of the score that makes another start of matching worth its time."""
@@ -69,6 +69,12 @@ def applicable(view: Observation, knowledge: Knowledge) -> tuple[type[Any], ...]
 def begun(views: Sequence[Observation], knowledge: Sequence[Knowledge]) -> list[State]:
     """Victims of whom nothing is known yet but which solvers apply."""
     return [State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)]
+
+
+def open_to(state: State) -> State:
+    """The state with every solver that applies to what is left still to be asked, but for the barred ones."""
+    able = tuple(solver for solver in applicable(state.view, state.knowledge) if solver not in state.barred)
+    return replace(state, able=able, asked=frozenset(), short=False, extra=None, gaining=False)
 
 
 def with_budget(solver: type[Any], seconds: float, *, longer: bool = False) -> Any:
@@ -113,12 +119,33 @@ def ask(solver: Any, states: Sequence[State], rngs: Sequence[torch.Generator]) -
     return found
 
 
-def rehearsed(
+def by_matching(
     views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator], seconds: float
 ) -> list[State]:
-    """How far what is no algebra comes with these views in so many CPU seconds for each."""
-    states = [replace(state, able=tuple(each for each in state.able if each not in ALGEBRAIC)) for state in begun(views, knowledge)]
+    """How far the ladder without algebra comes with these views in so many CPU seconds for each."""
+    states = [open_to(replace(state, barred=ALGEBRAIC)) for state in begun(views, knowledge)]
     return Strongest(seconds / knowledge[0].num_examples)._climbed(states, rngs)
+
+
+def advanced(before: State, solver: type[Any], answer: Reconstruction | None, cpu: float, wall: float) -> State:
+    """The state with what a solver answered, and what it took.
+
+    Matching is asked again if it gained, longer if it had not flattened; a repeat that fails changes nothing.
+    """
+    again, before = solver in before.asked, replace(before, cpu=before.cpu + cpu, wall=before.wall + wall, extra=None, longer=False)
+    if answer is None and again:
+        return before
+    matching, flat = solver in MATCHING, answer is not None and answer.converged
+    if answer is not None and (matching or (solver is DLG and LevenbergMarquardt in before.able)):
+        answer = replace(answer, converged=True)  # it, or the other, goes on where it stopped
+    state = after(replace(before, asked=before.asked | {solver}), solver.name, answer)
+    if state.knowledge is not before.knowledge:  # fewer records are left, and other solvers may apply to them
+        return open_to(state)
+    if not matching:
+        return state
+    gained = state.score < (1 - GAIN) * before.score
+    gaining = gained if again else not flat
+    return replace(state, extra=solver if gained else None, last=cpu, longer=not again and not flat and gained, gaining=gaining)
 
 
 @register("attacks", "strongest")
@@ -127,8 +154,8 @@ class Strongest:
     """The strongest solvers that apply, in order, within a budget; what one proves, the next need not find.
 
     Attributes:
-        seconds: CPU seconds for each record behind an upload, those of a batch or an aggregate together. A ceiling: easy victims take
-            far less. Where it binds, results depend on the machine.
+        seconds: CPU seconds for each record behind an upload, those of a batch or an aggregate together. A ceiling, but for what each
+            solver cannot interrupt: easy victims take far less. Where it binds, results depend on the machine.
     """
 
     seconds: float = 30.0
@@ -159,7 +186,7 @@ class Strongest:
         if rivals := [i for i, state in enumerate(states) if may_rehearse(state)]:
             mine = [rngs[i] for i in rivals]
             begins = self._climbed([states[i] for i in rivals], mine, ALGEBRAIC)
-            for i, state in zip(rivals, contested(begins, mine, rehearsed, self._left), strict=True):
+            for i, state in zip(rivals, contested(begins, mine, by_matching, self._left), strict=True):
                 states[i] = state
         return [merged(state, known) for state, known in zip(self._climbed(states, rngs), knowledge, strict=True)]
 
@@ -176,44 +203,26 @@ class Strongest:
                     states[i] = self._apart(states[i], starts[i].view, starts[i].knowledge, rngs[i])
                 continue
             solver = min(wanted.values(), key=LADDER.index)
-            able = [i for i, wish in wanted.items() if wish is solver]
+            longer = all(states[i].longer for i, wish in wanted.items() if wish is solver)
+            able = [i for i, wish in wanted.items() if wish is solver and states[i].longer == longer]
             tick("solvers", LADDER.index(solver), len(LADDER), solver.name)
             budget = min(self._budget(states[i], solver) * (SHARE if i in whole else 1) for i in able)
-            longer = all(solver in states[i].asked and states[i].unflattened for i in able)
             answers = ask(with_budget(solver, budget, longer=longer), [states[i] for i in able], [rngs[i] for i in able])
             for i, (answer, cpu, wall) in zip(able, answers, strict=True):
-                states[i] = self._advanced(states[i], solver, answer, cpu, wall)
+                states[i] = advanced(states[i], solver, answer, cpu, wall)
         tick("solvers", len(LADDER), len(LADDER))
         unasked = [not state.solved and next_solver(state, among) is not None for state in states]
         return [replace(state, short=state.short or late) for state, late in zip(states, unasked, strict=True)]
 
-    def _advanced(self, before: State, solver: type[Any], answer: Reconstruction | None, cpu: float, wall: float) -> State:
-        """The state with what a solver answered, and what it took."""
-        again = solver in before.asked
-        if answer is not None and solver is DLG and LevenbergMarquardt in before.able:
-            answer = replace(answer, converged=True)  # the other goes on where it stopped
-        if answer is not None and again:
-            answer = replace(answer, converged=True)
-        spent = replace(before, asked=before.asked | {solver}, cpu=before.cpu + cpu, wall=before.wall + wall)
-        state = after(spent, solver.name, answer)
-        if state.knowledge is not before.knowledge:  # fewer records are left, and other solvers may apply to them
-            return replace(state, able=applicable(state.view, state.knowledge), asked=frozenset(), short=False, gained=False)
-        gained = state.score < (1 - GAIN) * before.score
-        unflattened = not again and answer is not None and not answer.converged
-        return replace(state, last=cpu, gained=gained, unflattened=unflattened)
-
     def _next(self, state: State, among: Collection[type[Any]] | None) -> type[Any] | None:
         """The solver to be asked next; None where nothing is left to find, no solver, or no time.
 
-        Matching that came last is asked again, from other starts, as long as it gains and there is time for as much again.
+        Matching that came last is asked again as long as it gains and there is time for as much again.
         """
         if state.solved or (self._left(state) <= 0 and state.answer is not None):
             return None
-        if (solver := next_solver(state, among)) is not None:
-            return solver
-        if among is not None or not state.gained or self._left(state) < state.last:
-            return None
-        return next((solver for solver in reversed(state.able) if solver in MATCHING), None)
+        solver = next_solver(state, among)
+        return state.extra if solver is None and self._left(state) >= state.last else solver
 
     def _apart(self, state: State, view: Observation, knowledge: Knowledge, rng: torch.Generator) -> State:
         """The state with what the sums of other rounds say of each sender; they tell of the whole sum, proven records included."""
@@ -233,7 +242,9 @@ class Strongest:
 
     def _budget(self, state: State, solver: type[Any]) -> float:
         """CPU seconds for one solver: all that are left for the last that applies, else their share."""
-        left = max(self._left(state), RESERVE * self.seconds * state.knowledge.num_examples)
+        left = self._left(state)
+        if state.answer is None:
+            left = max(left, RESERVE * self.seconds * state.knowledge.num_examples)
         if not set(state.able) - state.asked - {solver}:
             return left
         if solver is DLG and LevenbergMarquardt in state.able:

@@ -47,7 +47,7 @@ class Atom:
     rival: Float[Tensor, " rank"]
 
     def common(self, space: Space) -> bool:
-        """Whether it is zero on more rows than rank − 1, which any vector can be made, and than noise makes of the others by accident."""
+        """Whether it is zero on too many rows for chance: any vector can be made zero on rank − 1, and noise hides a few more."""
         neurons, rank = space.left.shape
         size = (space.left @ self.direction).abs()
         zero = below(space, self.direction, size)
@@ -107,7 +107,10 @@ def fewest(neurons: int, rank: int) -> int:
 
 
 def cut(size: Float[Tensor, " neurons"], rank: int) -> float:
-    """The size in the last wide gap in the smaller half of the entries, beyond rank − 1 that may be zero anyway; ∞ without one."""
+    """A size in the last wide gap between neighbours among the smaller half of the entries; ∞ without one.
+
+    The rank − 1 smallest do not count: any vector can be made zero there.
+    """
     order = size.sort().values
     few = order[rank - 1 : max(rank + 1, len(order) // 2)].clamp_min(1e-12 * float(order[-1]))
     wide = (few[1:] > JUMP * few[:-1]).nonzero().flatten()

@@ -24,7 +24,8 @@ SLACK = 0.004
 """Share of neurons that may disagree with a record's mask while the search goes on."""
 
 UNDECIDED = 3e-3
-"""Preactivation, relative to the typical one, below which a neuron may disagree with a certified record's mask, and just one may."""
+"""Preactivation, relative to the typical one, below which a neuron may disagree with a certified record's mask, and just one may: ten
+times :data:`EXACT`, the error that a certified record may have from noise, and so its preactivations."""
 
 EXACT = 3e-4
 """Largest error of a certified record, relative to its size, that the noise of the update may cause."""
@@ -193,7 +194,8 @@ def disagreements(space: Space, atom: Atom, z: Float[Tensor, " neurons"], *, bey
 def solved(space: Space, atoms: list[Atom], spent: float) -> Factorization:
     """Inputs and backward signals from all columns.
 
-    Certified are columns that are no accident of few rows, each zero exactly where its record is off, but for one neuron at its kink.
+    Certified are columns that are no accident of few rows, each zero exactly where its record is off, but for one neuron at its kink, and
+    for those whose entries the noise hides.
     """
     q = scaled(space, atoms)
     duals = torch.linalg.inv(q)

@@ -23,7 +23,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from attacks._cohorts import SOLVED, WHOLE, aggregates, participation
-from attacks._isolated import of_round
+from attacks._isolated import unaided
 from attacks._labels.counts import to_counts
 from attacks._rounds import redraws
 from attacks.update.labels import LabelRecovery, recovered_counts
@@ -62,7 +62,7 @@ class LabelOwners:
             knowledge.label_counts if knowledge.labels is None else torch.bincount(knowledge.labels, minlength=knowledge.schema.num_classes)
         )
         here = recovered_counts(view, knowledge) if told is None else told
-        sums = torch.stack([here, *(recovered_counts(seen, of_round(seen, knowledge)) for seen in rounds[1:])]).double()
+        sums = torch.stack([here, *(recovered_counts(seen, unaided(seen, knowledge)) for seen in rounds[1:])]).double()
         matrix, clients = participation(rounds)
         totals = torch.tensor([float(seen.upload.num_examples) for seen in rounds], dtype=torch.float64)
         own = owned(matrix, sums, totals)

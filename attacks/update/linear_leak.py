@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusable
 from attacks._intact import changed
 from attacks._layers import Call, all_buffers, first_linear
-from attacks._rest import labels_left
+from attacks._rest import in_order, labels_left
 from attacks._settings import must_be_positive
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge, Reconstruction
@@ -175,6 +175,17 @@ def with_found_first(found: list[int], labels: Int[Tensor, " batch"]) -> Int[Ten
     return torch.cat([torch.tensor(found, dtype=torch.long), labels_left(labels, found)])
 
 
+def placed(found: list[int], labels: Int[Tensor, " batch"], knowledge: Knowledge) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """The labels of an answer, and for each of them which of its records it belongs to: those of these labels come first, then guesses.
+
+    Told labels keep their order.
+    """
+    named = with_found_first(found, labels)
+    if knowledge.labels is None:
+        return named, torch.arange(len(named))
+    return knowledge.labels, torch.tensor(in_order(named.tolist(), knowledge.labels.tolist()))
+
+
 def as_images(rows: Float[Tensor, "batch pixels"], knowledge: Knowledge) -> Float[Tensor, "batch channel height width"]:
     """Flat rows as pictures in [0, 1]."""
     return torch.nan_to_num(rows, nan=0.5).clamp(0, 1).float().view(len(rows), *knowledge.schema.shape)
@@ -238,11 +249,12 @@ class LinearLeak:
         known = [candidate.image.flatten().double() for candidate in exact]
         guesses = best_guesses(quotients[inside] if inside.any() else quotients.clamp(0, 1), known, records)
         certificate = ("isolated rows" if whole else "",) * len(exact) + ("",) * (records - len(exact))
+        named, order = placed([c.label for c in exact], labels, knowledge)
         return Reconstruction(
-            as_images(torch.stack(guesses), knowledge),
-            with_found_first([c.label for c in exact], labels) if knowledge.labels is None else labels,
+            as_images(torch.stack(guesses), knowledge)[order],
+            named,
             residual,
-            certificate=certificate,
+            certificate=tuple(certificate[i] for i in order.tolist()),
             seconds=time.perf_counter() - start,
             converged=tried,
         )

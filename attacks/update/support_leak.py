@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attacks._cohorts import aggregates
-from attacks._isolated import Sum, as_sum, of_round, owner
+from attacks._isolated import Sum, as_sum, owner, unaided
 from attacks._rest import farthest, in_order, separable, without
 from attacks._solving import TWIN
 from attacks.update.linear_leak import LinearLeak
@@ -70,8 +70,11 @@ class SupportLeak:
     def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
         """Look through all sums, and answer for the attacked one: first what is proven to be in it."""
         start, deadline = time.perf_counter(), time.process_time() + self.seconds
-        rounds = [(view, knowledge), *((seen, of_round(seen, knowledge)) for seen in aggregates(view, knowledge)[1:])]
-        sums = [found for seen, known in rounds if (found := as_sum(seen, known)) is not None]
+        rounds = [(view, knowledge), *((seen, unaided(seen, knowledge)) for seen in aggregates(view, knowledge)[1:])]
+        sums = list[Sum]()
+        for seen, known in rounds:
+            if (not sums or time.process_time() < deadline) and (found := as_sum(seen, known)) is not None:
+                sums.append(found)
         leaked = self.everywhere(sums, deadline, rng)
         here = [item for item in leaked if item.presence[0]][: knowledge.num_examples]
         clients = [owner(item.presence, sums, view.upload.senders) for item in here]

@@ -34,9 +34,9 @@ from attacks.update.linear_leak import (
     factors,
     isolated_rows,
     one_record,
+    placed,
     proven,
     rank_without,
-    with_found_first,
 )  # fmt: skip
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -184,11 +184,13 @@ class TrapWeights:
         flat = torch.full(weight.shape[1:], 0.5) if knowledge.public is None else knowledge.public.inputs.mean(0).flatten()
         known = [candidate.image.flatten().double() for candidate in exact]
         guesses = remainder(quotients[inside(quotients)], known, records, flat.double())
+        certificate = ("isolated rows" if affine.whole else "",) * len(exact) + ("",) * (records - len(exact))
+        named, order = placed([candidate.label for candidate in exact], labels, knowledge)
         return Reconstruction(
-            as_images(torch.stack(guesses), knowledge),
-            with_found_first([candidate.label for candidate in exact], labels) if knowledge.labels is None else labels,
+            as_images(torch.stack(guesses), knowledge)[order],
+            named,
             1 - len(exact) / records,
-            certificate=("isolated rows" if affine.whole else "",) * len(exact) + ("",) * (records - len(exact)),
+            certificate=tuple(certificate[i] for i in order.tolist()),
             seconds=time.perf_counter() - start,
             converged=True,
         )

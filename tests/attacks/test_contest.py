@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from attacks import strongest
-from attacks._contest import worth
+from attacks import _contest, strongest
+from attacks._contest import inverter_wins, worth
+from attacks._solving import State, after
 from attacks.strongest import Strongest
 from attacks.update.learning_to_invert import LearningToInvert
 from attacks.update.linear_leak import LinearLeak
@@ -68,6 +69,73 @@ def test_who_was_better_on_public_records_answers_for_the_victims(solver: type[A
     assert [answer.solver for answer in answers] == [(winner,), (winner,)]
     rehearsal, performance = {len(PUBLIC) - 2}, {len(PUBLIC)}  # two victims, two rehearsals
     assert taught == ([rehearsal, performance] if winner == "learning_to_invert" else [rehearsal])
+
+
+def proven_and_guessed(
+    views: Sequence[Observation], knowledge: Sequence[Knowledge], rngs: Sequence[torch.Generator], seconds: float
+) -> list[State]:
+    """The first upload solved with a proof, the second well guessed, by division; as the ladder would."""
+    states = []
+    for number, state in enumerate(strongest.begun(views, knowledge)):
+        found = LinearLeak()(state.view, state.knowledge, rng=rngs[number])
+        assert found.inputs is not None
+        guess = replace(found, inputs=(found.inputs + 0.02).clamp(0, 1), certificate=(), converged=True)
+        states.append(after(state, "leak", guess if number else found))
+    return states
+
+
+def test_a_rehearsed_upload_that_is_proven_counts_for_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no guess beside its proof: it was scored as mid-gray."""
+    view, knowledge = attack_surface(build("linear", (1, 8, 8)), [digits(1)])
+
+    class Blurred(Skilled):
+        def many(
+            self, views: Sequence[Observation], knowledge: Sequence[Knowledge], *, rngs: Sequence[torch.Generator]
+        ) -> list[Reconstruction]:
+            found = [LinearLeak()(*pair, rng=rngs[0]) for pair in zip(views, knowledge, strict=True)]
+            return [replace(each, inputs=0.95 * each.inputs + 0.02) for each in found if each.inputs is not None]
+
+    monkeypatch.setattr(_contest, "LearningToInvert", lambda seconds: Blurred())
+    assert not inverter_wins(view, replace(knowledge, public=PUBLIC), 2, 10.0, proven_and_guessed)
+
+
+@dataclass(frozen=True)
+class Sketch(Painter):
+    """Algebra whose guess is no good."""
+
+    name: ClassVar[str] = "sketch"
+
+
+@dataclass(frozen=True)
+class Photographer(Painter):
+    """Matching that explains the victim's update to the last digit and, in rehearsal, paints."""
+
+    name: ClassVar[str] = "photographer"
+
+    def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+        guess = super().__call__(view, knowledge, rng=rng)
+        if knowledge.public is None or len(knowledge.public) < len(PUBLIC):
+            return guess
+        return replace(guess, inputs=TRUTH.inputs[:1], labels=TRUTH.labels[:1])
+
+
+def test_what_the_rehearsal_decided_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strongest, "LADDER", (Sketch, Photographer))
+    monkeypatch.setattr(strongest, "ALGEBRAIC", (Sketch,))
+    monkeypatch.setattr(strongest, "MATCHING", (Photographer,))
+    view, knowledge = attack_surface(build("linear", (1, 8, 8)), [Batch(TRUTH.inputs[:1], TRUTH.labels[:1])])
+    answer = Strongest(seconds=2.0)(view, replace(knowledge, public=PUBLIC), rng=stream(0))
+    assert answer.solver == ("learning_to_invert",)
+
+
+def test_a_rehearsal_that_fails_leaves_the_victims_to_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(strongest, "LADDER", (Painter,))
+    monkeypatch.setattr(_contest, "inverter_wins", broken)
+    view, knowledge = attack_surface(build("linear", (1, 8, 8)), [TRUTH])
+    assert Strongest()(view, replace(knowledge, public=PUBLIC), rng=stream(0)).solver == ("painter",) * 2
 
 
 def test_what_explains_the_update_is_not_contested() -> None:

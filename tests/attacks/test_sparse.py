@@ -161,8 +161,7 @@ def test_a_mask_that_is_wrong_on_one_neuron_away_from_its_kink_proves_nothing() 
     """Two of the six digits are so alike that a mixture of them is zero nearly where one should be; it was certified."""
     layer, truth = head_layer(6, 1)
     found = factorize(layer, rng=stream(0, "a", 1), seconds=1.5, records=6)
-    assert farthest_off(found, truth) > 0.1
-    assert not any(found.certified)
+    assert farthest_off(found, truth) < 1e-5 or not any(found.certified)
 
 
 def test_records_that_coincide_are_counted() -> None:

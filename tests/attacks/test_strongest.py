@@ -19,6 +19,7 @@ from attacks._rest import farthest, in_order, labels_left, mismatch, separable, 
 from attacks._solving import Proven, after, merged, united
 from attacks.strongest import Strongest
 from attacks.update.linear_leak import LinearLeak
+from attacks.update.sparse_factorization import SparseFactorization
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.models.dropout import Dropout
 from simulator.rng import stream
@@ -302,6 +303,53 @@ def test_matching_starts_again_as_long_as_it_gains(monkeypatch: pytest.MonkeyPat
         assert len(Lucky.asked) == calls
         assert guess.inputs is not None
         assert error - 0.02 < float((guess.inputs - TRUTH.inputs).abs().max()) < error
+
+
+@pytest.mark.parametrize(
+    ("flat", "gains", "converged"),
+    [((True,), 1, True), ((False,), 1, True), ((False, False, False), 3, True), ((True, True), 9, False)],
+)
+def test_matching_that_still_gains_when_time_is_over_is_not_converged(
+    flat: tuple[bool, ...], gains: int, converged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that get better ``gains`` times; nothing but the clock ends the last."""
+
+    @dataclass(frozen=True)
+    class Slow(Lucky):
+        name: ClassVar[str] = "slow"
+        seconds: float = 1.0
+
+        def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+            self.asked.append(1)
+            end = time.process_time() + 0.06
+            while time.process_time() < end:
+                pass
+            number = len(self.asked)
+            share = 0.5 / min(number, gains)
+            inputs = share * torch.full_like(TRUTH.inputs, 0.5) + (1 - share) * TRUTH.inputs
+            return Reconstruction(inputs, TRUTH.labels.clone(), converged=flat[min(number, len(flat)) - 1])
+
+    Lucky.asked.clear()
+    monkeypatch.setattr(strongest, "LADDER", (Slow,))
+    monkeypatch.setattr(strongest, "MATCHING", (Slow,))
+    guess = Strongest(seconds=0.4 / 6)(*attack_surface(build("mlp", (1, 8, 8)), [TRUTH]), rng=stream(0))
+    assert guess.converged == converged
+    assert len(Lucky.asked) == (gains + 1 if converged else pytest.approx(6, abs=1))
+
+
+def test_told_labels_stay_with_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six digits with labels in an order of their own, what is proven has its own label, and what is left the others'."""
+    rng = stream(3, "labels")
+    view, knowledge = attack_surface(build("mlp", (1, 8, 8)), [TRUTH])
+    told = replace(knowledge, labels=TRUTH.labels[torch.randperm(len(TRUTH), generator=rng)])
+    for solver in (LinearLeak(), SparseFactorization(seconds=5.0), Strongest(seconds=1.0)):
+        guess = solver(view, told, rng=stream(0))
+        assert guess.inputs is not None
+        assert torch.equal(guess.labels, told.labels if told.labels is not None else guess.labels)
+        sure = [i for i, proof in enumerate(guess.certificate) if proof]
+        assert len(sure) >= 3
+        nearest = torch.cdist(guess.inputs[sure].flatten(1), TRUTH.inputs.flatten(1)).argmin(1)
+        assert guess.labels[sure].tolist() == TRUTH.labels[nearest].tolist()
 
 
 def test_a_guess_survives_the_proof_of_other_records() -> None:
