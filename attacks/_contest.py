@@ -16,7 +16,7 @@ import torch
 
 from attacks._learned.mechanisms import chain
 from attacks._rehearsal import psnr_db, rehearsal
-from attacks._solving import State, closed, merged, taken
+from attacks._solving import State, merged, taken
 from attacks.update.learning_to_invert import FEWEST, LearningToInvert, kinds
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.types import Observation
@@ -47,10 +47,10 @@ def may_rehearse(state: State) -> bool:
     return LearningToInvert().supports(view, knowledge) is None and not chain(view, knowledge).unknown
 
 
-def contested(
-    states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, left: Callable[[State], float]
-) -> list[State]:
+def contested(states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, left: Callable[[State], float]) -> list[State]:
     """The states after the rehearsal: those of victims whom the inverter serves better have its answer, and no solver to ask.
+
+    Where the rehearsal or the inverter fails the ladder goes on, and the answer counts as unconverged.
 
     Args:
         left: CPU seconds that are left for a victim.
@@ -61,31 +61,28 @@ def contested(
     for places in kinds(views, knowledge, [{} for _ in waiting]):  # which coordinates a defense left does not decide who is better
         mine = [waiting[place] for place in places]
         cpu, wall = time.process_time(), time.perf_counter()
+        answers: Sequence[Reconstruction | None] | None = [None] * len(mine)
         try:
             answers = learned([states[i] for i in mine], [rngs[i] for i in mine], climb, sum(left(states[i]) for i in mine))
         except Exception:  # a failed rehearsal must not cost what algebra found
             logging.getLogger("fedpeek").exception("the rehearsal failed inside strongest")
-            answers = [None] * len(mine)
-        for i, state, answer in zip(mine, charged([states[i] for i in mine], cpu, wall), answers, strict=True):
-            states[i] = state if answer is None else closed(taken(state, "learning_to_invert", answer))
+        for place, (i, state) in enumerate(zip(mine, charged([states[i] for i in mine], cpu, wall), strict=True)):
+            states[i] = state if answers is None else taken(state, "learning_to_invert", answers[place])
     return states
 
 
-def learned(
-    states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, seconds: float
-) -> list[Reconstruction | None]:
-    """The inverter's answers for victims of one kind, if it serves their kind better; else None.
+def learned(states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, seconds: float) -> list[Reconstruction] | None:
+    """The inverter's answers for victims of one kind; None if the ladder serves their kind better.
 
     Args:
         seconds: CPU seconds that are left for all of them.
     """
     began = time.process_time()
     if not inverter_wins(states[0].view, states[0].knowledge, len(states), seconds, climb):
-        return [None] * len(states)
+        return None
     rest = max(seconds - (time.process_time() - began), RESERVE * seconds) / len(states)
     views, knowledge = [state.view for state in states], [state.knowledge for state in states]
-    answers = LearningToInvert(seconds=rest).many(views, knowledge, rngs=rngs)
-    return [answer if answer.inputs is not None and bool(torch.isfinite(answer.inputs).all()) else None for answer in answers]
+    return LearningToInvert(seconds=rest).many(views, knowledge, rngs=rngs)
 
 
 def worth(state: State) -> bool:

@@ -100,6 +100,22 @@ def labels_left(told: Int[Tensor, " batch"], found: Sequence[int]) -> Int[Tensor
     return torch.tensor(rest, dtype=torch.long)
 
 
+def with_found_first(found: list[int], labels: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Labels proven for the first records, then what is left of the recovered ones."""
+    return torch.cat([torch.tensor(found, dtype=torch.long), labels_left(labels, found)])
+
+
+def placed(found: list[int], labels: Int[Tensor, " batch"], knowledge: Knowledge) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """The labels of an answer, and for each of them which of its records it belongs to: those of these labels come first, then guesses.
+
+    Told labels keep their order.
+    """
+    named = with_found_first(found, labels)
+    if knowledge.labels is None:
+        return named, torch.arange(len(named))
+    return knowledge.labels, torch.tensor(in_order(named.tolist(), knowledge.labels.tolist()))
+
+
 def farthest(guesses: Float[Tensor, "guess channel height width"], known: Sequence[Float[Tensor, "channel height width"]]) -> Tensor:
     """Indices of the guesses that remain when each known record took away the one nearest to it."""
     keep = list(range(len(guesses)))

@@ -89,13 +89,20 @@ class State:
         return self.guess is None and bool(self.proven)
 
 
+def usable(answer: Reconstruction | None) -> bool:
+    """Whether a solver answered with pictures; one that raised (None) or diverged did not."""
+    return answer is not None and answer.inputs is not None and bool(torch.isfinite(answer.inputs).all())
+
+
 def after(state: State, solver: str, answer: Reconstruction | None) -> State:
     """The state with what one solver answered: proven records are kept and taken out, and a better guess replaces the last.
 
     A solver that raised (None) or diverged leaves all as it was but the mark that something is missing.
     """
-    if answer is None or answer.inputs is None or not bool(torch.isfinite(answer.inputs).all()):
+    if not usable(answer):
         return replace(state, failed=True)
+    assert answer is not None
+    assert answer.inputs is not None
     state = replace(state, short=state.short or not answer.converged)
     proofs = answer.certificate or ("",) * len(answer.labels)
     sure, rest = [i for i, proof in enumerate(proofs) if proof], [i for i, proof in enumerate(proofs) if not proof]
@@ -156,21 +163,20 @@ def judged(state: State, solver: str, answer: Reconstruction, places: Sequence[i
     return blend(better, other)
 
 
-def taken(state: State, solver: str, answer: Reconstruction) -> State:
+def taken(state: State, solver: str, answer: Reconstruction | None) -> State:
     """The state with an answer for all records that are not proven, whatever explains the update better.
 
-    The failure of a solver before no longer counts: another answers.
+    The failure of a solver before no longer counts: another answers. No solver is asked any more. An answer that is not usable leaves
+    all as it was but the mark that something is missing.
     """
+    if not usable(answer):
+        return replace(state, failed=True)
+    assert answer is not None
     assert answer.inputs is not None
     guess = Batch(answer.inputs, answer.labels)
     angle, score = mismatch(state.view, state.knowledge, guess)
     new = replace(state, guess=guess, answer=answer, solvers=(solver,) * len(guess), angle=angle, score=score)
-    return replace(new, short=not answer.converged, failed=False)
-
-
-def closed(state: State) -> State:
-    """The state with no solver to be asked, and none again."""
-    return replace(state, asked=frozenset(state.able), extra=None, gaining=False)
+    return replace(new, short=not answer.converged, failed=False, asked=frozenset(state.able), extra=None, gaining=False)
 
 
 def blend(better: State, other: State) -> State:

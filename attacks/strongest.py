@@ -14,25 +14,25 @@ Deviations: weights of total variation are the solvers' own. tuned_inverting_gra
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from attacks._apart import inseparable, part_by_part
+from attacks._asking import ask, with_budget
 from attacks._choice import ALGEBRAIC, EXACT, LADDER, MATCHING, Choice
 from attacks._contest import contested, may_rehearse
 from attacks._gradient import unusable
 from attacks._rest import farthest
-from attacks._solving import State, after, judged, merged
+from attacks._solving import State, after, judged, merged, usable
 from attacks.update.dlg import DLG
 from attacks.update.hybrid import Hybrid
 from attacks.update.levenberg_marquardt import LevenbergMarquardt
 from attacks.update.sme import SME
-from simulator.adversary import BatchedAttack, Knowledge, Reconstruction
+from simulator.adversary import Knowledge, Reconstruction
 from simulator.progress import tick
 from simulator.registry import register
 from simulator.types import Observation
@@ -49,9 +49,6 @@ QUICK = 0.2
 
 SCOUT = 0.6
 """The same for L-BFGS where that is less than a second."""
-
-LONGER = 3
-"""Factor on the steps of matching that is repeated because it had not flattened."""
 
 RESERVE = 0.1
 """Of the budget of the records that are left, what a solver gets as long as none has answered, however long the others took."""
@@ -77,13 +74,6 @@ def open_to(state: State) -> State:
     return replace(state, able=able, asked=frozenset(), short=False, extra=None, gaining=False)
 
 
-def with_budget(solver: type[Any], seconds: float, *, longer: bool = False) -> Any:
-    """The solver with its default settings, if it takes one this budget, and if it is to run longer more steps."""
-    names = {item.name for item in fields(solver)}
-    chosen = solver(seconds=seconds) if "seconds" in names else solver()
-    return replace(chosen, steps=LONGER * chosen.steps) if longer and "steps" in names else chosen
-
-
 def several_sums(state: State) -> bool:
     """Whether the sums of other rounds take this one apart."""
     return len(state.view.upload.senders) > 1 and bool(state.knowledge.history) and inseparable(state.view, state.knowledge) is None
@@ -92,31 +82,6 @@ def several_sums(state: State) -> bool:
 def next_solver(state: State, among: Collection[type[Any]] | None) -> type[Any] | None:
     """The first solver that applies to what is left and was not asked about it; among these, if not all."""
     return next((solver for solver in state.able if solver not in state.asked and (among is None or solver in among)), None)
-
-
-def ask(solver: Any, states: Sequence[State], rngs: Sequence[torch.Generator]) -> list[tuple[Reconstruction | None, float, float]]:
-    """What a solver answers for each state, with the CPU and wall-clock seconds it took; None where it failed."""
-    if len(states) > 1 and isinstance(solver, BatchedAttack):
-        cpu, wall = time.process_time(), time.perf_counter()
-        try:
-            answers = solver.many([state.view for state in states], [state.knowledge for state in states], rngs=rngs)
-            cpu, wall = (time.process_time() - cpu) / len(states), (time.perf_counter() - wall) / len(states)
-            return [(answer, cpu, wall) for answer in answers]
-        except Exception:  # then one by one
-            logging.getLogger("fedpeek").exception("%s failed on %d victims at once", solver.name, len(states))
-    found: list[tuple[Reconstruction | None, float, float]] = []
-    for state, rng in zip(states, rngs, strict=True):
-        cpu, wall = time.process_time(), time.perf_counter()
-        try:
-            if isinstance(solver, LevenbergMarquardt):
-                answer: Reconstruction | None = solver.improve(state.view, state.knowledge, state.guess, rng=rng)
-            else:
-                answer = solver(state.view, state.knowledge, rng=rng)
-        except Exception:  # one solver's failure must not cost what the others find
-            logging.getLogger("fedpeek").exception("%s failed inside strongest", solver.name)
-            answer = None
-        found.append((answer, time.process_time() - cpu, time.perf_counter() - wall))
-    return found
 
 
 def by_matching(
@@ -133,7 +98,7 @@ def advanced(before: State, solver: type[Any], answer: Reconstruction | None, cp
     Matching is asked again if it gained, longer if it had not flattened; a repeat that fails changes nothing.
     """
     again, before = solver in before.asked, replace(before, cpu=before.cpu + cpu, wall=before.wall + wall, extra=None, longer=False)
-    if answer is None and again:
+    if again and not usable(answer):
         return before
     matching, flat = solver in MATCHING, answer is not None and answer.converged
     if answer is not None and (matching or (solver is DLG and LevenbergMarquardt in before.able)):

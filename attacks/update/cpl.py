@@ -3,8 +3,7 @@
 Source: Wei et al., 2020, arXiv:2004.10397, algorithm 2; github.com/git-disl/CPL_attack, LFW_enhanced_random_ASR.ipynb, for the optimizer,
     the start (one random square of 16×16 pixels, repeated) and the label (the row of the last layer with the smallest sum).
 Deviations: the published notebook leaves the label term of the paper out; here its weight is a setting, and 0 is the notebook; with the
-    term: cpl-paper. Labels
-    by attacks.update.labels. The iterate of the lowest objective is returned, clipped to [0, 1].
+    term: cpl-paper. Labels by attacks.update.labels. The iterate of the lowest objective is returned, clipped to [0, 1].
 """
 
 from __future__ import annotations

@@ -10,24 +10,19 @@ Deviations: **α is not verified**: neither the notebooks nor what could be read
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from attacks._matching.distances import squared
-from attacks._matching.lbfgs import published_lbfgs
-from attacks._matching.objective import Candidates, Objective, Setting
-from attacks._matching.optimize import Run
-from attacks._matching.priors import Weighted, task
-from attacks._matching.solve import Matching
-from attacks._matching.variables import Pixels
+from attacks._matching.objective import Setting
+from attacks.update.cpl import CPL
 from simulator.registry import register
 
 
 @register("attacks", "cpl-paper")
 @dataclass(frozen=True)
-class CPLPaper(Matching):
-    """Gradient matching by L-BFGS without a line search from a patterned start, with a term for the label.
+class CPLPaper(CPL):
+    """Gradient matching by L-BFGS without a line search from a patterned start, with a term for the label: cpl but for that.
 
     Attributes:
         iterations: calls of torch.optim.LBFGS with its defaults: learning rate 1, 20 steps each.
@@ -37,24 +32,8 @@ class CPLPaper(Matching):
         memory_mb: budget for victims and restarts that are attacked at once.
     """
 
-    iterations: int = 300
     task: float = 1.0
-    seconds: float = 60.0
-    restarts: int = 1
-    memory_mb: int = 1024
 
     def setting(self) -> Setting:
-        """Squared distance of gradients, and the label term."""
-        return Setting(
-            distance=squared,
-            variable=Pixels("patterned"),
-            priors=(Weighted(task, self.task),),
-            restarts=self.restarts,
-            dtype=torch.float64,
-            seconds=self.seconds,
-            memory_mb=self.memory_mb,
-        )
-
-    def optimize(self, objective: Objective, start: Candidates) -> Run:
-        """L-BFGS without a line search."""
-        return published_lbfgs(objective, start, outer=self.iterations)
+        """That of cpl, in float64."""
+        return replace(super().setting(), dtype=torch.float64)

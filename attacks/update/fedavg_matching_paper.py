@@ -13,13 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attacks._matching.distances import cosine
-from attacks._matching.objective import Candidates, Objective, Setting
-from attacks._matching.optimize import Run, adam
-from attacks._matching.priors import Weighted, variation
-from attacks._matching.solve import Matching
-from attacks._matching.variables import Pixels
 from attacks.update.fedavg_matching import FedAvgMatching
+from attacks.update.inverting_gradients_paper import InvertingGradientsPaper
 from simulator.adversary import Knowledge
 from simulator.registry import register
 from simulator.types import Observation
@@ -27,8 +22,10 @@ from simulator.types import Observation
 
 @register("attacks", "fedavg_matching-paper")
 @dataclass(frozen=True)
-class FedAvgMatchingPaper(Matching):
+class FedAvgMatchingPaper(InvertingGradientsPaper):
     """Gradient matching through the unrolled local steps of FedAvg: cosine and signed Adam, as published.
+
+    What is minimized is that of inverting_gradients-paper; the client that follows the recipe step by step is the default one.
 
     Attributes:
         steps: iterations.
@@ -36,33 +33,14 @@ class FedAvgMatchingPaper(Matching):
         tv: weight of the total variation, see inverting_gradients-paper.
         seconds: CPU time for each victim, at most; the schedule is squeezed into it.
         restarts: random starts for each victim; the lowest objective wins.
-        max_unroll: longest local training to differentiate through.
         memory_mb: budget for victims and restarts that are attacked at once.
+        max_unroll: longest local training to differentiate through.
     """
 
     steps: int = 4000
-    learning_rate: float = 0.025
     tv: float = 0.0
-    seconds: float = 600.0
-    restarts: int = 1
     max_unroll: int = 64
-    memory_mb: int = 1024
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse gradients, longer unrolls, and labels that cannot be had."""
         return FedAvgMatching(order="fixed", max_unroll=self.max_unroll).supports(view, knowledge)
-
-    def setting(self) -> Setting:
-        """1 − cos of the deltas; the client that follows the recipe step by step is the default one."""
-        return Setting(
-            distance=cosine,
-            variable=Pixels("normal"),
-            priors=(Weighted(variation, self.tv),),
-            restarts=self.restarts,
-            seconds=self.seconds,
-            memory_mb=self.memory_mb,
-        )
-
-    def optimize(self, objective: Objective, start: Candidates) -> Run:
-        """Signed Adam."""
-        return adam(objective, start, steps=self.steps, learning_rate=self.learning_rate, signed=True)

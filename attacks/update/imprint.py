@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusable
 from attacks._layers import Affine, Call, all_buffers, first_linear, probe
+from attacks._rest import placed
 from attacks.update.labels import known_or_recovered
-from attacks.update.linear_leak import as_images, with_found_first
+from attacks.update.linear_leak import as_images
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
 from simulator.training import mean_gradient as batch_gradient
@@ -206,16 +207,15 @@ class Imprint:
                 sure = inside & (difference.min(1).values < PROOF)
                 sure &= alone(images, mine, gradient, order, gaps, occupied, view, knowledge)
                 certificate[: len(images)] = ["alone in its gap" if proof else "" for proof in sure.tolist()]
-        if knowledge.labels is None and knowledge.label_counts is None:
-            labels = with_found_first(mine.tolist(), labels)
+        named, places = placed(mine.tolist(), labels, knowledge)
         rest = torch.full((records - len(images), *knowledge.schema.shape), 0.5)
         if knowledge.public is not None:
             rest = knowledge.public.inputs.mean(0).expand_as(rest)
         return Reconstruction(
-            torch.cat([images, rest]),
-            labels,
+            torch.cat([images, rest])[places],
+            named,
             float(1 - inside.sum() / records),
-            certificate=tuple(certificate) if affine.whole else ("",) * records,
+            certificate=tuple(certificate[i] for i in places.tolist()) if affine.whole else ("",) * records,
             seconds=time.perf_counter() - start,
             converged=True,
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusable
 from attacks._intact import changed
 from attacks._layers import Call, all_buffers, first_linear
-from attacks._rest import in_order, labels_left
+from attacks._rest import placed
 from attacks._settings import must_be_positive
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge, Reconstruction
@@ -168,22 +168,6 @@ def best_guesses(quotients: Float[Tensor, "rows inputs"], known: list[Tensor], w
         distance = torch.cdist(quotients, torch.stack(chosen)).min(1).values
         chosen.append(quotients[int(distance.argmax())])
     return chosen[:wanted]
-
-
-def with_found_first(found: list[int], labels: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """Labels proven for the first records, then what is left of the recovered ones."""
-    return torch.cat([torch.tensor(found, dtype=torch.long), labels_left(labels, found)])
-
-
-def placed(found: list[int], labels: Int[Tensor, " batch"], knowledge: Knowledge) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """The labels of an answer, and for each of them which of its records it belongs to: those of these labels come first, then guesses.
-
-    Told labels keep their order.
-    """
-    named = with_found_first(found, labels)
-    if knowledge.labels is None:
-        return named, torch.arange(len(named))
-    return knowledge.labels, torch.tensor(in_order(named.tolist(), knowledge.labels.tolist()))
 
 
 def as_images(rows: Float[Tensor, "batch pixels"], knowledge: Knowledge) -> Float[Tensor, "batch channel height width"]:

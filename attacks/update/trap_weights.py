@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from attacks._gradient import maybe_clipped, mean_gradient, several_steps, unusable
 from attacks._layers import Affine, Call, all_buffers, first_linear
+from attacks._rest import placed
 from attacks.update.imprint import not_active
 from attacks.update.labels import known_or_recovered
 from attacks.update.linear_leak import (
@@ -34,7 +35,6 @@ from attacks.update.linear_leak import (
     factors,
     isolated_rows,
     one_record,
-    placed,
     proven,
     rank_without,
 )  # fmt: skip

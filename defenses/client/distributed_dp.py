@@ -11,8 +11,7 @@ z = 1, against a central Gaussian's, **both by Rényi DP**, 100 clients: for 1.1
 62 006 + 0.001 % and + 0.1 %. At 4 deviations and without drop-outs it is the papers' ε from 16 bits on, to 0.04 %. Where
 ``rotate = false``, the range must hold a coordinate as long as the update: at the smallest ``clip_range`` that is accepted + 6.5 % at 20
 bits and 1.12·10⁷ (claims ``distributed-dp-*``). No tight accountant is known for Skellam sums: at z = 1 and one round Rényi DP says 4.75
-where a Gaussian's exact ε is 4.38, printed beside it. Noise is calibrated to the fewest honest clients that a sum may hold; with more,
-there is more noise than claimed.
+where a Gaussian's exact ε is 4.38, printed beside it.
 Hooks: ``on_update`` (clipping), and inside secure aggregation ``rotation``, ``word_range``, ``longest_rounded`` and ``integer_noise``.
 
 A coordinate of the sum that leaves the words' range wraps around it: that costs utility, rarely (``wrap_chance``, over the rotation's

@@ -84,6 +84,20 @@ def test_imprint_says_when_it_is_all_exact_and_which_labels() -> None:
     assert torch.equal(guess.labels, data.labels[errors(guess, data).argmin(1)])
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+def test_told_labels_stay_with_their_records(method: str) -> None:
+    """Labels are told in an order of their own; records are found in another."""
+    data, public = digits(8, offset=360), digits(360, offset=1400)
+    view, knowledge = surface(data, method, public=public)
+    told = replace(knowledge, labels=data.labels[torch.randperm(len(data), generator=stream(3, "labels"))])
+    guess = METHODS[method](view, told, rng=stream(0, "attack"))
+    sure = [i for i, proof in enumerate(guess.certificate) if proof]
+    assert len(sure) >= 4
+    assert told.labels is not None
+    assert torch.equal(guess.labels, told.labels)
+    assert torch.equal(guess.labels[sure], data.labels[errors(guess, data)[sure].argmin(1)])
+
+
 def test_imprint_certifies_what_is_alone_in_its_gap_and_nothing_else() -> None:
     certified = shared = 0
     for seed in range(20):

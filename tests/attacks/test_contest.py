@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from attacks import _contest, strongest
-from attacks._contest import inverter_wins, worth
+from attacks._contest import contested, inverter_wins, worth
 from attacks._solving import State, after
 from attacks.strongest import Strongest
 from attacks.update.learning_to_invert import LearningToInvert
@@ -129,13 +129,24 @@ def test_what_the_rehearsal_decided_is_final(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_rehearsal_that_fails_leaves_the_victims_to_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it raises or the inverter diverges; and something is missing then, so that the answer is not converged."""
+
     def broken(*_: object) -> bool:
         raise RuntimeError("no")
 
+    def diverging(self: LearningToInvert, views: Sequence[Observation], *_: object, **__: object) -> list[Reconstruction]:
+        return [Reconstruction(torch.full((2, 1, 8, 8), torch.nan), torch.zeros(2).long(), converged=True) for _ in views]
+
     monkeypatch.setattr(strongest, "LADDER", (Painter,))
-    monkeypatch.setattr(_contest, "inverter_wins", broken)
     view, knowledge = attack_surface(build("linear", (1, 8, 8)), [TRUTH])
-    assert Strongest()(view, replace(knowledge, public=PUBLIC), rng=stream(0)).solver == ("painter",) * 2
+    known = replace(knowledge, public=PUBLIC)
+    assert Strongest()(view, knowledge, rng=stream(0)).converged
+    for fault in (broken, lambda *_: True):
+        monkeypatch.setattr(_contest, "inverter_wins", fault)
+        monkeypatch.setattr(LearningToInvert, "many", diverging)
+        answer = Strongest()(view, known, rng=stream(0))
+        assert answer.solver == ("painter",) * 2
+        assert not answer.converged
 
 
 def test_what_explains_the_update_is_not_contested() -> None:
@@ -144,6 +155,20 @@ def test_what_explains_the_update_is_not_contested() -> None:
     assert worth(replace(state, angle=0.5))
     assert not worth(replace(state, angle=0.02))
     assert not worth(replace(state, angle=0.5, knowledge=knowledge))
+
+
+def test_the_time_of_the_rehearsal_is_the_victims(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> bool:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+        return False
+
+    monkeypatch.setattr(_contest, "inverter_wins", slow)
+    view, knowledge = attack_surface(build("linear", (1, 8, 8)), [TRUTH])
+    states = strongest.begun([view] * 2, [replace(knowledge, public=PUBLIC)] * 2)
+    after_it = contested(states, [stream(0), stream(1)], proven_and_guessed, lambda state: 1.0)
+    assert [state.cpu for state in after_it] == [pytest.approx(0.1, abs=0.03)] * 2
 
 
 @pytest.mark.parametrize("victims", [1, 3])

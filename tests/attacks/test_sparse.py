@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from attacks._features import relu_entrance
 from attacks._layers import linear_before_relu
-from attacks._sparse.factorize import SLACK, Factorization, Layer, factorize, outlines, search
+from attacks._sparse.factorize import SLACK, Factorization, Layer, factorize, outlines, search, solved
 from attacks._sparse.space import decompose
 from attacks.update.sparse_factorization import SparseFactorization
 from simulator.adversary import Reconstruction
@@ -157,8 +157,22 @@ def test_two_records_that_few_neurons_tell_apart_are_found() -> None:
     assert right >= 6
 
 
-def test_a_mask_that_is_wrong_on_one_neuron_away_from_its_kink_proves_nothing() -> None:
-    """Two of the six digits are so alike that a mixture of them is zero nearly where one should be; it was certified."""
+@pytest.mark.parametrize(("preactivation", "certified"), [(1.0, True), (-1.0, False), (-1e-5, True)])
+def test_a_mask_may_disagree_only_at_a_kink(preactivation: float, certified: bool) -> None:
+    """One neuron's preactivations of all records, times this: it is then on where its column says off, by far or by next to nothing."""
+    layer, _ = photo_layer(4, 128)
+    space = decompose(layer, 4)
+    assert space is not None
+    atoms = search(space, float("inf"), stream(0, "sparse"), SLACK)
+    factor = torch.ones(128, 1, dtype=torch.float64)
+    factor[int(space.left.norm(dim=1).argmax())] = preactivation
+    found = solved(replace(space, slopes=factor * space.slopes), atoms, 0.0)
+    assert found.certified == (certified,) * 4
+    assert (min(found.agreement) == 1) == (preactivation > 0)
+
+
+def test_two_digits_too_alike_to_be_told_apart_are_not_certified() -> None:
+    """Of these six a mixture of two is zero nearly where one of them should be; it was certified."""
     layer, truth = head_layer(6, 1)
     found = factorize(layer, rng=stream(0, "a", 1), seconds=1.5, records=6)
     assert farthest_off(found, truth) < 1e-5 or not any(found.certified)

@@ -337,6 +337,44 @@ def test_matching_that_still_gains_when_time_is_over_is_not_converged(
     assert len(Lucky.asked) == (gains + 1 if converged else pytest.approx(6, abs=1))
 
 
+def test_only_what_had_not_flattened_runs_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, int]] = []
+
+    @dataclass(frozen=True)
+    class Stepping(Gray):
+        name: ClassVar[str] = "stepping"
+        steps: int = 10
+
+        def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+            steps.append((knowledge.num_examples, self.steps))
+            return replace(super().__call__(view, knowledge, rng=rng), converged=knowledge.num_examples == 2)
+
+    monkeypatch.setattr(strongest, "LADDER", (Stepping,))
+    monkeypatch.setattr(strongest, "MATCHING", (Stepping,))
+    model = build("mlp", (1, 8, 8))
+    pairs = [attack_surface(model, [Batch(TRUTH.inputs[:count], TRUTH.labels[:count])]) for count in (2, 3)]
+    Strongest().many([view for view, _ in pairs], [known for _, known in pairs], rngs=[stream(0), stream(1)])
+    assert sorted(steps) == [(2, 10), (2, 10), (3, 10), (3, 30)]
+
+
+def test_another_start_that_diverges_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Once(Lucky):
+        name: ClassVar[str] = "once"
+
+        def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+            found = super().__call__(view, knowledge, rng=rng)
+            assert found.inputs is not None
+            return found if len(self.asked) == 1 else replace(found, inputs=found.inputs * torch.nan)
+
+    Lucky.asked.clear()
+    monkeypatch.setattr(strongest, "LADDER", (Once,))
+    monkeypatch.setattr(strongest, "MATCHING", (Once,))
+    guess = Strongest()(*attack_surface(build("mlp", (1, 8, 8)), [TRUTH]), rng=stream(0))
+    assert len(Lucky.asked) == 2
+    assert guess.converged
+
+
 def test_told_labels_stay_with_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of six digits with labels in an order of their own, what is proven has its own label, and what is left the others'."""
     rng = stream(3, "labels")
