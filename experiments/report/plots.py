@@ -53,8 +53,8 @@ def leakage_vs_accuracy(rows: Sequence[Mapping[str, object]], theme: Theme | Non
         right.axhline(chance, color=theme.rule, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
     right.set_ylim(-9, 109)
     for together in _near(chances):
-        views = dict.fromkeys(view for chance in together for view in chances[chance])
-        words = "chance" if len(chances) == 1 else f"chance, {', '.join(views)}"
+        parts = [f"{chance:.2g} %, {' and '.join(dict.fromkeys(chances[chance]))}" for chance in sorted(together, reverse=True)]
+        words = "chance" if len(chances) == 1 else "\n".join(["chance", *parts])
         _beside(right, sum(together) / len(together), words, theme)
     ceilings = _ceilings(right, arms, theme)
     _legend(figure, [point for point in gains + rates if point is not None], ceilings=ceilings, theme=theme)

@@ -590,8 +590,8 @@ def test_who_sent_a_record_is_printed_where_an_attack_names_it_beside_chance(tmp
 
 def test_names_of_chance_lines_that_are_close_are_one() -> None:
     def chance(value: float, view: str) -> dict[str, object]:
-        return row(view, view=view, identified={"rate": 0.5, "low": 0.4, "high": 0.6, "chance": value})
+        return row(f"{view} {value}", view=view, identified={"rate": 0.5, "low": 0.4, "high": 0.6, "chance": value})
 
     figure = plots.leakage_vs_accuracy([chance(0.01, "update"), chance(0.02, "update"), chance(0.04, "aggregate"), chance(0.5, "sum")])
     words_ = [text.get_text() for text in figure.axes[1].texts if text.get_text().startswith("chance")]
-    assert words_ == ["chance, update, aggregate", "chance, sum"]
+    assert words_ == ["chance\n4 %, aggregate\n2 %, update\n1 %, update", "chance\n50 %, sum"]
