@@ -8,7 +8,7 @@ from defenses.audit import NO_TEST
 from experiments.statistics import Interval, Rate
 
 FEW_RECORDS, FEW_SEEDS, FEW_UPLOADS = 16, 2, 6
-"""Below these numbers of record scores, seeds and independent uploads an interval is only indicative."""
+"""Below these numbers of distinct records, seeds and independent uploads an interval is only indicative."""
 
 TOLERATED_UNCONVERGED = 0.1
 """Share of attacks that may stop early without a flag."""
@@ -23,7 +23,7 @@ FLAGS: dict[str, str] = {
     "not_converged": f"more than {TOLERATED_UNCONVERGED:.0%} of the attacks stopped while still improving: the leakage may be larger",
     "floor_not_beaten": "the interval of the gain over the best floor reaches 0 or below: no leakage was shown, which is not its absence",
     "prior_only": "on the same victims the attack did no better than on shuffled updates (the interval reaches 0 or below): what it shows "
-    "may be its prior, such as the mean of a class",
+    "may be its prior",
     "control_failed": "the undefended attack did not beat its own floor: no defense can take credit here",
     "no_control": "there is no undefended run on the same victims: no defense can take credit",
     "oracle_used": "the threat model disclosed labels to the attack: the leakage holds for that adversary only",
@@ -31,8 +31,8 @@ FLAGS: dict[str, str] = {
     "candidates_told": "the adversary was handed the candidates, the true record among them: that is the game that a ceiling bounds, and "
     "more than a server usually knows",
     "colluding_clients": "clients told the server what they sent: the leakage holds for a server with these accomplices",
-    "few_victims": f"fewer than {FEW_RECORDS} scored records or {FEW_SEEDS} seeds: read the numbers as an example",
-    "few_uploads": f"fewer than {FEW_UPLOADS} independent uploads: the intervals are only indicative",
+    "few_victims": f"fewer than {FEW_RECORDS} distinct records or {FEW_SEEDS} seeds: read the numbers as an example",
+    "few_uploads": f"fewer than {FEW_UPLOADS} uploads without a common record: the intervals are only indicative",
     "ceiling_exceeded": "more records were identified than (ε, δ) allows, beyond chance: the defense or its accounting is broken",
     "ceiling_vacuous": f"(ε, δ) allows more than {VACUOUS_CEILING:.0%} of the records to be identified by what this attack saw: the "
     "guarantee excludes nothing",
@@ -79,8 +79,8 @@ def flags_for(
 
     Args:
         statuses: how many trials ended how.
-        records: scored records over all seeds.
-        uploads: attacked uploads over all seeds.
+        records: distinct scored records over all seeds; one that was sent in several rounds counts once.
+        uploads: attacked uploads over all seeds, those with a common record counted once.
         unconverged: attacks that ended well but stopped while still improving.
         gain: what the attack reached over its floor: PSNR over the best one in dB, or, where it answered labels only, the share
             of right labels over theirs; None in a row without scores.

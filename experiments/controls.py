@@ -1,8 +1,10 @@
 """What an adversary without the gradient would score: the floors that every attack must beat.
 
-Each floor answers for the whole batch and is matched to it with the same freedom as the attack. The fourth floor,
+Each floor answers for the whole batch and is matched to it with the same freedom as the attack. The last floor,
 ``shuffled_gradient``, is the same attack on a view that lost its information (:func:`shuffled`); the runner adds it.
 Recovered labels have a floor of their own, :func:`label_floor`.
+
+The nearest public record is no floor: only who holds the truth can choose it.
 """
 
 from __future__ import annotations
@@ -12,35 +14,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
 from experiments.matching import Images, assign
 from experiments.metrics import ImageScores, evaluate
-from simulator.types import Observation, Update, Upload
+from simulator.types import Batch, Observation, Update, Upload
 
 FLOORS: dict[str, str] = {
     "mean_image": "the mean of all other records of the data set",
+    "class_mean": "the mean of the other records of the true class, which an update may tell without telling of the picture",
     "another_victim": "other records of the data set, drawn at random",
     "random_guess": "uniform noise",
     "shuffled_gradient": "the same attack on an update whose values, and those of its buffers, were permuted within each tensor",
 }
-"""What each floor guesses. None of the first three is told a label. Whether a learned attack shows more than the mean of a class, which it
-knows from public records, the last one says."""
+"""What each floor guesses. A shuffled update has lost its label, too: what an attack knows of a class once the update named it, as one does
+that learned from public records, ``class_mean`` holds against it."""
 
 SAMPLE = "shuffled_sample"
 """The last one where it ran on some victims only: compared with the attack on these, and no floor, since the others lack it."""
 
 
-def floors(truth: Images, records: Images, true_index: Int[Tensor, " truth"], *, rng: torch.Generator) -> list[dict[str, ImageScores]]:
+def floors(truth: Images, records: Batch, true_index: Int[Tensor, " truth"], *, rng: torch.Generator) -> list[dict[str, ImageScores]]:
     """Score, for each true record, the guesses that need no observation.
 
     The batch itself is left out of the data set before anything is drawn from it or averaged over it.
 
     Args:
         truth: the records of one upload, in [0, 1].
-        records: the whole data set, the true records among them.
+        records: the whole data set, the true records among them, with their classes.
         true_index: for each true record, its index in ``records``.
 
     Raises:
@@ -50,15 +53,25 @@ def floors(truth: Images, records: Images, true_index: Int[Tensor, " truth"], *,
     others = outside.nonzero().flatten()
     if not len(others):
         raise ValueError(f"records must hold more than the batch of {len(truth)}, got {len(records)}. Use a larger data set.")
-    total = records.sum(0, dtype=torch.float64) - records[~outside].sum(0, dtype=torch.float64)
+    inside = records.inputs[~outside]
+    mean = ((records.inputs.sum(0, dtype=torch.float64) - inside.sum(0, dtype=torch.float64)) / len(others)).to(truth)
+    of_class = {label: _class_mean(records, outside, label) for label in records.labels[true_index].tolist()}
+    classes = [mean if (found := of_class[label]) is None else found for label in records.labels[true_index].tolist()]
     drawn = torch.cat([torch.randperm(len(others), generator=rng) for _ in range(-(-len(truth) // len(others)))])[: len(truth)]
     guesses = {
-        "mean_image": (total / len(others)).to(truth).expand_as(truth),
-        "another_victim": records[others[drawn]],
+        "mean_image": mean.expand_as(truth),
+        "class_mean": torch.stack(classes),
+        "another_victim": records.inputs[others[drawn]],
         "random_guess": torch.rand(truth.shape, generator=rng),
     }
     scored = {name: floor_scores(guess, truth) for name, guess in guesses.items()}
     return [{name: scores[i] for name, scores in scored.items()} for i in range(len(truth))]
+
+
+def _class_mean(records: Batch, outside: Bool[Tensor, " record"], label: int) -> Float[Tensor, "channel height width"] | None:
+    """The mean of the records of a class that are outside the batch; None where all of them are in it."""
+    alike = records.inputs[outside & (records.labels == label)]
+    return alike.mean(0, dtype=torch.float64).to(alike) if len(alike) else None
 
 
 def floor_scores(guess: Images | None, truth: Images) -> list[ImageScores]:

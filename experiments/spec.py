@@ -39,7 +39,7 @@ class Evaluation:
         candidates: records among which the true one must be the nearest to count as identified; 0 means all there are.
         shuffled_control: also run each attack on a shuffled update, as a floor; doubles the cost of attacking.
         shuffled_attacks: names of the attacks that this is done with; none means all. Of one that was trained on public records it
-            shows what these alone say, such as the mean of a class.
+            shows what these alone say.
         shuffled_victims: at most this many victims of an arm and seed, as a sample that is compared with the attack on the same ones and is
             no floor of the others; 0 means all.
         by_round: one row for each attacked round instead of one for all of them; shows the initial beside the trained model.

@@ -72,7 +72,7 @@ def score(
     scores = metrics.evaluate(guess, truth, assignment, guess_labels=labels, true_labels=victim.truth.labels, perceptual=perceptual)
     candidates, true_index = candidate_set(victim, parts, evaluation.candidates, seed)
     found = metrics.identify(guess, assignment, candidates.inputs, true_index)
-    records = torch.cat([parts.private.inputs, parts.test.inputs, parts.public.inputs])
+    records = Batch(*(torch.cat([getattr(part, what) for part in parts.all]) for what in ("inputs", "labels")))
     rng = stream(seed, "floors", victim.round, victim.senders)
     floors = controls.floors(truth, records, victim.record_ids, rng=rng)
     if blind is not None:

@@ -140,7 +140,7 @@ def row(setting: Setting, count: int, seconds: float) -> dict[str, Any]:
                 singles.setdefault(solver.name, []).append(alone[solver.name])
         truth = target.truth.inputs
         index = torch.tensor([int((data.records.inputs == image).flatten(1).all(1).nonzero()[0]) for image in truth])
-        levels = [best_floor(item)[1].psnr_db for item in floors(truth, data.records.inputs, index, rng=stream(number, "floors"))]
+        levels = [best_floor(item)[1].psnr_db for item in floors(truth, data.records, index, rng=stream(number, "floors"))]
         ours.append(psnr)
         floor.append(statistics.fmean(levels))
         best.append(max(alone.values(), default=float("nan")))

@@ -242,8 +242,8 @@ class AttackMeasure:
         """PSNR in dB of the best guess that needs no update, for each record; None unless it is wanted."""
         if not self.floors:
             return None
-        records = self.data.load().records.inputs
-        index = pairwise_mse(of.truth.inputs, records).argmin(1)
+        records = self.data.load().records
+        index = pairwise_mse(of.truth.inputs, records.inputs).argmin(1)
         floors = controls.floors(of.truth.inputs, records, index, rng=stream(seed, "floors"))
         return torch.tensor([controls.best_floor(floor)[1].psnr_db for floor in floors])
 

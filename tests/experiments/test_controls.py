@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sklearn.neighbors import NearestCentroid
 
 from experiments.controls import FLOORS, best_floor, floor_scores, floors, label_floor, shuffled
 from experiments.metrics import ImageScores, image_scores
 from simulator import lookup
 from simulator.adversary import Knowledge
 from simulator.rng import stream
-from simulator.types import Broadcast, LocalTraining, Observation, Update, Upload
+from simulator.types import Batch, Broadcast, LocalTraining, Observation, Update, Upload
 from tests.attacks.victims import attack_surface, digits, smooth
 
 
@@ -24,17 +25,44 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def records(count: int = 12) -> torch.Tensor:
-    return torch.rand(count, 1, 8, 8, generator=generator())
+def records(count: int = 12, classes: int = 3) -> Batch:
+    return Batch(torch.rand(count, 1, 8, 8, generator=generator()), torch.arange(count) % classes)
 
 
 def test_mean_image_leaves_the_batch_out() -> None:
     everything, index = records(), torch.tensor([2, 7])
-    others = torch.stack([image for i, image in enumerate(everything) if i not in (2, 7)])
-    want = image_scores(others.mean(0).expand(2, -1, -1, -1), everything[index])
-    for got, score in zip(floors(everything[index], everything, index, rng=generator()), want, strict=True):
+    others = torch.stack([image for i, image in enumerate(everything.inputs) if i not in (2, 7)])
+    want = image_scores(others.mean(0).expand(2, -1, -1, -1), everything.inputs[index])
+    for got, score in zip(floors(everything.inputs[index], everything, index, rng=generator()), want, strict=True):
         assert got["mean_image"].psnr_db == pytest.approx(score.psnr_db, abs=1e-5)
         assert got["mean_image"].ssim == pytest.approx(score.ssim, abs=1e-5)
+
+
+def test_class_mean_is_of_the_others_of_the_class() -> None:
+    everything, index = records(), torch.tensor([2, 5])  # of class 2, as 8 and 11 are
+    mean = everything.inputs[[8, 11]].mean(0).expand(2, -1, -1, -1)
+    for got, score in zip(
+        floors(everything.inputs[index], everything, index, rng=generator()), image_scores(mean, everything.inputs[index]), strict=True
+    ):
+        assert got["class_mean"].psnr_db == pytest.approx(score.psnr_db, abs=1e-5)
+
+
+def test_class_without_others_has_the_mean_of_all() -> None:
+    everything = replace(records(), labels=torch.tensor([1, *[0] * 11]))
+    got = floors(everything.inputs[:1], everything, torch.tensor([0]), rng=generator())[0]
+    assert got["class_mean"] == got["mean_image"]
+
+
+def test_what_the_class_tells_is_no_leakage_of_the_picture() -> None:
+    """Scikit-learn's nearest centroid is the independent reference: its centroids are what a label alone gives."""
+    data = digits(300)
+    index = torch.arange(40)
+    rest = NearestCentroid().fit(data.inputs[40:].flatten(1).numpy(), data.labels[40:].numpy())
+    known = torch.tensor(rest.centroids_[data.labels[:40].numpy()]).reshape(40, 1, 8, 8).float()
+    ours = [floors(data.inputs[i : i + 1], data, index[i : i + 1], rng=generator())[0] for i in range(40)]
+    learned = image_scores(known, data.inputs[:40])
+    assert np.mean([score.psnr_db - best_floor(own)[1].psnr_db for score, own in zip(learned, ours, strict=True)]) < 0.05
+    assert np.mean([own["class_mean"].psnr_db - own["mean_image"].psnr_db for own in ours]) > 1.5
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -42,38 +70,44 @@ def test_another_victim_is_never_the_victim(seed: int) -> None:
     everything = records(4)
     for own in range(4):
         index = torch.tensor([own])
-        score = floors(everything[index], everything, index, rng=generator(seed))[0]["another_victim"]
-        distances = [image_scores(everything[other : other + 1], everything[index])[0].mse for other in range(4) if other != own]
+        score = floors(everything.inputs[index], everything, index, rng=generator(seed))[0]["another_victim"]
+        distances = [
+            image_scores(everything.inputs[other : other + 1], everything.inputs[index])[0].mse for other in range(4) if other != own
+        ]
         assert any(score.mse == pytest.approx(distance) for distance in distances)
         assert score.mse > 1e-3
 
 
 def test_floors_have_the_freedom_of_assignment() -> None:
     everything, index = records(60), torch.arange(20)
-    batch = floors(everything[index], everything, index, rng=generator(3))
-    alone = [floors(everything[i : i + 1], everything, torch.tensor([i]), rng=generator(3 + i))[0] for i in range(20)]
+    batch = floors(everything.inputs[index], everything, index, rng=generator(3))
+    alone = [floors(everything.inputs[i : i + 1], everything, torch.tensor([i]), rng=generator(3 + i))[0] for i in range(20)]
     for name in ("another_victim", "random_guess"):
         assert sum(score[name].mse for score in batch) < 0.95 * sum(score[name].mse for score in alone)
 
 
 def test_uniform_noise_scores_what_its_moments_say() -> None:
-    everything = torch.full((30, 3, 32, 32), 0.5)
-    score = floors(everything[:1], everything, torch.tensor([0]), rng=generator())[0]["random_guess"]
+    everything = Batch(torch.full((30, 3, 32, 32), 0.5), torch.zeros(30, dtype=torch.int64))
+    score = floors(everything.inputs[:1], everything, torch.tensor([0]), rng=generator())[0]["random_guess"]
     assert score.mse == pytest.approx(1 / 12, rel=0.05)  # variance of a uniform number
 
 
 def test_floors_come_from_the_generator_and_need_somebody_else() -> None:
     everything, index = records(), torch.tensor([1])
-    assert floors(everything[index], everything, index, rng=generator(4)) == floors(everything[index], everything, index, rng=generator(4))
-    assert floors(everything[index], everything, index, rng=generator(4)) != floors(everything[index], everything, index, rng=generator(5))
-    assert set(floors(everything[index], everything, index, rng=generator())[0]) | {"shuffled_gradient"} == set(FLOORS)
+    assert floors(everything.inputs[index], everything, index, rng=generator(4)) == floors(
+        everything.inputs[index], everything, index, rng=generator(4)
+    )
+    assert floors(everything.inputs[index], everything, index, rng=generator(4)) != floors(
+        everything.inputs[index], everything, index, rng=generator(5)
+    )
+    assert set(floors(everything.inputs[index], everything, index, rng=generator())[0]) | {"shuffled_gradient"} == set(FLOORS)
     with pytest.raises(ValueError, match="must hold more than the batch of 12"):
-        floors(everything, everything, torch.arange(12), rng=generator())
+        floors(everything.inputs, everything, torch.arange(12), rng=generator())
 
 
 def test_batch_larger_than_the_rest_draws_others_again() -> None:
     everything = records(5)
-    assert len(floors(everything[:4], everything, torch.arange(4), rng=generator())) == 4
+    assert len(floors(everything.inputs[:4], everything, torch.arange(4), rng=generator())) == 4
 
 
 def test_best_floor_is_the_highest_psnr() -> None:
@@ -82,7 +116,7 @@ def test_best_floor_is_the_highest_psnr() -> None:
 
 
 def test_failed_floor_scores_as_mid_gray() -> None:
-    truth = records(2)
+    truth = records(2).inputs
     assert floor_scores(None, truth) == floor_scores(torch.full_like(truth, torch.nan), truth)
     assert floor_scores(None, truth) == image_scores(torch.full_like(truth, 0.5), truth)
 
@@ -154,7 +188,7 @@ def victims() -> list[tuple[Observation, Knowledge, torch.Tensor]]:
 def best_floor_db(number: int) -> float:
     """What the best guess without the update of this victim gets."""
     truth = victims()[number][2]
-    return best_floor(floors(truth, digits(300).inputs, torch.tensor([3 * number]), rng=generator(number))[0])[1].psnr_db
+    return best_floor(floors(truth, digits(300), torch.tensor([3 * number]), rng=generator(number))[0])[1].psnr_db
 
 
 def without_information(kind: str, of: list[tuple[Observation, Knowledge, torch.Tensor]], number: int) -> Observation:

@@ -58,7 +58,7 @@ def test_only_the_asked_attack_runs_on_shuffled_updates_and_only_of_the_sample(t
     assert plan(found).shuffled == 2
     assert run(found, tmp_path / "run", workers=1) == []
     floors = {(each.attack, each.senders): set(each.records[0].floors) for each in read_trials(tmp_path / "run")}
-    usual = {"mean_image", "another_victim", "random_guess"}
+    usual = {"mean_image", "class_mean", "another_victim", "random_guess"}
     assert [floors["random_guess", (client,)] for client in range(4)] == [usual] * 4
     assert [floors["linear_leak", (client,)] for client in range(4)] == [usual | {SAMPLE}] * 2 + [usual] * 2
 
