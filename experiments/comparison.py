@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.groups import Row, Scored, bounds, fixed_rng, mean
+from experiments.groups import Row, Scored, bounds, clusters, fixed_rng, mean
 from experiments.statistics import Interval, bootstrap_difference, holm, sign_flip_p
 
 
@@ -18,7 +18,7 @@ class Comparison:
 
 
 def compare(scored: Sequence[Scored], control: Sequence[Scored]) -> Comparison | None:
-    """Compare the victims that both arms share, resampled by the larger of the two uploads that a victim is in.
+    """Compare the victims that both arms share, resampled by the uploads of both arms that common records join.
 
     A victim on which the undefended attack misses its own floor gives no defense credit and is excluded (rule T13); where the
     control is at its floor, the ones that are left are its lucky ones, so that the difference errs towards the defense.
@@ -31,10 +31,10 @@ def compare(scored: Sequence[Scored], control: Sequence[Scored]) -> Comparison |
     counts = {"pairs": len(pairs), "excluded": len(shared) - len(pairs)}
     if not pairs:
         return Comparison(None, {"psnr_db": None, "identified": None, **counts, "p": None})
-    clusters = [max(item.upload, other.upload, key=lambda upload: len(upload[2])) for item, other in pairs]
+    of = clusters([item for item, _ in pairs], [other for _, other in pairs])
     values, reference = [item.record.psnr_db for item, _ in pairs], [other.record.psnr_db for _, other in pairs]
-    interval = bootstrap_difference(values, reference, clusters, rng=fixed_rng())
-    p = sign_flip_p([value - other for value, other in zip(values, reference, strict=True)], clusters, rng=fixed_rng())
+    interval = bootstrap_difference(values, reference, of, rng=fixed_rng())
+    p = sign_flip_p([value - other for value, other in zip(values, reference, strict=True)], of, rng=fixed_rng())
     identified = mean([float(item.record.identified) - float(other.record.identified) for item, other in pairs])
     return Comparison(interval, {"psnr_db": bounds(interval), "identified": {"mean": identified}, **counts, "p": p})
 

@@ -1,6 +1,7 @@
 """The scored records behind one row of the summary, and the numbers that every row takes of them.
 
-Records of one upload share its fate, so that every interval resamples or allows for whole uploads.
+Records of one upload share its fate, and a record in several uploads ties theirs together, so that every interval resamples or allows
+for whole clusters of uploads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from experiments.result import RecordResult, Trial
 from experiments.statistics import Interval, Rate, bootstrap_mean, clustered_rate
 
 Key = tuple[int, int, int, int]
-"""A victim: seed, round, client, record."""
+"""A victim in a round: seed, round, client, record."""
 
 Upload = tuple[int, int, tuple[int, ...]]
 """An upload: seed, round, senders."""
@@ -35,12 +36,17 @@ class Scored:
 
     @property
     def key(self) -> Key:
-        """The victim, the same under every arm."""
+        """The victim in its round, the same under every arm."""
         return self.trial.seed, self.trial.round, self.record.client, self.record.record
 
     @property
+    def victim(self) -> tuple[int, int, int]:
+        """Whose record it is, whatever the round: seed, client, record."""
+        return self.trial.seed, self.record.client, self.record.record
+
+    @property
     def upload(self) -> Upload:
-        """What is resampled as a whole: seed, round and senders of the upload that the record is in."""
+        """Seed, round and senders of the upload that the record is in."""
         return self.trial.seed, self.trial.round, self.trial.senders
 
     @cached_property
@@ -111,14 +117,52 @@ def told_apart(trials: Sequence[Trial]) -> bool:
     return any("oracle_used" in trial.flags and len(trial.records) > 1 for trial in trials)
 
 
+def clusters(scored: Sequence[Scored], others: Sequence[Scored] = ()) -> list[int]:
+    """What is resampled as a whole, by number: the uploads of a seed that a chain of common records joins.
+
+    A client that sends the same record in four attacked rounds is one victim, not four.
+
+    Args:
+        scored: each with its upload and record.
+        others: as many, of another arm: their uploads join, too.
+    """
+    parent: dict[object, object] = {}
+
+    def root(node: object) -> object:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for item in scored:
+        parent[root(item.upload)] = root(item.victim)
+    for item, other in zip(scored, others or scored, strict=True):
+        parent[root(other.upload)] = root(item.upload)
+    numbers: dict[object, int] = {}
+    return [numbers.setdefault(root(item.upload), len(numbers)) for item in scored]
+
+
 def interval_of(values: Sequence[float], scored: Sequence[Scored]) -> Interval:
-    """The mean of one value a record, with its interval over whole uploads."""
-    return bootstrap_mean(values, [item.upload for item in scored], rng=fixed_rng())
+    """The mean of one value a record, with its interval over whole clusters."""
+    return bootstrap_mean(values, clusters(scored), rng=fixed_rng())
 
 
 def rate_of(hits: Sequence[bool], scored: Sequence[Scored]) -> Rate:
-    """The share of hits; its interval allows for records of one upload sharing its fate."""
-    return clustered_rate(hits, [item.upload for item in scored], rng=fixed_rng())
+    """The share of hits; its interval allows for records of one cluster sharing its fate, and for one that is scored twice being one."""
+    return clustered_rate(hits, clusters(scored), rng=fixed_rng(), victims=[item.victim for item in scored])
+
+
+def seed_means(values: Sequence[float], scored: Sequence[Scored]) -> Row:
+    """The range of the seeds' means, which no interval over victims tells; empty of one seed.
+
+    All uploads of a seed share its initial model: see :mod:`experiments.statistics`.
+    """
+    by_seed: dict[int, list[float]] = {}
+    for value, item in zip(values, scored, strict=True):
+        by_seed.setdefault(item.trial.seed, []).append(float(value))
+    means = [math.fsum(own) / len(own) for own in by_seed.values()]
+    return {"seeds": {"low": min(means), "high": max(means)}} if len(means) > 1 else {}
 
 
 def fixed_rng() -> np.random.Generator:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.controls import SAMPLE, best_floor, label_floor
-from experiments.groups import Group, Row, Scored, Upload, bounds, interval_of, mean, rate_of
+from experiments.groups import Group, Row, Scored, Upload, bounds, interval_of, mean, rate_of, seed_means
 from experiments.ladder import BEST
 from experiments.metrics import chance
 from experiments.result import Trial
@@ -81,12 +81,16 @@ def _shuffled_owners(trial: Trial) -> float:
 
 
 def _distribution(values: Sequence[float], scored: Sequence[Scored]) -> Row:
-    return bounds(interval_of(values, scored)) | {
-        "min": min(values),
-        "median": float(np.median(values)),
-        "p95": float(np.quantile(values, 0.95)),
-        "max": max(values),
-    }
+    return (
+        bounds(interval_of(values, scored))
+        | seed_means(values, scored)
+        | {
+            "min": min(values),
+            "median": float(np.median(values)),
+            "p95": float(np.quantile(values, 0.95)),
+            "max": max(values),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def floor(scored: Sequence[Scored]) -> Row:
 def over_prior(scored: Sequence[Scored]) -> tuple[Interval, int] | None:
     """PSNR in dB above that of the same attack on shuffled updates, on the victims on which that was asked, and how many records these are.
 
-    What is not above it, the attack knew before: of a learned one, the mean of a class, say.
+    What is not above it, the attack knew before: of a learned one, the mean of what it learned from, say.
     """
     asked = [(item, item.record.floors.get("shuffled_gradient") or item.record.floors.get(SAMPLE)) for item in scored]
     pairs = [(item, blind) for item, blind in asked if blind is not None]

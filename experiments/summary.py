@@ -1,8 +1,8 @@
 """From trials to the table: one row for each arm, attack and view, and, if asked, attacked round.
 
-Failures count with the score of the mid-gray image. Every mean has an interval over whole uploads, every score its floor, and
-every defended arm its difference to the undefended one on the same victims and seeds. An attack that answered labels only is
-judged by its labels: its row has no scores of images.
+Failures count with the score of the mid-gray image. Every mean has an interval over whole clusters of uploads and, beside it, the range of
+the seeds' means; every score has its floor, and every defended arm its difference to the undefended one on the same victims and seeds.
+An attack that answered labels only is judged by its labels: its row has no scores of images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from experiments.checks import flags_for
 from experiments.comparison import compare, correct
 from experiments.facts import accuracy_difference, ceiling_of, columns
-from experiments.groups import Group, Row, Scored, bounds, independent, interval_of, mean, rate_of, told_apart
+from experiments.groups import Group, Row, Scored, bounds, clusters, independent, interval_of, mean, rate_of, seed_means, told_apart
 from experiments.json_lines import plain
 from experiments.ladder import BEST, best_per_victim
 from experiments.result import ArmFacts, Trial
@@ -104,13 +104,15 @@ def _control(group: Group, groups: Sequence[Group], control_arm: str | None) -> 
 
 
 def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, candidates: int, colluding: bool, one_round: bool) -> Row:
-    scored, uploads, seeds = group.scored, {item.upload for item in group.scored}, {trial.seed for trial in group.trials}
+    scored, seeds = group.scored, {trial.seed for trial in group.trials}
+    uploads, victims, groups = {item.upload for item in scored}, {item.victim for item in scored}, set(clusters(scored))
     statuses = {"ok": 0} | Counter(trial.status for trial in group.trials)
     pictured = [] if group.labels_only or group.chosen else scored
     named = [] if group.labels_only else scored
-    gain = interval_of([item.gain_db for item in pictured], pictured) if pictured else None
+    gains, hits = [item.gain_db for item in pictured], [item.record.identified for item in named]
+    gain = interval_of(gains, pictured) if pictured else None
     prior = over_prior(pictured)
-    identified = rate_of([item.record.identified for item in named], named) if named else None
+    identified = rate_of(hits, named) if named else None
     comparison = compare(pictured, control.scored) if pictured and control and control is not group else None
     certified_wrong = sum(bool(item.record.certificate) and not item.record.exact for item in scored)
     foreseen = [trial for trial in group.trials if trial.predicted is not None and trial.answered == "inputs"]
@@ -121,9 +123,9 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
     against_ceiling = rate_of([item.record.identified for item in firsts], firsts) if firsts else None
     flags = flags_for(
         statuses=statuses,
-        records=len(scored),
+        records=len(victims),
         seeds=len(seeds),
-        uploads=len(uploads),
+        uploads=len(groups),
         unconverged=sum(trial.status == "ok" and not trial.converged for trial in group.trials),
         gain=above_floor(group, candidates),
         prior=prior[0] if prior else None,
@@ -150,17 +152,21 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         "control": control is group,
         "against": control.arm if control else None,
         "rounds": sorted({trial.round for trial in group.trials}),
-        "victims": len(scored),
+        "victims": len(victims),
+        "scored": len(scored),
         "seeds": len(seeds),
         "uploads": len(uploads),
+        "independent_uploads": len(groups),
         "statuses": statuses,
         "reasons": sorted({trial.reason for trial in group.trials if trial.reason}),
         "scores": scores(group) if scored else {},
         "floor": floor(pictured) if pictured else None,
-        "gain": {"psnr_db": bounds(gain)} if gain else None,
+        "gain": {"psnr_db": bounds(gain) | seed_means(gains, pictured)} if gain else None,
         "over_prior": {"psnr_db": bounds(prior[0]), "records": prior[1]} if prior else None,
         "difference_to_control": comparison.row if comparison else None,
-        "identified": bounds(identified) | {"chance": guessed(group, candidates), "candidates": candidates} if identified else None,
+        "identified": bounds(identified) | seed_means(hits, named) | {"chance": guessed(group, candidates), "candidates": candidates}
+        if identified
+        else None,
         "attributed": attributed(scored),
         "certified": {
             "records": sum(bool(item.record.certificate) for item in scored),

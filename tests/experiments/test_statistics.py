@@ -47,6 +47,18 @@ def test_rate_of_records_that_share_an_upload_is_never_the_narrower_one() -> Non
     assert clustered_rate([True] * 8, ["only"] * 8, rng=rng()).low == 0.0
 
 
+def test_a_victim_that_is_scored_again_is_no_new_one() -> None:
+    of = list(np.repeat(np.arange(18), 4))
+    for each in ([True] * 18, [False] * 18, [True] * 5 + [False] * 13):
+        again, once = clustered_rate(list(np.repeat(each, 4)), of, rng=rng(), victims=of), binomial_rate(sum(each), 18)
+        assert again.rate == once.rate
+        assert again.low <= once.low + 1e-12
+        assert again.high >= once.high - 1e-12
+    assert (again.low, again.high) == pytest.approx((once.low, once.high), abs=0.05)
+    assert clustered_rate([True] * 72, of, rng=rng(), victims=of).low == pytest.approx(0.025 ** (1 / 18))  # not the 1/72 of 72 victims
+    assert clustered_rate([True] * 72, of, rng=rng()).low == pytest.approx(0.025 ** (1 / 72))
+
+
 def test_bootstrap_of_many_single_records_is_the_t_interval() -> None:
     values = rng(1).normal(20, 3, size=400)
     interval = bootstrap_mean(list(values), range(400), rng=rng())
@@ -66,7 +78,33 @@ def test_records_of_one_upload_are_one_observation() -> None:
 
 def test_clusters_of_unequal_size_weigh_by_their_records() -> None:
     interval = bootstrap_mean([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"], rng=rng())
-    assert (interval.mean, interval.low, interval.high) == (2.0, 1.0, 5.0)
+    error = math.sqrt(1 / 2 * ((5.0 - 2.0) ** 2 + (1.0 - 2.0) ** 2))  # the means without a and without b, beside that of all
+    assert interval.mean == 2.0
+    assert (interval.low, interval.high) == pytest.approx((2 - 12.706 * error, 2 + 12.706 * error), rel=1e-4)
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 4, 5])
+def test_few_clusters_have_students_interval_of_their_means(clusters: int) -> None:
+    means = rng(10).normal(5, 2, size=clusters)
+    interval = bootstrap_mean(list(np.repeat(means, 4)), list(np.repeat(np.arange(clusters), 4)), rng=rng())
+    want = stats.t.interval(0.95, clusters - 1, loc=means.mean(), scale=stats.sem(means))
+    assert interval.low <= want[0] + 1e-9
+    assert interval.high >= want[1] - 1e-9
+    assert (interval.low, interval.high) == pytest.approx(want, abs=0.3 * (want[1] - want[0]))  # nor much wider
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3,) * 2, (3,) * 3, (3,) * 4, (3,) * 5, (3,) * 6, (1, 3), (1, 2, 4), (1, 2, 4, 8), (1, 1, 8), (1, 1, 1, 1, 12)], ids=str
+)
+def test_coverage_of_two_to_six_clusters_of_any_size_is_about_95_percent(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    draw, of, hits, runs = rng(3), np.repeat(np.arange(len(sizes)), sizes), 0, 1000
+    for _ in range(runs):
+        values = draw.normal(size=len(sizes))[of] + draw.normal(size=len(of))
+        interval = bootstrap_mean(list(values), list(of), rng=rng())
+        hits += interval.low <= 0 <= interval.high
+    one_rules = max(sizes) >= 8 * min(sizes)  # then there are fewer degrees of freedom than clusters
+    assert hits / runs == pytest.approx(0.95, abs=0.045 if one_rules else 0.025)  # 3.6 standard errors of the simulation
 
 
 @pytest.mark.parametrize("skewed", [False, True])

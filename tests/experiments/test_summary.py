@@ -13,10 +13,11 @@ import pytest
 from scipy import stats
 
 from experiments.checks import EQUIVALENCE_DB, FLAGS, INFORMATION, flags_for
+from experiments.groups import Scored, clusters, fixed_rng, interval_of, rate_of
 from experiments.json_lines import ResultError
 from experiments.metrics import ImageScores
 from experiments.result import ArmFacts, RecordResult, Trial
-from experiments.statistics import Interval, Rate, binomial_rate
+from experiments.statistics import Interval, Rate, binomial_rate, bootstrap_mean, clustered_rate
 from experiments.summary import summarize
 
 FLOOR_DB = 12.0
@@ -170,7 +171,7 @@ def test_row_has_the_keys_and_types_of_the_schema() -> None:
     assert set(got["scores"]["psnr_db"]) >= {"mean", "low", "high", "min", "median", "max"}
     assert set(got["scores"]["label_accuracy"]) == {"mean", "low", "high", "floor"}
     assert (got["answered"], got["control"]) == ("inputs", True)
-    assert set(got["gain"]["psnr_db"]) == {"mean", "low", "high"}
+    assert set(got["gain"]["psnr_db"]) == {"mean", "low", "high", "seeds"}
     assert set(got["identified"]) >= {"rate", "low", "high", "chance"}
 
 
@@ -334,7 +335,7 @@ def test_rates_of_joint_batches_are_no_narrower_than_whole_uploads_allow() -> No
     lucky = [
         replace(t, records=tuple(replace(r, identified=True, exact=True, rank=1) for r in t.records)) for t in aggregate("secagg", 25.0)
     ]
-    uploads = [replace(t, round=at) for at in range(4) for t in (lucky if at == 0 else aggregate("secagg", 12.5))]
+    uploads = [replace(t, seed=4 * t.seed + at) for at in range(4) for t in (lucky if at == 0 else aggregate("secagg", 12.5))]
     got, records = row(summary(uploads), "secagg"), binomial_rate(16, 64)
     assert got["identified"]["rate"] == 0.25
     for rate in (got["identified"], got["scores"]["exact"]):
@@ -360,7 +361,8 @@ def test_aggregate_is_compared_victim_by_victim_and_resampled_by_the_aggregate()
     assert (got["view"], got["victims"], got["uploads"]) == ("aggregate", 16, 2)
     assert got["identified"]["chance"] == pytest.approx(8 / 100)
     control = [t.records[0].psnr_db for t in arm("none", 25.0)]
-    ends = sorted([12.5 - np.mean(control[:8]), 12.5 - np.mean(control[8:])])  # two clusters: nothing beyond the two seeds' means
+    seeds = [12.5 - np.mean(control[:8]), 12.5 - np.mean(control[8:])]  # two clusters: nothing beyond the two seeds' means
+    ends = stats.t.interval(0.95, 1, np.mean(seeds), stats.sem(seeds))
     difference = got["difference_to_control"]
     assert difference["pairs"] == 16
     assert (difference["psnr_db"]["low"], difference["psnr_db"]["high"]) == pytest.approx(ends)
@@ -374,12 +376,61 @@ def test_rounds_share_a_row_or_have_their_own() -> None:
     late = [replace(t, round=5) for t in arm("none", 15.0)] + [replace(t, round=5) for t in arm("clip", 15.0)]
     trials = arm("none", 25.0) + arm("clip", 25.0) + late
     pooled, split = summary(trials), summary(trials, by_round=True)
-    assert [(r["defense"], r["rounds"], r["victims"]) for r in pooled["rows"]] == [("none", [1, 5], 32), ("clip", [1, 5], 32)]
+    assert [(r["defense"], r["rounds"], r["victims"]) for r in pooled["rows"]] == [("none", [1, 5], 16), ("clip", [1, 5], 16)]
+    assert [(r["scored"], r["uploads"], r["independent_uploads"]) for r in pooled["rows"]] == [(32, 32, 16)] * 2
     means = [r["scores"]["psnr_db"]["mean"] for r in (row(pooled, "clip"), split["rows"][1], split["rows"][3])]
     assert means[0] == pytest.approx((means[1] + means[2]) / 2)
     assert [(r["defense"], r["rounds"]) for r in split["rows"]] == [("none", [1]), ("clip", [1]), ("none", [5]), ("clip", [5])]
     for defended in (*split["rows"][1::2], row(pooled, "clip")):
         assert defended["difference_to_control"]["psnr_db"]["mean"] == pytest.approx(0)  # each victim against itself in the same round
+
+
+def test_a_record_that_is_sent_in_four_rounds_is_one_victim() -> None:
+    once = arm("none", 25.0, clients=3)
+    again = [replace(t, round=at) for at in (1, 6, 11, 16) for t in once]
+    one, four = row(summary(once), "none"), row(summary(again), "none")
+    assert (four["victims"], four["scored"], four["uploads"], four["independent_uploads"]) == (6, 24, 24, 6)
+    for name in ("mean", "low", "high"):
+        assert four["scores"]["psnr_db"][name] == pytest.approx(one["scores"]["psnr_db"][name])
+        assert four["gain"]["psnr_db"][name] == pytest.approx(one["gain"]["psnr_db"][name])
+    assert four["identified"]["low"] == pytest.approx(one["identified"]["low"]) == pytest.approx(0.025 ** (1 / 6))
+    assert "few_victims" in four["flags"]
+    assert "few_uploads" in row(summary(again[::6] + again[1::6]), "none")["flags"]  # two of the six
+    others = [replace(t, records=(replace(t.records[0], record=100 * t.round),)) for t in again]  # other records of the same clients
+    assert row(summary(others), "none")["independent_uploads"] == 24
+
+
+def test_cohorts_with_a_common_record_are_resampled_together() -> None:
+    def of(round: int, *clients: int) -> Trial:
+        return trial(round=round, senders=clients, records=tuple(record(client, client) for client in clients))
+
+    chained = [of(1, 0, 1), of(2, 1, 2), of(3, 2, 3), of(4, 4, 5)]
+    scored = [Scored(t, r) for t in chained for r in t.records]
+    assert clusters(scored) == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert clusters(scored[:2] + scored[6:]) == [0, 0, 1, 1]
+    assert clusters(scored[::-1]) == [0, 0, 1, 1, 1, 1, 1, 1]
+    alone = [Scored(of(1, client), record(client, client)) for client in range(4)]
+    pairs = [Scored(of(1, *both), record(client, client)) for both in ((0, 1), (2, 3)) for client in both]
+    assert clusters(alone, pairs) == clusters(pairs, alone) == [0, 0, 1, 1]
+
+
+def test_rows_of_one_round_are_resampled_by_the_upload_as_ever() -> None:
+    singles, joint = arm("none", 25.0, spread=5.0), [replace(t, senders=(t.senders[0] // 2,)) for t in arm("none", 25.0, spread=5.0)]
+    for trials in (singles, aggregate("none", 20.0), joint):
+        scored = [Scored(t, r) for t in trials for r in t.records]
+        values, hits = [item.gain_db for item in scored], [item.record.psnr_db > 25 for item in scored]
+        uploads = [item.upload for item in scored]
+        assert interval_of(values, scored) == bootstrap_mean(values, uploads, rng=fixed_rng())  # to the bit
+        assert rate_of(hits, scored) == clustered_rate(hits, uploads, rng=fixed_rng())
+
+
+def test_the_range_of_the_seeds_means_stands_beside_the_interval() -> None:
+    trials = arm("none", 20.0, spread=0.0)[:8] + arm("none", 30.0, spread=0.0, identified=False)[8:]
+    got = row(summary(trials), "none")
+    assert got["gain"]["psnr_db"]["seeds"] == {"low": 8.0, "high": 18.0}
+    assert got["scores"]["psnr_db"]["seeds"] == {"low": 20.0, "high": 30.0}
+    assert got["identified"]["seeds"] == {"low": 0.0, "high": 1.0}
+    assert "seeds" not in row(summary(trials[:8]), "none")["gain"]["psnr_db"]  # one seed has no range
 
 
 def test_no_row_depends_on_the_others() -> None:
@@ -464,7 +515,10 @@ def test_every_flag_is_explained_in_one_line() -> None:
 
 def test_rows_tell_of_candidates_that_were_told_of_accomplices_and_of_the_stack() -> None:
     gray = {"psnr_db": 7.0, "ssim": 0.0, "mse": 0.2}
-    named = [replace(each, attack="identifier", answered="candidates", records=tuple(replace(r, **gray) for r in each.records)) for each in arm("dp", 25.0)]
+    named = [
+        replace(each, attack="identifier", answered="candidates", records=tuple(replace(r, **gray) for r in each.records))
+        for each in arm("dp", 25.0)
+    ]
     table = summarize(
         [*arm("dp", 25.0), *arm("dp", 20.0, attack="other"), *named], [ArmFacts(arm="dp", seed=0, accuracy=0.8, epsilon=1.0, ceiling=0.2)],
         candidates=100, control_arm="none", environment={}, version="0.1", stacks={"dp": ("dp_sgd", "clip")}, colluding=True,
@@ -494,7 +548,14 @@ def test_ceilings_of_a_row_are_the_loosest_of_its_seeds_and_say_what_they_assume
 
 
 def test_a_row_has_the_ceiling_of_its_rounds_and_beside_it_that_of_the_whole_training() -> None:
-    seen = {"ceiling": 0.6, "ceiling_by_round": {"1": 0.4, "3": 0.6}, "training_ceiling": 0.9, "latest_seen": 3, "epsilon": 2.0, "delta": 1e-5}
+    seen = {
+        "ceiling": 0.6,
+        "ceiling_by_round": {"1": 0.4, "3": 0.6},
+        "training_ceiling": 0.9,
+        "latest_seen": 3,
+        "epsilon": 2.0,
+        "delta": 1e-5,
+    }
     facts = ArmFacts(arm="none", seed=0, accuracy=1.0, **seen)
     assert ArmFacts.from_json(facts.to_json()) == facts
     trials = [trial(round=round, senders=(at,), records=(record(at, 10 * round + at),)) for round in (1, 3) for at in range(8)]
