@@ -8,12 +8,13 @@ from math import log2, prod
 from typing import Any
 
 from attacks._features import relu_entrance
-from attacks._gradient import LOSSY, noise_level
+from attacks._gradient import noise_level
 from attacks._intact import changed, lossy
 from attacks._layers import first_linear
 from attacks._learned.train import compression
 from attacks._matching.coarse import kind_of
 from attacks._second_order.smoothness import is_smooth
+from attacks.modeled import LOSSY, NOISY
 from attacks.update.adaptive_matching import AdaptiveMatching
 from attacks.update.april import April
 from attacks.update.cocktail_party import CocktailParty
@@ -85,11 +86,8 @@ BITS = 32
 
 ADAPTED = (*LOSSY, "precode")
 """Defenses against which matching in defense space finds far more than matching of the update as it is, on digits by 3 dB to 30:
-``pytest --slow tests/attacks/test_adaptive.py -k "found_by_sampling or no_protection"``."""
-
-NOISY = ("gaussian_noise", "laplace_noise", "client_dp", "local_dp", "dp_sgd")
-"""The same for noise above :data:`NOISE`, by 4 dB in that test, where public digits help; photographs gained nothing in a trial that no
-command repeats."""
+``pytest --slow tests/attacks/test_adaptive.py -k "found_by_sampling or no_protection"``. It does so against :data:`NOISY` ones
+above :data:`NOISE`, too, by 4 dB in that test, where public digits help; photographs gained nothing in a trial that no command repeats."""
 
 BLIND = 32
 """Records up to which linear_leak and sparse_factorization, which start by chance, need no help; beyond, cocktail_party takes the place

@@ -8,15 +8,9 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
+from attacks.modeled import CLIPPING, NOISY_SUMS, PER_RECORD
 from simulator.adversary import Knowledge
 from simulator.types import LocalTraining, Observation, Tensors
-
-PER_RECORD = ("dp_sgd",)
-CLIPPING = ("clip", "client_dp", "central_dp", "local_dp", "distributed_dp", "adaptive_clipping", "simulated_enclave", *PER_RECORD)
-"""Defenses that scale an update, or each record's gradient, down to a norm which is a setting of theirs, or was broadcast."""
-
-LOSSY = ("top_k", "random_pruning", "sign_sgd", "qsgd", "soteria", "outpost", "censor")
-"""Heuristic defenses after which an update is no longer a multiple of what the client computed, nor that plus small noise."""
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -142,6 +136,11 @@ def clip_limit(view: Observation, name: str, settings: Mapping[str, object]) -> 
     return 0.0 if settings.get("mechanism") == "laplace" else float(str(settings["clip_norm"]))
 
 
+def number(settings: Mapping[str, object], name: str) -> float:
+    """A setting as a number."""
+    return float(str(settings[name]))
+
+
 def norm(tensors: Tensors) -> float:
     """The L2 norm of all tensors together, in float64."""
     return float(torch.stack([tensor.double().square().sum() for tensor in tensors.values()]).sum().sqrt())
@@ -184,7 +183,7 @@ def noise_level(view: Observation, knowledge: Knowledge) -> float:
             square += (2 * told["noise_multiplier"] * told["clip_norm"]) ** 2 * (2 if settings["mechanism"] == "laplace" else 1)
         if name == "client_dp":
             square += (told["noise_multiplier"] * told["clip_norm"]) ** 2 if told["noise_multiplier"] else 0.0
-        if name in ("distributed_dp", "simulated_enclave"):
+        if name in NOISY_SUMS:
             square += share_of_noise(settings, senders) ** 2
         if name == "dp_sgd" and told["noise_multiplier"]:
             batch = min(knowledge.training.batch_size or records, records)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from attacks._gradient import LOSSY, steps_taken
+from attacks._gradient import steps_taken
 from attacks._matching.defended import struck
+from attacks.modeled import LOSSY
 from simulator.adversary import Knowledge
 from simulator.types import Observation
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks._identify.choice import Owners
+from attacks.modeled import MIXING, TRANSFORMING
 from simulator.adversary import Knowledge
 from simulator.mechanisms import augment
 from simulator.types import Batch
-
-MIXING = ("mixup", "instahide")
 
 ALONE = 0.97
 """Share from which on a partner of another class is taken for noise."""
@@ -26,7 +25,7 @@ GRAY = 0.5
 
 def mixing(knowledge: Knowledge) -> tuple[str, Mapping[str, object]] | None:
     """Name and settings of the one defense that mixes records, if there is one and no other changes them."""
-    changing = [(name, settings) for name, settings in knowledge.defenses if name in (*MIXING, "ats")]
+    changing = [(name, settings) for name, settings in knowledge.defenses if name in (*MIXING, *TRANSFORMING)]
     return changing[0] if len(changing) == 1 and changing[0][0] in MIXING else None
 
 
@@ -36,7 +35,7 @@ def transformed(pool: Batch, knowledge: Knowledge) -> tuple[Batch, Owners]:
     Policies are equally likely, and within one all signs; of policies with fewer signs each outcome is repeated.
     """
     owner = torch.arange(len(pool))
-    for settings in (settings for name, settings in knowledge.defenses if name == "ats"):
+    for settings in (settings for name, settings in knowledge.defenses if name in TRANSFORMING):
         policies = augment.policies(str(settings["policy"]))
         made = [[each for policy in policies for each in _evenly(pool.inputs[i], policy, policies)] for i in range(len(pool))]
         owner = owner.repeat_interleave(len(made[0]))

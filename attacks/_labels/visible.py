@@ -17,15 +17,13 @@ from attacks._gradient import mean_gradient, several_steps
 from attacks._intact import lossy
 from attacks._labels.runs import reference
 from attacks._layers import all_buffers
+from attacks.modeled import PRUNING
 from simulator.adversary import Knowledge
 from simulator.training import mean_gradient as gradient_of
 from simulator.types import Batch, Broadcast, Observation
 
 MOST_MB = 128
 """For the gradients of public records; larger networks are left to their heads."""
-
-PRUNING = ("top_k", "random_pruning")
-"""Defenses of which a zero is no observation."""
 
 Gradients = Float[Tensor, "records coordinates"]
 

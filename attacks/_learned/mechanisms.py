@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
-from attacks._gradient import clip_limit, share_of_noise
+from attacks._gradient import clip_limit, number, share_of_noise
+from attacks.modeled import IN_THE_VIEW, LATENT, LOSSY, NOISY_LATER, NOISY_SUMS
 from simulator.adversary import Knowledge
 from simulator.mechanisms.censor import orthogonal_update
 from simulator.mechanisms.outpost import perturbed, risks
@@ -27,21 +28,6 @@ from simulator.types import Observation, Tensors, Update
 
 Stack = Float[Tensor, "pairs coordinates"]
 Settings = Mapping[str, object]
-
-COMPRESSING = ("top_k", "random_pruning", "sign_sgd", "qsgd", "soteria", "outpost", "censor")
-"""Heuristics that are simulated by :mod:`simulator.mechanisms`."""
-
-SIMULATED = (
-    "clip", "client_dp", "local_dp", "gaussian_noise", "laplace_noise", "dp_sgd", "central_dp", "adaptive_clipping", "distributed_dp",
-    "simulated_enclave", *COMPRESSING,
-)  # fmt: skip
-"""Defenses that change an upload's values and are simulated."""
-
-HARMLESS = (
-    "model_inspection", "secure_aggregation", "ckks_aggregation",
-    "precode", "no_first_bias", "group_norm", "frozen_first_layer",
-)  # fmt: skip
-"""Defenses that leave an honest server's view as it is, change only how many senders one upload has, or are part of the model."""
 
 FEWEST = 32
 """Coordinates below which a tensor's values show no pattern of compression."""
@@ -90,11 +76,6 @@ class Chain:
         return tuple(step for step in self.steps if step.heuristic)
 
 
-def number(settings: Settings, name: str) -> float:
-    """A setting as a number."""
-    return float(str(settings[name]))
-
-
 def chain(view: Observation, knowledge: Knowledge) -> Chain:
     """What the adversary was told of the clients' defenses, in the order in which they act."""
     record, steps, unknown = None, list[Step](), list[str]()
@@ -106,9 +87,9 @@ def chain(view: Observation, knowledge: Knowledge) -> Chain:
             steps.append(Step(clip_norm=number(settings, "clip_norm")))
             if name == "client_dp" and (times := number(settings, "noise_multiplier")):
                 steps.append(Step(sigma=times * number(settings, "clip_norm")))
-        elif name in ("central_dp", "adaptive_clipping"):  # the server's noise comes after what it saw
+        elif name in NOISY_LATER:  # the server's noise comes after what it saw
             steps.append(Step(clip_norm=clip_limit(view, name, settings)))
-        elif name in ("distributed_dp", "simulated_enclave"):  # noise on the sum, of which each sender has its share
+        elif name in NOISY_SUMS:  # noise on the sum, of which each sender has its share
             steps.append(Step(clip_norm=clip_limit(view, name, settings)))
             steps.append(Step(sigma=share_of_noise(settings, len(view.upload.senders))))
         elif name == "gaussian_noise":
@@ -121,9 +102,9 @@ def chain(view: Observation, knowledge: Knowledge) -> Chain:
                 steps.append(Step(clip_norm=number(settings, "clip_norm")))
             scale = 2 * times * number(settings, "clip_norm") if times else 0.0
             steps.append(Step(sigma=scale if gaussian else 2**0.5 * scale))
-        elif name in COMPRESSING:
+        elif name in LOSSY:
             steps.append(Step(heuristic=name, settings=settings))
-        elif name not in HARMLESS:
+        elif name not in (*IN_THE_VIEW, *LATENT):  # a latent is a part of the model, which is run as it is
             unknown.append(name)
     steps = [step for step in steps if step.sigma or isfinite(step.clip_norm) or step.heuristic]
     last = 0.0

@@ -16,12 +16,13 @@ from attacks._matching.latents import bottlenecks
 from attacks._matching.linearized import Kind, Mechanism, of_class, rebuilt
 from attacks._matching.simulate import Victim, prepare, unroll_length
 from attacks._matching.stack import known_stack
+from attacks.modeled import NOISY
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.types import Observation
 
 KINDS: dict[str, Kind] = {"top_k": "exact", "random_pruning": "exact", "sign_sgd": "signs", "qsgd": "rounded"}
 
-NOISY = ("clip", "gaussian_noise", "laplace_noise", "client_dp", "local_dp", "dp_sgd")
+BEFORE = ("clip", *NOISY)
 """Defenses that may come before one of those, or without: clipping, and noise on every coordinate."""
 
 FAINT = 0.2
@@ -45,7 +46,7 @@ def kind_of(view: Observation, knowledge: Knowledge) -> Kind | None:
     """Which likelihood fits; None where this is not for the view: other defenses, several records, rounds or steps, large pictures."""
     names = [name for name, _ in knowledge.defenses]
     alone = len(view.upload.senders) == 1 and knowledge.num_examples == 1 and unroll_length(view, knowledge) == 1
-    known = all(name in NOISY for name in names[:-1]) and bool(names) and names[-1] in (*KINDS, *NOISY)
+    known = all(name in BEFORE for name in names[:-1]) and bool(names) and names[-1] in (*KINDS, *BEFORE)
     if not alone or not known or knowledge.training.optimizer != "sgd":
         return None
     pixels, size = prod(knowledge.schema.shape), sum(tensor.numel() for tensor in view.upload.update.tensors.values())
@@ -53,7 +54,7 @@ def kind_of(view: Observation, knowledge: Knowledge) -> Kind | None:
         return None
     random = bool(dropping_layers(knowledge.model)) or bool(bottlenecks(knowledge.model))
     normed = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in knowledge.model.modules())
-    if random or normed or (names[-1] in NOISY and not known_stack(view, knowledge).distance.random):
+    if random or normed or (names[-1] in BEFORE and not known_stack(view, knowledge).distance.random):
         return None
     if names[-1] == "laplace_noise" and noise_level(view, knowledge) < FAINT:
         return None

@@ -7,29 +7,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from attacks._gradient import records_per_sender, share_of_noise, steps_taken
+from attacks._gradient import number, records_per_sender, share_of_noise, steps_taken
 from attacks._layers import probe
 from attacks._matching.defended import Defended, struck
+from attacks.modeled import LATENT, MIXING, NOISY_SUMS, PRUNING
 from simulator.adversary import Knowledge
 from simulator.mechanisms.outpost import probability, risks
 from simulator.models.latent import Bottleneck
 from simulator.types import Observation
 
 Settings = Mapping[str, object]
-
-ON_UPDATES = (
-    "clip", "client_dp", "local_dp", "distributed_dp", "simulated_enclave", "gaussian_noise", "laplace_noise", "dp_sgd",
-    "top_k", "random_pruning", "sign_sgd", "qsgd", "soteria", "outpost", "censor",
-)  # fmt: skip
-"""Defenses of the update whose effect is applied to the simulated one."""
-
-ON_MODELS = ("precode",)
-"""Defenses of the model whose randomness is read off the update or found along with the records."""
-
-ON_RECORDS = ("mixup", "instahide")
-"""Defenses that mix records and labels: what leaks is the mixture, trained towards soft labels, which are found along with it."""
-
-MODELED = (*ON_UPDATES, *ON_MODELS, *ON_RECORDS)
 
 
 @dataclass(frozen=True)
@@ -52,11 +39,6 @@ class Stack:
     def plain(self) -> bool:
         """Whether an attack that knows of no defense does the same."""
         return self == Stack(Defended(clip_norm=self.distance.clip_norm))
-
-
-def number(settings: Settings, name: str) -> float:
-    """A setting as a number."""
-    return float(str(settings[name]))
 
 
 def known_stack(view: Observation, knowledge: Knowledge) -> Stack:
@@ -91,7 +73,7 @@ def _with(found: Stack, name: str, settings: Settings, view: Observation, knowle
         return replace(found, distance=noised(distance, number(settings, "sigma")))
     if name == "laplace_noise":
         return replace(found, distance=replace(distance, laplace=number(settings, "scale")))
-    if name in ("distributed_dp", "simulated_enclave"):  # on the sum as a whole
+    if name in NOISY_SUMS:  # on the sum as a whole
         clip = number(settings, "clip_norm")
         bounded = replace(distance, clip_norm=min(distance.clip_norm, clip)) if name == "distributed_dp" else distance
         return replace(found, distance=noised(bounded, share_of_noise(settings, len(view.upload.senders))))
@@ -102,7 +84,7 @@ def _with(found: Stack, name: str, settings: Settings, view: Observation, knowle
         if knowledge.num_examples == 1 and view.upload.update.kind == "gradient":
             distance = replace(distance, clip_norm=min(distance.clip_norm, clip))
         return replace(found, record_clip=clip, distance=noised(distance, dp_sgd_noise(view, knowledge, clip, times)))
-    if name in ("top_k", "soteria", "random_pruning"):
+    if name in (*PRUNING, "soteria"):
         return replace(found, distance=replace(distance, masked=True))
     if name == "sign_sgd":
         return replace(found, distance=replace(distance, signs=True))
@@ -114,9 +96,9 @@ def _with(found: Stack, name: str, settings: Settings, view: Observation, knowle
     if name == "censor":
         acts = not (last := int(number(settings, "rounds"))) or view.broadcast.round <= last
         return replace(found, distance=replace(distance, orthogonal=acts))
-    if name == "precode":
+    if name in LATENT:
         return replace(found, latent=True, distance=replace(distance, weights=before_noise(view, knowledge)))
-    return replace(found, mixed=True) if name in ON_RECORDS else found
+    return replace(found, mixed=True) if name in MIXING else found
 
 
 def hidden(distance: Defended, view: Observation, knowledge: Knowledge) -> Defended:
@@ -127,7 +109,7 @@ def hidden(distance: Defended, view: Observation, knowledge: Knowledge) -> Defen
     tensors = view.upload.update.tensors.values()
     zeros = sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
     for name, settings in knowledge.defenses:
-        if name not in ("top_k", "random_pruning") or not distance.sigma or zeros > number(settings, "pruned") / 2:
+        if name not in PRUNING or not distance.sigma or zeros > number(settings, "pruned") / 2:
             continue
         if name == "top_k":
             distance = replace(distance, masked=False, pruned=number(settings, "pruned"))
@@ -192,8 +174,3 @@ def outpost(distance: Defended, settings: Settings, view: Observation, knowledge
     expected = sum(probability(before + step, number(settings, "decay")) for step in range(1, steps + 1))
     scale = knowledge.training.learning_rate * expected**0.5
     return replace(distance, sigma=tuple(max(scale * each[name], 1e-8) for name in each)) if noise else distance
-
-
-def models(knowledge: Knowledge) -> tuple[str, ...]:
-    """The disclosed defenses that :func:`known_stack` models beyond clipping, to which angles are blind."""
-    return tuple(name for name, _ in knowledge.defenses if name in MODELED and name != "clip")
