@@ -5,7 +5,7 @@
 It fails closed: what it does not know, or cannot certify for this adversary, has ε = ∞ and a reason. Several mechanisms in a row are
 each valid alone, since what follows a mechanism is post-processing (hooks are handed the update and nothing private) and what precedes
 it is part of what it bounds; their claims are not combined, the best one is the guarantee. Claims for different units or kinds of neighbors
-say different things: the best of each is kept.
+say different things, and so do those against a server that sees less than every upload: the best of each is kept.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Guarantee:
         epsilon: ε ≥ 0; inf where nothing is certified.
         delta: the probability that ε does not bound; below 1/records.
         adversary: against whom it holds.
+        viewer: the same in words, with what is seen; where it is less than every upload, it says on whom that rests.
         unit: what one neighbor changes; ``none`` where nothing is certified, as in the next three.
         adjacency: how neighbors differ.
         sampling: what the adversary does not know of who took part.
@@ -58,12 +59,14 @@ class Guarantee:
         sentence: the guarantee, or why there is none, in words.
         closed_form: exact Gaussian-DP ε as a cross-check of the accountant; None where the event is not a plain Gaussian.
         claim: the claim that was certified: what ``bounds.reconstruction_ceiling`` takes.
-        others: the best guarantees for another unit or another kind of neighbor, whose ε say something else; the sentence names them.
+        others: the best guarantees for another unit, another kind of neighbor, or against who sees more, whose ε say something else; the
+            sentence names them.
     """
 
     epsilon: float
     delta: float
     adversary: Adversary
+    viewer: str
     unit: Literal["record", "client", "none"]
     adjacency: str
     sampling: str
@@ -102,15 +105,21 @@ def guarantee(world: World, *, records_held: Sequence[int], delta: float = 1e-5,
         raise SpecError(f"delta must be > 0 and < 1/records = {1 / records:.3g}, got {delta}. Use the default 1e-5, or 0.1/records.")
     sound, reasons = certified(world, records_held=records_held, adversary=adversary)
     found = [certify(claim, delta, adversary) for claim in sound]
-    kinds: dict[tuple[str, str], Guarantee] = {}
+    kept: list[Guarantee] = []
     for one in sorted(found, key=lambda one: one.epsilon):
-        if one.epsilon < math.inf:
-            kinds.setdefault((one.unit, one.adjacency.split()[0]), one)
-    if kinds:
-        best, *others = kinds.values()
+        if one.epsilon < math.inf and not any(covers(smaller, one) for smaller in kept):
+            kept.append(one)
+    if kept:
+        best, *others = kept
         return replace(best, sentence=" ".join(one.sentence for one in (best, *others)), others=tuple(others))
     nothing = "the accountant finds no finite ε" if world.defenses else "no defense is in place"
     return no_guarantee(delta, adversary, reasons or [nothing])
+
+
+def covers(smaller: Guarantee, other: Guarantee) -> bool:
+    """Whether what ``smaller``, of no larger ε, says implies the other one: of the same neighbors, against who sees as much or more."""
+    as_much = smaller.viewer in (VIEWER[smaller.adversary], other.viewer)
+    return as_much and (smaller.unit, smaller.adjacency.split()[0]) == (other.unit, other.adjacency.split()[0])
 
 
 def certified(world: World, *, records_held: Sequence[int], adversary: Adversary = "server") -> tuple[list[Claim], list[str]]:
@@ -185,8 +194,8 @@ def objection(claim: Claim, world: World, place: int, adversary: Adversary) -> s
     if claim.unit == "client" and any(isinstance(leaf, PoissonSampledDpEvent) for leaf, _ in leaves(claim.event)):
         return f"{name} claims amplification by sampling of clients, but the server draws the cohort"
     for position, other in enumerate(world.defenses):
-        integers = overrides(world.defenses[place], "integer_noise")  # added after every hook: a report leaves without it wherever it is
-        before = position < place or claim.adversary == "outsider" or integers
+        last = world.defenses[place].channel or overrides(world.defenses[place], "integer_noise")  # its noise comes after every hook
+        before = position < place or claim.adversary == "outsider" or last
         if claim.unit == "client" and before and other is not world.defenses[place] and overrides(other, "on_buffers"):
             return f"{other.name} reports on the update beside it, without the noise of {name}"
     acts_from = 0 if claim.unit == "record" else place  # on_step follows whatever acts on gradients
@@ -215,6 +224,7 @@ def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
         epsilon=value,
         delta=delta,
         adversary=adversary,
+        viewer=viewer,
         unit=claim.unit,
         adjacency=claim.adjacency,
         sampling=claim.sampling,
@@ -234,6 +244,7 @@ def no_guarantee(delta: float, adversary: Adversary, reasons: Sequence[str]) -> 
         epsilon=math.inf,
         delta=delta,
         adversary=adversary,
+        viewer=VIEWER[adversary],
         unit="none",
         adjacency="none",
         sampling="none",

@@ -11,7 +11,7 @@ from itertools import combinations, pairwise
 
 from simulator.defense import Defense, overrides
 
-AT_THE_CLIENT = ("on_model", "on_broadcast", "on_batch", "on_gradient", "on_step", "on_update")
+AT_THE_CLIENT = ("on_model", "on_broadcast", "on_batch", "on_gradient", "on_step", "on_update", "on_buffers", "integer_noise")
 
 
 def misplaced(defenses: Sequence[Defense]) -> str | None:

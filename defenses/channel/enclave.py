@@ -21,9 +21,9 @@ holds itself, seed and secret included: the host's word for it would compare the
 measurement of code and policy; then that the enclave is the one of its first upload and the round a new one.
 Hook: the channel. It turns k uploads with one sender each into one upload with k senders.
 
-The claim, with noise: against the server, too, which sees nothing before the noise is added; unit client, adjacency zero-out, as many
-releases as the policy allows. It rests on the enclave. A client lost before its blob arrives is left out; below
-``min_contributors`` nothing is released and the run ends.
+The claim, with noise: against the server that hosts the enclave and sees nothing before the noise is added, if the enclave is sound;
+against who sees the uploads inside, ε = ∞. Unit client, adjacency zero-out, as many releases as the policy allows. A client lost before
+its blob arrives is left out; below ``min_contributors`` nothing is released and the run ends.
 
 What it does not protect: anything, against who can open a real enclave (side channels, physical access, broken attestation keys): out
 of the model. The mean itself where there is no noise; who takes part and when; Σ n_i and, with noise, all n_i count as public. A server
@@ -149,4 +149,8 @@ class SimulatedEnclave(Defense):
             unit="client",
             adjacency="zero-out (the client's update is replaced by 0 inside the SIMULATED enclave, on whose soundness the claim rests)",
             sampling="cohort drawn by the server; no amplification",
+            viewer=(
+                "the honest-but-curious server, which hosts a SIMULATED enclave that is sound, and sees one noised mean a round and who is "
+                "in it, but no upload"
+            ),
         )

@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from clients.private import records_held
-from defenses.accounting import guarantee
+from defenses.accounting import Adversary, guarantee
 from defenses.channel._enclave import policy as policy_module
 from defenses.channel._enclave import sealing
 from defenses.channel._enclave.policy import CODE, Policy, measurement
@@ -21,11 +21,14 @@ from defenses.channel._enclave.program import Enclave, contribution
 from defenses.channel._enclave.quote import QUOTE_BYTES, TCB, Quote, hardware_key, hardware_root, signed, verified
 from defenses.channel.enclave import SimulatedEnclave
 from defenses.channel.secure_aggregation import SecureAggregation
+from defenses.client.client_dp import ClientDP
+from defenses.server.adaptive_clipping import AdaptiveClipping
 from defenses.server.central_dp import CentralDP
 from server.enclave import EnclaveProcess
+from simulator.defense import Defense
 from simulator.errors import FederationError, ProtocolAbort
 from simulator.types import Update, Upload
-from tests.defenses.tiny import world
+from tests.defenses.tiny import Reporter, world
 
 RUN, NONCE, SEED = b"r" * 16, b"n" * 16, b"s" * 32
 KEY = hardware_key(0, "secret")
@@ -335,7 +338,8 @@ def test_noise_inside_is_a_guarantee_against_the_server_which_noise_after_it_is_
     of = world(inside, rounds=3)
     found = guarantee(of, records_held=records_held(of), delta=1e-5)
     assert (found.adversary, found.unit, found.accountant) == ("server", "client", "PLD")
-    assert "SIMULATED enclave" in found.sentence
+    assert "sees every upload" not in found.sentence
+    assert "a SIMULATED enclave that is sound, and sees one noised mean a round" in found.sentence
     assert found.closed_form == pytest.approx(_gaussian_epsilon(mu, 1e-5), rel=1e-6)
     assert found.epsilon == pytest.approx(found.closed_form, rel=1e-3)
     assert epsilon(SimulatedEnclave()) == float("inf")
@@ -343,6 +347,35 @@ def test_noise_inside_is_a_guarantee_against_the_server_which_noise_after_it_is_
     assert epsilon(SecureAggregation(), CentralDP(0.5, 2.0)) == float("inf")
     assert epsilon(CentralDP(0.5, 2.0), SimulatedEnclave()) == float("inf")
     assert epsilon(inside, adversary="outsider") == found.epsilon
+
+
+def test_what_holds_against_a_server_that_sees_every_upload_is_kept_beside_a_smaller_figure_that_does_not() -> None:
+    """Noise at the client bounds who opens the enclave, too, at a larger ε; where it is the smaller one, it says all that there is to say."""
+
+    def found(*defenses: Defense, adversary: Adversary = "server") -> list[tuple[float, bool]]:
+        of = world(*defenses)
+        one = guarantee(of, records_held=records_held(of), adversary=adversary)
+        for each in (one, *one.others):
+            assert each.sentence.split(" Adjacency")[0] in one.sentence
+        return [(round(each.epsilon, 2), "sees every upload" in each.sentence.split("Adjacency")[0]) for each in (one, *one.others)]
+
+    enclave = SimulatedEnclave(noise_multiplier=2.0)
+    weak, strong = (round(_gaussian_epsilon(1 / z, 1e-5), 2) for z in (1.0, 4.0))
+    assert found(ClientDP(noise_multiplier=1.0), enclave) == [(1.99, False), (weak, True)]
+    assert found(ClientDP(noise_multiplier=4.0), enclave) == [(strong, True)]
+    assert found(ClientDP(noise_multiplier=1.0), enclave, adversary="outsider") == [(1.99, False)]  # to whom both are one and the same
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("reporter", [Reporter(), AdaptiveClipping(noise_multiplier=0.0)])
+def test_a_report_beside_the_update_has_no_noise_wherever_in_the_stack_it_is_made(reporter: Defense, place: int) -> None:
+    """The noise is added inside, after every hook of a client's."""
+    stack = [SimulatedEnclave(noise_multiplier=2.0)]
+    stack.insert(place, reporter)  # type: ignore[arg-type]
+    of = world(*stack)
+    found = guarantee(of, records_held=records_held(of))
+    assert found.epsilon == float("inf")
+    assert f"{reporter.name} reports on the update beside it, without the noise of simulated_enclave" in found.sentence
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from defenses.client.clip import global_norm
 from simulator.dataset import DataSet
 from simulator.defense import ClientContext, Defense
 from simulator.models.initial import drawn_from
 from simulator.rng import stream
-from simulator.types import Batch, LocalTraining, Schema
+from simulator.types import Batch, LocalTraining, Schema, Tensors, Update
 from simulator.world import Federation, World
 
 
@@ -34,6 +35,16 @@ class TinyModel:
         with drawn_from(rng):
             norm = [nn.BatchNorm2d(2)] if self.batch_norm else []
             return nn.Sequential(nn.Conv2d(1, 2, 3), *norm, nn.Sigmoid(), nn.Flatten(), nn.Linear(8, 3))
+
+
+@dataclass(frozen=True)
+class Reporter(Defense):
+    """Says in the clear how long the update is."""
+
+    name = "reporter"
+
+    def on_buffers(self, buffers: Tensors, update: Update, context: ClientContext) -> Tensors:
+        return {**buffers, "norm": global_norm(update.tensors)}
 
 
 def world(*defenses: Defense, batch_norm: bool = False, clients: int = 4, training: Any = None, **federation: Any) -> World:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 
+from defenses.channel.enclave import SimulatedEnclave
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip
@@ -19,6 +23,8 @@ from experiments.stack import misplaced
 from simulator.defense import ClientContext, Defense, Role
 from simulator.errors import SpecError
 from simulator.types import Update
+from simulator.world import World
+from tests.defenses.tiny import Reporter
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,16 @@ class Halve(Defense):
         return update
 
 
+@dataclass(frozen=True)
+class Shares(Defense):
+    """Adds integers to the words of secure aggregation."""
+
+    name = "shares"
+
+    def integer_noise(self, world: World, shape: tuple[int, ...], rng: torch.Generator) -> npt.NDArray[np.int64]:
+        return np.zeros(shape, np.int64)
+
+
 @pytest.mark.parametrize(
     ("stack", "reason"),
     [
@@ -39,6 +55,8 @@ class Halve(Defense):
         ((GaussianNoise(), Halve(), Clip()), "clip must come before noise"),
         ((Clip(), Halve(), GaussianNoise()), "halve must not come between clip and gaussian_noise"),
         ((SecureAggregation(), Clip()), "clip must come before the channel, got it after secure_aggregation"),
+        ((SimulatedEnclave(), Reporter()), "reporter must come before the channel, got it after simulated_enclave"),
+        ((SecureAggregation(), Shares()), "shares must come before the channel"),
         ((SecureAggregation(), CentralDP()), "central_dp must come before the channel"),
         ((DPSGD(), DPSGD(clip_norm=2.0)), "at most one per-example defense"),
         ((SecureAggregation(), SecureAggregation(threshold=3)), "at most one channel"),
