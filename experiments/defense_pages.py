@@ -20,7 +20,6 @@ from experiments.listing import settings
 from experiments.report import measured
 from experiments.report.headline import rows_of
 from simulator import lookup as registry
-from simulator.defense import Defense
 from simulator.errors import SpecError
 
 PAGES = Path(__file__).parents[1] / "docs" / "defenses"
@@ -30,6 +29,7 @@ SECTIONS = {
     "Deviations:": "Deviations from it",
     "Hook:": "Hook",
     "Hooks:": "Hook",
+    "What it protects:": "What it protects",
     "What it does not protect:": "What it does not protect",
     "Broken by:": "Broken by",
     "Cost:": "Cost",
@@ -42,7 +42,7 @@ ORDER = (
     "Settings", "Hook", "How it works", "Cost", "Source", "Deviations from it",
 )  # fmt: skip
 
-REQUIRED = ("Source", "Deviations from it", "Hook", "What it does not protect", "Broken by")
+REQUIRED = ("Source", "Deviations from it", "Hook", "What it protects", "What it does not protect", "Broken by")
 """Headings without which a defense is not documented."""
 
 
@@ -65,7 +65,7 @@ def page(cls: type[Any], rows: Sequence[Mapping[str, object]] = ()) -> str:
     """The page of one defense."""
     parts = sections(inspect.getmodule(cls).__doc__ or "")
     body = [f"# {cls.name}", _first_line(cls)]
-    parts |= {"What it does": parts.pop(""), "Settings": _settings(cls), "What it protects": _protects(cls)}
+    parts |= {"What it does": parts.pop(""), "Settings": _settings(cls)}
     if table := _table(cls.name, rows):
         parts["Measured on our data"] = table
     body += [f"## {heading}\n\n{parts[heading]}" for heading in ORDER if heading in parts]
@@ -130,19 +130,6 @@ def _attributes(cls: type[Any]) -> dict[str, str]:
         for each in names.split(","):
             found[each.strip()] = " ".join(meaning.split()).replace("|", "\\|").replace("``", "`")
     return found
-
-
-def _protects(cls: type[Defense]) -> str:
-    if cls.channel and cls.claim is not Defense.claim:
-        return (
-            "It changes who sees what: the server gets one upload for the whole cohort. With noise inside it claims differential privacy: "
-            "the report prints ε and δ with the adversary, unit, adjacency and sampling they are for."
-        )
-    if cls.channel:
-        return "It changes who sees what: the server gets one upload for the whole cohort. It makes no claim of differential privacy."
-    if cls.claim is not Defense.claim:
-        return "It claims differential privacy: the report prints ε and δ with the adversary, unit, adjacency and sampling they are for."
-    return "It is a heuristic: it guarantees nothing (ε = ∞). What it achieves is what the attacks on it do not reach."
 
 
 def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:

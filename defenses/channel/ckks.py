@@ -30,6 +30,9 @@ or tells what cannot be a sum, the next is asked. Before keys are made, whose pu
 client that makes keys for other parameters than the world's, or such as nobody can use, is passed over, and the next makes them; one that
 seals garbage to some and not to all makes those leave.
 
+What it protects: each client's own update, from the server, which adds ciphertexts that it cannot read and is told the sum: by the
+hardness of lattice problems, at 128 bits, if no client colludes and flooding is on. No differential privacy: the sum is told as it is.
+
 What it does not protect: the mean itself, as under secure aggregation; who takes part and when; Σ n_i; **anything at all once a single
 client colludes**: all clients hold the one secret key, and the server holds all ciphertexts, of this and of all earlier rounds.
 ``secret_key`` shows that view: the server decrypts each upload by itself. Against a server that deviates: nothing; it may send one

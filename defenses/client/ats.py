@@ -7,6 +7,9 @@ training on CIFAR; we do not. A transformation's own probability, which the libr
 authors' code.
 Hook: ``on_batch``, anew each time a record is used.
 
+What it protects: nothing is guaranteed. What a transformation moves out of the picture, 15 to 50 % of the pixels by policy, is in no
+gradient of that step, and places and shades of the others are not the record's.
+
 What it does not protect: the transformed record, which is what the gradient is of, and most of the picture is in it: the policy
 43-18-18 shifts by 15 % and changes contrast, which leaves 85 % of the pixels to be seen; 3-1-7 shifts by 45 and 10 %, which leaves half. It
 claims nothing (ε = ∞). The trap of its figures: PSNR against the original record, which is what is scored here, is low for a shifted

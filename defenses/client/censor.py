@@ -10,13 +10,16 @@ equation. Their code uploads the true gradient where no trial lowers the loss, a
 uploads the best trial, and stops only after ``rounds``.
 Hook: ``on_update``; looks at the private records again.
 
+What it protects: while it acts, the picture, as far as we know, from whoever tries to rebuild it from one upload: that is orthogonal to
+the gradient tensor by tensor, so that matching has no direction to follow. An observation, not a guarantee, and paid for with the
+training itself.
+
 What it does not protect: the norm of every tensor, and that the gradient is orthogonal to what was uploaded. What it costs: to first
 order no trial changes the client's loss, so that the best one is chosen by curvature and rounding. The whole training on digits (MLP,
 FedAvg, 15 rounds, 8 clients, three seeds) ends at accuracies of 0.05 to 0.16, about chance, where it reaches 0.94 to 0.96 without a
-defense, and 0.94 when only the first five rounds are defended. What the authors' code gains comes from its projection: there, on
-digits with a batch of 8, the best trial lowers the loss by 2.7e-5, an orthogonal one by 2.5e-7, means over 20
-clients, and one client's gradient by 9e-4. With the orthogonal one no trial lowered it for 4 of them, whose true gradient the
-published algorithm would have uploaded.
+defense, and 0.94 when only the first five rounds are defended (``pytest --slow -s tests/defenses/test_heuristics_matched.py -k
+trains_nothing``). What the authors' code learns comes from its projection, which leaves 1 − ‖g‖ of a trial's part along
+the gradient, and from the true gradient, which it uploads where no trial lowers the loss.
 It makes no differential-privacy claim (ε = ∞), and ends that of what stands before it.
 Broken by: a guess among known candidates: every tensor's norm is that of the true gradient, and tells 8 of 8 records from 99 others.
 Nothing that we tried rebuilds pictures from one upload: inverting_gradients gets 9.5 dB, and 9.5 dB from norms and orthogonality; the

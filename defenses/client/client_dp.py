@@ -10,6 +10,10 @@ Hook: ``on_update``.
 The claim, against the server and everybody behind it: unit client, adjacency zero-out, sensitivity S, one release a round. The server
 draws the cohort, so that sampling of clients is no secret to it and amplifies nothing.
 
+What it protects: all that one client holds, from the server and from everybody behind it, without trust in either: within ε and δ its
+upload could as well have been noise around 0. No knowledge of the adversary's changes that, and the ceiling says how many records it can
+name at most.
+
 What it does not protect: that a client took part, how many records it holds, and the replacement of one client's data by another's
 at the same ε (the sensitivity is then 2S). Noise is float32 from torch's generator: simulation grade, not safe against
 floating-point attacks (Mironov, 2012).

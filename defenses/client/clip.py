@@ -4,6 +4,9 @@ Source: the clipping step of DP-FedAvg, McMahan et al., 2018, arXiv:1710.06963, 
 Deviations: an update whose norm is not finite becomes 0: scaled, it would be NaN, which no noise covers.
 Hook: ``on_update``.
 
+What it protects: no record. It bounds how much one client can move the model, which is what noise added directly after it needs to become
+a guarantee.
+
 What it does not protect: anything, on its own. Clipping multiplies the update by one number; its direction stays, and attacks that
 match directions (cosine distance) do not notice. It bounds the sensitivity, so that noise added directly after it counts:
 ``defenses.accounting`` reads ``clip`` followed by ``gaussian_noise`` as the Gaussian mechanism.

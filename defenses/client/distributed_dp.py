@@ -25,6 +25,10 @@ no more than the share ``corrupt`` that it is certified for. The server draws th
 The weights n_i / max_examples shrink what a client adds and not its noise: with unequal n_i the mean is noisier than z says. ε is for the
 fewest honest clients that a sum may hold; where all answer it is lower than printed, since the noise of all is in the sum.
 
+What it protects: all that one client holds, from the server with up to ``colluding`` clients and from whoever sees the models later:
+within ε and δ the sum could as well hold 0 in the place of its update. The honest clients' shares of noise are on the sum together, so
+that the mean is about as noisy as under ``central_dp``, and the server need not be trusted with it.
+
 What it does not protect: who takes part and how many records all hold together; against a server that lies about who dropped out,
 beyond what secure aggregation itself detects. Noise is a difference of two Poisson numbers of numpy's generator, seeded by the world:
 exact integers, so that floating-point attacks (Mironov, 2012) find nothing, but not cryptographic.

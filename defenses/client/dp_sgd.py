@@ -5,7 +5,7 @@
 Source: Abadi et al., 2016, arXiv:1607.00133, Algorithm 1.
 Deviations: none known with ``training.sampling = "poisson"``. With shuffled batches, the default and what most code runs, the claim
 uses no amplification by sampling (Chua et al., 2024, arXiv:2403.17673): each release that a record enters counts in full. Effect, for
-z = 1, 100 records, batches of 10 and 100 rounds: ε = 17.9 shuffled, 7.0 Poisson (δ = 1e-5).
+z = 1, 100 records, batches of 10 and 100 rounds: ε = 17.9 shuffled, 7.0 Poisson (δ = 1e-5; ``pytest tests/defenses/test_poisson.py``).
 Hook: ``on_gradient``, at every local step.
 
 The claim, against the server and everybody behind it: unit record, adjacency zero-out, sensitivity C. What a client does with its
@@ -17,6 +17,10 @@ noisy gradients (momentum, local steps, the difference of parameters) is post-pr
   upload states the expected number of examples, an empty batch uploads noise, and the draw is keyed with the world's secret. The claim
   takes q of the client with the fewest records and T of the one with the most local steps. An attack is measured on a record that *was*
   drawn, which q does not make rarer: its ceiling counts that round's local steps in full, as if its batches had held the record.
+
+What it protects: each single record, from the server and from everybody behind it, without trust in either: within ε and δ the client's
+uploads could as well have been computed with that record's gradients left out. The ceiling in a report is the success that this leaves to
+any attack.
 
 What it does not protect: the number of records held (zero-out leaves it as it is), which client takes part, a person with several
 records (their ε adds up), and statistics of the population; under Poisson sampling, how long a step takes, which tells of its batch.

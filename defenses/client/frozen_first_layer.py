@@ -6,6 +6,9 @@ Deviations: its weights are those of the initial model, not pretrained ones. The
 under secure aggregation they are rounded with the rest.
 Hook: ``on_model``.
 
+What it protects: nothing is guaranteed. Attacks that read the first layer's own gradient (``linear_leak``) find none in the upload, and
+an update has fewer numbers.
+
 What it does not protect: the next layer's input, which its own gradient gives away in the same way, and which is the frozen layer's output:
 a fixed function of the record that everybody knows. A layer that never learns may cost accuracy. It claims nothing (ε = ∞).
 

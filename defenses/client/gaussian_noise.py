@@ -5,6 +5,9 @@ the attack start to fail).
 Deviations: the paper does not say whether its scale is a variance or a standard deviation; ``sigma`` is a standard deviation.
 Hook: ``on_update``.
 
+What it protects: nothing is guaranteed. It hides what is small beside ``sigma`` in one upload: fine detail first, the whole picture once
+the noise is larger than the gradient, from whoever has neither a prior nor other rounds.
+
 What it does not protect: it makes no differential-privacy claim, because nothing bounds the update (ε = ∞); put ``clip`` directly
 before it for one. Noise is added once to each upload: an adversary who sees the same record in several rounds averages it out.
 The noise is float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012).

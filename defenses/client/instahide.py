@@ -10,6 +10,9 @@ independently, not by permutations of the data set. Signs turn pixels about 0.5,
 authors turn normalized pixels: so encoded inputs stay in [0, 1]. A user's own network that normalizes otherwise sees another mask.
 Hook: ``on_batch``, anew each time a record is used.
 
+What it protects: the look of a record: an encoding, rebuilt exactly, shows a mixture of k pictures under a random mask, and nothing here
+rebuilds the record from it. Nothing is guaranteed, and who it is can mostly be told.
+
 What it does not protect: the encoding leaks whole, and its magnitudes |x̃ − 0.5| are those of the mixture: the mask hides one bit of a
 pixel. Targets, and the private shares with them, are read off the head's bias. Its security argument is about one encoding among many
 unknown ones, not about gradients, and it fell to an attack on the authors' own challenge. It claims nothing (ε = ∞). As under MixUp,

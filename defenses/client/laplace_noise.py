@@ -4,6 +4,9 @@ Source: Zhu, Liu and Han, 2019, arXiv:1906.08935, section 5.1, which tries it be
 Deviations: ``scale`` is the Laplace parameter b; the paper gives a variance, which is 2b².
 Hook: ``on_update``.
 
+What it protects: nothing is guaranteed. As Gaussian noise of the same variance it hides what is small beside it in one upload, from
+whoever has neither a prior nor other rounds.
+
 What it does not protect: it makes no differential-privacy claim, because nothing bounds the update (ε = ∞); ``local_dp`` with
 ``mechanism = "laplace"`` is the calibrated one. Noise is added once to each upload: an adversary who sees the same record in several
 rounds averages it out. The noise is float32 from torch's generator: simulation grade, not safe against floating-point attacks

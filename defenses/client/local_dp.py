@@ -11,6 +11,10 @@ The claim, against the server and everybody behind it: unit client, adjacency re
 same noise claims half the sensitivity under zero-out: the two figures are about different neighbors. The server draws the cohort, so
 that sampling of clients is no secret to it and amplifies nothing.
 
+What it protects: all that one client holds, from the server and from everybody behind it, without trust in either: within ε and δ its
+upload could as well have come from any other data, those of another client included. That says more than ``client_dp`` does, for noise
+twice as large at the same z.
+
 What it does not protect: that a client took part, how many records it holds, and statistics of the population. Many coordinates
 make the noise huge beside any update (its norm is z·2S·√d, Laplace's about z·2S·√(2d) at a smaller S), so that accuracy is lost at
 every ε that says something. Noise from torch's generator is simulation grade, not safe against floating-point attacks (Mironov, 2012).

@@ -7,6 +7,9 @@ Deviations: each pair has a λ of its own, as in the equation; the authors' code
 client holds, as in the equation, and not from the batch alone, so a batch of one record is mixed, too.
 Hook: ``on_batch``, anew each time a record is used.
 
+What it protects: nothing is guaranteed. What is rebuilt are two records laid over each other, in which the weaker one is hard to see; the
+shares are drawn anew each time.
+
 What it does not protect: the mixture is trained on, and the mixture leaks: in most of them one record, or both, can be seen. Its shares
 leak as well, since the head's bias shows the targets. It claims nothing (ε = ∞). Measured on the true record, the error of a perfectly
 reconstructed mixture looks like protection: the truth that is scored against stays the unmixed record, and a low PSNR here says that

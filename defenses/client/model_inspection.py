@@ -9,10 +9,13 @@ weights; of trap weights for all, and for half even where the signs are drawn on
 Source: the marks are those of the constructions in Fowl et al., 2022, arXiv:2110.13057, section 3, and Boenisch et al., 2023,
 arXiv:2112.02918. The thresholds and the second statistic are our own.
 Deviations: how rarely neurons fire on the client's own records, the mark that comes to mind first, is not used: in honest models
-trained with SGD (learning rate 0.1, momentum 0.9, 500 steps on digits) neurons fire for 2 to 12 % of the records, where trap weights
-for a batch of 8 let 15 to 40 % fire. So this looks at no private record, and its refusal says nothing of any.
-False alarms: tests/defenses/test_model_inspection.py counts them on honest models of two widths, initial and trained.
+trained with SGD (learning rate 0.1, momentum 0.9, 500 steps on digits) the median neuron fires for 3 to 7 % of the records, and under
+trap weights for a batch of 8 for 5 to 8 %. So this looks at no private record, and its refusal says nothing of any.
+False alarms on honest models of two widths, initial and trained, and how rarely neurons fire: tests/defenses/test_model_inspection.py.
 Hook: ``on_broadcast``.
+
+What it protects: a client's records from a server that plants ``imprint`` or ``trap_weights`` and does not hide them: the client that
+finds their mark uploads nothing in that round.
 
 What it does not protect: against a server that knows it. Rows that differ a little in directions in which no picture varies, an imprint
 in a tenth of the rows, or smaller magnitudes spread over more positive weights pass. It looks at models whose first layer is linear

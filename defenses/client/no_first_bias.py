@@ -5,6 +5,9 @@ Source: the quotient is that of Phong et al., 2018, IEEE TIFS 13(5), section III
 Deviations: none; there is no paper that proposes this alone.
 Hook: ``on_model``.
 
+What it protects: nothing is guaranteed. It hides what the quotient of one row of the first layer's gradient gives away of a batch
+(``linear_leak``, ``imprint``).
+
 What it does not protect: the gradient of one record at a linear layer stays the outer product δ·xᵀ: the record up to a factor, and the next
 layer has a bias that tells the factor. It stops the quotient of single rows on batches (``linear_leak``, ``imprint``). It
 claims nothing (ε = ∞).

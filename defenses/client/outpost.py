@@ -12,6 +12,9 @@ coordinate by coordinate, where the code averages over a tensor's first axis; th
 the code takes those of the local step. Steps are counted over the training; iterations = "round" restarts in each round as the code does.
 Hook: ``on_step``; reads the broadcast weights, not the private records.
 
+What it protects: nothing is guaranteed. In the steps that it strikes, mostly early ones, the small coordinates are gone and the telling
+ones noised, which costs gradient matching some dB (below).
+
 What it does not protect: steps that it leaves alone. The adversary sees which ones those are from the zeros, and from the rank of the
 head's gradient, and there are more of them the longer the training lasts. Coordinates below the cut of ``noised`` are exact. The noise
 of a tensor whose weights are all alike (a new bias, a new norm layer) is 0. It makes no differential-privacy claim (ε = ∞).

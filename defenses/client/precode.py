@@ -7,6 +7,9 @@ Source: Scheliga, Mäder and Seeland, 2022, arXiv:2108.04725, section 3; the mod
 Deviations: none in the hook. ε is drawn from the client's own stream, one value for each record, local step and place in the bottleneck.
 Hook: ``on_model``.
 
+What it protects: nothing is guaranteed. Behind convolutions it hides a record from whoever simulates the client without its noise, and of
+several records in one update the noise cannot be read off, only searched for.
+
 What it does not protect: any fully connected layer before it, the encoder included, whose input is ∂W/∂b whatever follows; and one
 record behind any layers, since its update shows the noise. Over several records only the noise's own uncertainty is left. It claims
 nothing (ε = ∞).

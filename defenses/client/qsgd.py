@@ -8,6 +8,9 @@ Deviations: tensors are not concatenated before they are cut into buckets, so sm
 uploaded is the float32 value of the quantized number, not its Elias code; the bytes of the coded form are not measured.
 Hook: ``on_update``.
 
+What it protects: nothing is guaranteed. It hides where a coordinate lies within its step of the grid, which with few levels is most of
+what small coordinates say.
+
 What it does not protect: the error of a coordinate is below ‖v‖/s, and the adversary knows that. It is noise of a known, bounded
 distribution, drawn afresh for each upload. It makes no differential-privacy claim (ε = ∞).
 Broken by: gradient matching as it stands, or within the step that shows in each bucket. With 15 and 3 levels inverting_gradients gets

@@ -7,6 +7,9 @@ section 3 ("subsampling", scaled so that the mean stays unbiased).
 Deviations: the masks are independent coordinates, not a fixed number of them; sizes vary by √(d·pruned·(1 − pruned)).
 Hook: ``on_update``.
 
+What it protects: nothing is guaranteed. It hides the coordinates that were left out, which are not in that upload at all; where those are
+nearly all, the picture, too, from whoever has no other round and no prior.
+
 What it does not protect: every coordinate that stays is exact, and a client that takes part again with a fresh mask shows others.
 It makes no differential-privacy claim (ε = ∞).
 Broken by: gradient matching on the coordinates that were uploaded, and by collecting them over rounds. With pruned = 0.9

@@ -8,6 +8,9 @@ Deviations: the server averages the signs; it takes no majority vote (Bernstein'
 compression error back (EF-signSGD's own point).
 Hook: ``on_update``.
 
+What it protects: nothing is guaranteed. It hides the magnitudes of all coordinates, and with them a picture's shades more than its
+shapes.
+
 What it does not protect: d bits of the update are exact, which is more than what a record holds wherever the model has more
 parameters than the record has bits. With scale = "mean" also every tensor's mean magnitude. It makes no differential-privacy claim
 (ε = ∞).

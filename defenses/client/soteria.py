@@ -10,6 +10,9 @@ by that. Under FedAvg the columns of the delta become 0; features are those at t
 round.
 Hook: ``on_update``; looks at the private records again.
 
+What it protects: nothing is guaranteed. It hides the picture from an attacker who matches the whole update as if nothing had been taken
+out, and from nobody else.
+
 What it does not protect: every other tensor of the update, which stays as it is to the bit. The columns that are 0 tell the
 adversary what was pruned. It makes no differential-privacy claim (ε = ∞), and ends that of what stands before it.
 Broken by: not asking the defended tensor. A linear layer with bias before the head gives its input away, x = ∂Wᵀ∂b/‖∂b‖², and

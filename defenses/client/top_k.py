@@ -9,6 +9,9 @@ Deviations: what is pruned is not kept for the next round: no residual accumulat
 papers that use it as a defense. Thresholds are exact, not sampled, and every tensor keeps at least one coordinate.
 Hook: ``on_update``.
 
+What it protects: nothing is guaranteed. It hides the coordinates below the cut, which are not uploaded: at 99.9 % pruned too little is
+left for gradient matching to get beyond the mean picture by much (below).
+
 What it does not protect: the coordinates that stay are exact, and which ones stay is told by their being there. It saves bytes
 and makes no differential-privacy claim (ε = ∞).
 Broken by: gradient matching on the coordinates that were uploaded (as Yue et al., 2023, arXiv:2206.04055, warn). With pruned = 0.9,

@@ -11,6 +11,9 @@ above n/5 it is refused. So are channels that round: the grid would stay while t
 Hooks: ``on_model`` (the number travels with the model), ``on_update`` and ``on_buffers`` (at the client), ``on_aggregate`` and
 ``on_mean_buffers`` (at the server, after the observation was taken).
 
+What it protects: all that one client holds, from outsiders who see the released models and clipping norms alone: within ε and δ these
+could as well have come about without its update and bit.
+
 What it does not protect: **anything against this server** (ε = ∞), which has seen clipped updates and bits before it adds noise. The
 claim holds for outsiders who see the released models and norms. Noise is float32 from torch's generator: simulation grade, not safe
 against floating-point attacks (Mironov, 2012).

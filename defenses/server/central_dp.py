@@ -11,6 +11,9 @@ Hooks: ``on_update`` (clipping, at the client) and ``on_aggregate`` (noise, afte
 The server's hook sees only the aggregate, and clipping *that* would not bound what one client contributes. So clipping happens at
 each client before the mean; the server sees clipped updates without noise.
 
+What it protects: all that one client holds, from outsiders who see the released models alone: within ε and δ these could as well have
+come about without its update. It trusts the server, which is the adversary here.
+
 What it does not protect: **anything against this server** (ε = ∞), which has recorded the uploads before it adds noise; secure
 aggregation does not help, the exact sum is no noisier. The claim holds for outsiders who see the released models only. Noise is
 float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012).

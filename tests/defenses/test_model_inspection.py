@@ -62,6 +62,17 @@ def test_alarm_on_planted_models(method: str, named: str, records: int, known: s
         assert found.endswith(named)
 
 
+def test_how_rarely_neurons_fire_does_not_tell_a_trap_from_training() -> None:
+    """The mark that the detector leaves out; the pixels are those that the models' first layer makes of [0, 1]."""
+    pixels, public = (digits(1000).inputs.flatten(1) - 0.5) / 0.25, digits(360, offset=1400)
+    for seed in SEEDS:
+        view, _ = surface(digits(8), "trap_weights", seed=seed, public=public)
+        trap, honest = list(view.broadcast.parameters.values()), list(trained((256,), seed, 500, "sgd").parameters())
+        planted, learned = (float((pixels @ weight.T + bias > 0).double().mean(0).median()) for weight, bias, *_ in (trap, honest))
+        print(f"records for which the median neuron fires: {learned:.3f} of an honest trained model, {planted:.3f} of a trap")
+        assert learned < planted
+
+
 @pytest.mark.parametrize("pixels", [64, 3072])
 def test_share_of_lopsided_rows_is_the_closed_form(pixels: int) -> None:
     rng = stream(0, "rows", pixels)

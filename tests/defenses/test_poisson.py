@@ -159,6 +159,17 @@ def test_amplification_is_claimed_for_poisson_samples_alone() -> None:
     assert shuffled.epsilon > 17
 
 
+def test_what_amplification_is_worth() -> None:
+    """100 records, batches of 10, 100 rounds, z = 1: a record is in 10 shuffled batches, √10-GDP (exact: Dong et al., 2022, corollary 1)."""
+    recipe = {"batch_size": 10}
+    shuffled = guarantee(world(DPSGD(), rounds=100, training=recipe), records_held=(100,) * 4)
+    poisson = guarantee(world(DPSGD(), rounds=100, training={**recipe, "sampling": "poisson"}), records_held=(100,) * 4)
+    mu, e = math.sqrt(10), shuffled.epsilon
+    assert stats.norm.cdf(mu / 2 - e / mu) - math.exp(e) * stats.norm.cdf(-mu / 2 - e / mu) == pytest.approx(1e-5, rel=1e-2)
+    assert e == pytest.approx(17.9, abs=0.05)
+    assert poisson.epsilon == pytest.approx(7.0, abs=0.1)
+
+
 def test_the_claim_takes_the_largest_rate_and_the_most_steps() -> None:
     recipe = {"algorithm": "fedavg", "epochs": 2, "batch_size": 5, "sampling": "poisson"}
     claim = DPSGD().claim(world(DPSGD(), rounds=3, training=recipe), (10, 50, 20, 0))
