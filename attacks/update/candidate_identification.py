@@ -19,7 +19,7 @@ Deviations: likelihoods of other mechanisms than Gaussian noise, those of adapti
     one round counts. The other records of the training set are not known, as they would be to the adversary of the bound: for one
     record behind an upload there are none.
 Measured: random unit gradients of 2000 numbers, as the bound has them, 2000 trials each; (N, √T/z): (10, 1) .35, (10, 2) .68, (100, 2) .32,
-    (100, 4) .91 against ceilings of .389, .764, .372 and .953.
+    (100, 4) .91 against ceilings of .389, .764, .372 and .953 (tests/attacks/test_identification.py holds it to the exact rate).
     What it names under each defense stands on the pages in docs/defenses (``fedpeek run defenses``).
 """
 

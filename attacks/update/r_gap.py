@@ -11,9 +11,8 @@ Deviations: cross-entropy over any number of classes in place of a logistic loss
     (tests/defenses/test_heuristics_solved.py: 10 of 10 records proven at 150 dB for each of three strengths, as without them).
     A frozen layer has W·x = z − b alone. Where a first layer of up to 1024 inputs has too few equations, the range of pixels and the
     signs of dead outputs fill in (attacks._bounds): same cnn, first layer frozen, 10 of 10 proven at 134 dB.
-    Measured, CIFAR-10 pictures: claims r-gap-lenet, r-gap-cnn (exact) and r-gap-relu (too few equations: a guess, never certified). On
-    two pictures of the first, 108 and 102 dB in 1.4 CPU s, proven; levenberg_marquardt 127 and 124 in 24 and 20, proven; dlg 86 and 85 in
-    24. Six with tanh, whose errors grow most: 77.5 to 103 dB, one proven. A delta of one step at learning rate 0.1: 100 to 102 dB, proven.
+    Measured, CIFAR-10 pictures: claims r-gap-lenet and r-gap-cnn (exact and proven) and r-gap-relu (too few equations: a guess, never
+    certified). Smooth activations whose errors grow most, tanh among them, and deltas: tests/attacks/test_r_gap.py.
     Norms, pooling, branches and dropout are refused by the name of their layer.
 """
 
