@@ -57,12 +57,14 @@ def _lines(rows: Sequence[Mapping[str, object]], everything: Sequence[Mapping[st
             labels=estimate(row, "scores", "label_accuracy") if row.get("answered") == "labels" else None,
             label_floor=values.percent(number(lookup(row, "scores", "label_accuracy", "floor"))),
             identified=estimate(row, "identified"),
+            identified_seeds=_seeds(row, "identified"),
             identified_by=str(row.get("identified_by") or ""),
             chosen=row.get("answered") == "candidates",
             candidates=f"{number(lookup(row, 'identified', 'candidates')) or 0:.0f}",
             chance=number(lookup(row, "identified", "chance")),
             identified_bar=_bar(estimate(row, "identified"), (0.0, 1.0), number(lookup(row, "identified", "chance"))),
             gain=gain,
+            gain_seeds=_seeds(row, "gain", "psnr_db"),
             gain_bar=_bar(gain, span, 0.0),
             epsilon=values.significant(number(row.get("epsilon"))),
             delta=values.significant(number(row.get("delta"))) if number(row.get("delta")) else "",
@@ -92,11 +94,22 @@ def _lines(rows: Sequence[Mapping[str, object]], everything: Sequence[Mapping[st
 
 
 def _victims(row: Mapping[str, object]) -> str:
-    """Count the victims, and every status that is not ok."""
+    """Count the victims, how often they were attacked where that is more than once each, and every status that is not ok."""
     total, statuses = number(row.get("victims")), row.get("statuses")
     failed = {str(key): number(count) for key, count in statuses.items() if key != "ok"} if isinstance(statuses, Mapping) else {}
+    scored = number(row.get("scored"))
     words = [values.MISSING if total is None else f"{total:.0f}"]
+    if total is not None and scored is not None and scored > total:
+        words = [f"{total:.0f} (scored {scored:.0f} times)"]
     return ", ".join(words + [f"{count:.0f} {key}" for key, count in failed.items() if count])
+
+
+def _seeds(row: Mapping[str, object], *path: str) -> str:
+    """The range of the seeds' means, which no interval over victims holds; empty of one seed."""
+    found = estimate(row, *path, "seeds")
+    if found.low is None or found.high is None:
+        return ""
+    return f"seeds {(values.percent_range if path[0] == 'identified' else values.fixed_range)(found.low, found.high)}"
 
 
 def _solved(row: Mapping[str, object]) -> str:
@@ -185,7 +198,8 @@ class Line:
     ``solved`` says which attack gave how many victims, where each counts with its strongest; ``identified_by`` names the attack that
     said who it was, where that was not the picture. ``labels`` is the share of right labels where the attack answered nothing else,
     else None. ``accuracy_against``, ``rounding``, ``over_prior`` and ``sender`` come from :mod:`experiments.report.beside`.
-    ``proven`` says how many records carry a certificate, and which solver produced how many.
+    ``identified_seeds`` and ``gain_seeds`` are the range of the seeds' means. ``proven`` says how many records carry a certificate, and
+    which solver produced how many.
     """
 
     defense: str
@@ -199,12 +213,14 @@ class Line:
     labels: Estimate | None
     label_floor: str
     identified: Estimate
+    identified_seeds: str
     identified_by: str
     chosen: bool
     candidates: str
     chance: float | None
     identified_bar: Bar | None
     gain: Estimate
+    gain_seeds: str
     gain_bar: Bar | None
     epsilon: str
     delta: str

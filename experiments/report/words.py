@@ -11,6 +11,7 @@ from experiments.report.headline import control_of, name, rows_of, strongest
 from experiments.report.threat import adversary
 from experiments.report.values import lookup, number
 from experiments.report.verdict import EQUAL, FAILED, MEANING, WORDS, Level, level, verdict
+from experiments.statistics import FEW_CLUSTERS
 
 CLAUSES: Mapping[Level, str] = {
     "recognizable": "can recognize the clients’ pictures under ",
@@ -73,9 +74,11 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     ),
     (
         "95 % interval",
-        "Over victims and seeds: paired bootstrap for scores, Clopper–Pearson for rates; where one upload holds several records, a rate’s "
-        "interval is no narrower than the bootstrap over whole uploads. It covers these victims, not other data or "
-        "other attacks.",
+        "Over victims, given the initial models of these seeds: paired bootstrap for scores, with fewer than "
+        f"{FEW_CLUSTERS} independent uploads no narrower than Student’s t; Clopper–Pearson for rates, where uploads hold several records "
+        "no narrower than the bootstrap over whole uploads. A record that is sent in several rounds is one victim, and the uploads that "
+        "share one count as one. It covers other victims of this data. It does not cover other initial models (the range of the "
+        "seeds’ means beside it shows how far these few differ), other data or other attacks.",
     ),
     (
         "ε and δ",

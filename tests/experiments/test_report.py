@@ -595,3 +595,22 @@ def test_names_of_chance_lines_that_are_close_are_one() -> None:
     figure = plots.leakage_vs_accuracy([chance(0.01, "update"), chance(0.02, "update"), chance(0.04, "aggregate"), chance(0.5, "sum")])
     words_ = [text.get_text() for text in figure.axes[1].texts if text.get_text().startswith("chance")]
     assert words_ == ["chance\n4 %, aggregate\n2 %, update\n1 %, update", "chance\n50 %, sum"]
+
+
+def test_an_interval_says_what_it_holds_and_the_range_of_the_seeds_means_stands_beside_it(tmp_path: Path, no_plot: None) -> None:
+    """What it does not hold is another initial model; repetitions of a victim are said, and no row of an older version breaks."""
+    ranges = {
+        "gain": {"psnr_db": {"mean": 11.84, "low": 10.6, "high": 13.1, "seeds": {"low": 9.5, "high": 14.2}}},
+        "identified": {"rate": 0.5, "low": 0.3, "high": 0.7, "seeds": {"low": 0.25, "high": 0.75}, "chance": 0.01},
+    }
+    rows = [row("none", victims=6, scored=24, **ranges)]
+    text = Page(write(tmp_path, summary={"rows": rows}, pictures=[])).text
+    assert "10.6 to 13.1seeds 9.5 to 14.2" in text
+    assert "seeds 25–75\u00a0%" in text
+    assert "6 (scored 24 times)" in text
+    assert "over victims, given these initial models" in text
+    assert "over victims, given these initial models" in re.sub(r"\s+", " ", terminal({"rows": rows}))
+    older = Page(write(tmp_path, summary={"rows": [row("none")]}, pictures=[])).text
+    assert "seeds 9" not in older
+    assert "given these initial models" not in older
+    assert "It does not cover other initial models" in older
