@@ -6,6 +6,9 @@ tells which, but the update does: a record is exchanged for the other guess's wh
 
 from __future__ import annotations
 
+import time
+from math import inf
+
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -18,12 +21,13 @@ SWEEPS = 2
 
 
 def blended(
-    view: Observation, knowledge: Knowledge, better: Batch, other: Batch, score: float
+    view: Observation, knowledge: Knowledge, better: Batch, other: Batch, score: float, *, until: float = inf
 ) -> tuple[Batch, tuple[int | None, ...], tuple[float, float]] | None:
     """``better`` with those records of ``other`` that lower :func:`attacks._rest.mismatch`, tried one after the other.
 
     Args:
         score: of ``better``.
+        until: CPU time of this process after which no further exchange is tried.
 
     Returns:
         The blend, for each of its records the place in ``other`` that it is from, or None, and its angle and score; None if no record
@@ -35,6 +39,8 @@ def blended(
     for _ in range(SWEEPS):
         changed = False
         for place in range(len(better)):
+            if time.process_time() > until:
+                break
             if counted and better.labels[place] != other.labels[twin[place]]:
                 continue
             tried = [flag != (i == place) for i, flag in enumerate(taken)]

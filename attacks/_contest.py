@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from attacks._learned.mechanisms import chain
 from attacks._rehearsal import psnr_db, rehearsal
-from attacks._solving import State, merged, taken
+from attacks._solving import State, charged, clocks, merged, taken
 from attacks.update.learning_to_invert import FEWEST, LearningToInvert, kinds
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.types import Observation
@@ -60,13 +59,13 @@ def contested(states: Sequence[State], rngs: Sequence[torch.Generator], climb: C
     views, knowledge = [states[i].view for i in waiting], [states[i].knowledge for i in waiting]
     for places in kinds(views, knowledge, [{} for _ in waiting]):  # which coordinates a defense left does not decide who is better
         mine = [waiting[place] for place in places]
-        cpu, wall = time.process_time(), time.perf_counter()
+        began = clocks()
         answers: Sequence[Reconstruction | None] | None = [None] * len(mine)
         try:
             answers = learned([states[i] for i in mine], [rngs[i] for i in mine], climb, sum(left(states[i]) for i in mine))
         except Exception:  # a failed rehearsal must not cost what algebra found
             logging.getLogger("fedpeek").exception("the rehearsal failed inside strongest")
-        for place, (i, state) in enumerate(zip(mine, charged([states[i] for i in mine], cpu, wall), strict=True)):
+        for place, (i, state) in enumerate(zip(mine, charged([states[i] for i in mine], began), strict=True)):
             states[i] = state if answers is None else taken(state, "learning_to_invert", answers[place])
     return states
 
@@ -88,12 +87,6 @@ def learned(states: Sequence[State], rngs: Sequence[torch.Generator], climb: Cli
 def worth(state: State) -> bool:
     """Whether there is something to contest."""
     return not (state.solved or state.whole or state.inside or state.angle < CLOSE) and may_rehearse(state)
-
-
-def charged(states: Sequence[State], cpu: float, wall: float) -> list[State]:
-    """The states with their shares of the time since then."""
-    cpu, wall = (time.process_time() - cpu) / len(states), (time.perf_counter() - wall) / len(states)
-    return [replace(state, cpu=state.cpu + cpu, wall=state.wall + wall) for state in states]
 
 
 def inverter_wins(view: Observation, knowledge: Knowledge, victims: int, seconds: float, climb: Climb) -> bool:

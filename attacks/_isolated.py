@@ -21,11 +21,13 @@ from simulator.adversary import Knowledge
 from simulator.training import per_example_gradients
 from simulator.types import Batch, Observation
 
-INSIDE = 0.01
-"""Share of a signal or an input outside the sum's range, and distance of vᵀW⁺u from 1, up to which a record is in it."""
+INSIDE = 0.001
+"""Share of a signal or an input outside the sum's range, and distance of vᵀW⁺u from 1, up to which a record is in it: a picture that is
+another by so little is the same to a mean squared error of 1e-6, which counts as exact."""
 
 OUTSIDE = 0.1
-"""The share from which on it is not; between them the sum says neither."""
+"""The share from which on it is not; between them, where rounding and a picture much like one of the records look alike, the sum says
+neither."""
 
 
 @dataclass(frozen=True)

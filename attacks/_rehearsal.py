@@ -19,6 +19,9 @@ from attacks._learned.train import compression, with_update
 from simulator.adversary import Knowledge
 from simulator.types import Batch, Observation
 
+EXACT = 1e-6
+"""Mean squared error below which a record is back: one that is nearer still must not outweigh those that are not."""
+
 Rehearsed = tuple[list[Observation], list[Knowledge], list[Batch]]
 
 
@@ -52,4 +55,4 @@ def psnr_db(guess: Tensor | None, truth: Batch) -> float:
     """Mean peak signal-to-noise ratio in dB after the best assignment; a failed attempt counts as mid-gray."""
     images = torch.full_like(truth.inputs, 0.5) if guess is None or not bool(torch.isfinite(guess).all()) else guess
     errors = (images.flatten(1)[:, None] - truth.inputs.flatten(1)[None]).square().mean(2).double().numpy()
-    return float(sum(-10 * log10(max(error, 1e-12)) for error in errors[linear_sum_assignment(errors)]) / len(truth))
+    return float(sum(-10 * log10(max(error, EXACT)) for error in errors[linear_sum_assignment(errors)]) / len(truth))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,6 @@ from simulator.types import Batch, Observation
 
 SOLVED = 1e-4
 """Angle in radians between the simulated and the observed update below which float32 has nothing left to match."""
-
 
 TWIN = 1e-2
 """Largest difference of a pixel between two exact images of one record."""
@@ -49,6 +49,7 @@ class State:
         angle, score: of the guess, see :func:`attacks._rest.mismatch`; lower is better.
         asked: the solvers that were asked about what is left.
         cpu, wall: seconds spent.
+        until: CPU time of this process at which the budget ends: what is no solver's work, but can be left, ends there.
         failed: whether a solver raised or diverged, so that its part of the attack is missing.
         short: whether a solver ended with its time, or was not asked for want of it.
         extra: matching that came last and may be asked again from other starts.
@@ -70,6 +71,7 @@ class State:
     asked: frozenset[type[Any]] = frozenset()
     cpu: float = 0.0
     wall: float = 0.0
+    until: float = torch.inf
     failed: bool = False
     short: bool = False
     extra: type[Any] | None = None
@@ -87,6 +89,17 @@ class State:
     def whole(self) -> bool:
         """Whether every record is proven."""
         return self.guess is None and bool(self.proven)
+
+
+def clocks() -> tuple[float, float]:
+    """CPU and wall-clock seconds from which :func:`charged` counts."""
+    return time.process_time(), time.perf_counter()
+
+
+def charged(states: Sequence[State], began: tuple[float, float]) -> list[State]:
+    """The states with their shares of the time since then."""
+    cpu, wall = ((now - then) / len(states) for now, then in zip(clocks(), began, strict=True))
+    return [replace(state, cpu=state.cpu + cpu, wall=state.wall + wall) for state in states]
 
 
 def usable(answer: Reconstruction | None) -> bool:
@@ -183,7 +196,7 @@ def blend(better: State, other: State) -> State:
     """The better of two states with those records of the other's guess that it gains from."""
     assert better.guess is not None
     assert other.guess is not None
-    found = blended(better.view, better.knowledge, better.guess, other.guess, better.score)
+    found = blended(better.view, better.knowledge, better.guess, other.guess, better.score, until=better.until)
     if found is None:
         return better
     both, taken, (angle, score) = found

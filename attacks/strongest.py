@@ -14,7 +14,6 @@ Deviations: weights of total variation are the solvers' own. tuned_inverting_gra
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from attacks._choice import ALGEBRAIC, EXACT, LADDER, MATCHING, Choice
 from attacks._contest import contested, may_rehearse
 from attacks._gradient import unusable
 from attacks._rest import farthest
-from attacks._solving import State, after, judged, merged, usable
+from attacks._solving import State, after, charged, clocks, judged, merged, usable
 from attacks.update.dlg import DLG
 from attacks.update.hybrid import Hybrid
 from attacks.update.levenberg_marquardt import LevenbergMarquardt
@@ -65,7 +64,8 @@ def applicable(view: Observation, knowledge: Knowledge) -> tuple[type[Any], ...]
 
 def begun(views: Sequence[Observation], knowledge: Sequence[Knowledge]) -> list[State]:
     """Victims of whom nothing is known yet but which solvers apply."""
-    return [State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)]
+    began = clocks()
+    return charged([State(view, known, applicable(view, known)) for view, known in zip(views, knowledge, strict=True)], began)
 
 
 def open_to(state: State) -> State:
@@ -119,8 +119,9 @@ class Strongest:
     """The strongest solvers that apply, in order, within a budget; what one proves, the next need not find.
 
     Attributes:
-        seconds: CPU seconds for each record behind an upload, those of a batch or an aggregate together. A ceiling, but for what each
-            solver cannot interrupt: easy victims take far less. Where it binds, results depend on the machine.
+        seconds: CPU seconds for each record behind an upload, those of a batch or an aggregate together, the router's own work among
+            them. A ceiling, but for what each solver cannot interrupt: easy victims take far less. Where it binds, results depend on
+            the machine.
     """
 
     seconds: float = 30.0
@@ -174,7 +175,8 @@ class Strongest:
             budget = min(self._budget(states[i], solver) * (SHARE if i in whole else 1) for i in able)
             answers = ask(with_budget(solver, budget, longer=longer), [states[i] for i in able], [rngs[i] for i in able])
             for i, (answer, cpu, wall) in zip(able, answers, strict=True):
-                states[i] = advanced(states[i], solver, answer, cpu, wall)
+                began = clocks()
+                states[i] = charged([advanced(self._bounded(states[i], cpu), solver, answer, cpu, wall)], began)[0]
         tick("solvers", len(LADDER), len(LADDER))
         unasked = [not state.solved and next_solver(state, among) is not None for state in states]
         return [replace(state, short=state.short or late) for state, late in zip(states, unasked, strict=True)]
@@ -191,15 +193,19 @@ class Strongest:
 
     def _apart(self, state: State, view: Observation, knowledge: Knowledge, rng: torch.Generator) -> State:
         """The state with what the sums of other rounds say of each sender; they tell of the whole sum, proven records included."""
-        cpu, wall, seconds = time.process_time(), time.perf_counter(), SHARE * self._left(state) / knowledge.num_examples
+        began, seconds = clocks(), SHARE * self._left(state) / knowledge.num_examples
         if state.solved or not seconds > 0:
             return state
+        state = self._bounded(state)
         answer = part_by_part(view, knowledge, replace(self, seconds=seconds), rng=rng)
         assert answer.inputs is not None
-        cpu, wall = state.cpu + time.process_time() - cpu, state.wall + time.perf_counter() - wall
-        spent = replace(state, cpu=cpu, wall=wall, short=state.short or not answer.converged)
         rest = farthest(answer.inputs, [] if state.inside else [item.image for item in state.proven])
-        return judged(spent, "gradient_disaggregation", answer, rest.tolist())
+        short = state.short or not answer.converged
+        return charged([judged(replace(state, short=short), "gradient_disaggregation", answer, rest.tolist())], began)[0]
+
+    def _bounded(self, state: State, spent: float = 0.0) -> State:
+        """The state with the CPU time at which its budget ends, once so many seconds more are counted."""
+        return replace(state, until=clocks()[0] + self._left(state) - spent)
 
     def _left(self, state: State) -> float:
         """CPU seconds that are left of the whole upload's budget."""

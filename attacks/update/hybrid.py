@@ -219,8 +219,14 @@ class Hybrid:
         if len(chosen):
             smallest = sensitivity(entrance.features, inverted.images[chosen], rng=rng, steps=600, deadline=deadline) / MARGIN
             noise = (inverted.error * features.norm(dim=1) * (active / (active - pixels)).sqrt())[chosen]
-            exact[chosen] = 2 * noise <= RADIUS * pixels**0.5 * smallest
+            exact[chosen] = (2 * noise <= RADIUS * pixels**0.5 * smallest) & pictures(inverted.images[chosen])
         return exact.tolist()
+
+
+def pictures(images: Float[Tensor, "batch channel height width"]) -> Bool[Tensor, " batch"]:
+    """Which have all values in [0, 1], up to ten times the root mean square error that a proof allows: nothing else can be a record."""
+    values = images.flatten(1)
+    return ((values > -10 * RADIUS) & (values < 1 + 10 * RADIUS)).all(1)
 
 
 def first_parameterized(knowledge: Knowledge, view: Observation) -> str:

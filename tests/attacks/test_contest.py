@@ -12,6 +12,7 @@ import torch
 
 from attacks import _contest, strongest
 from attacks._contest import contested, inverter_wins, worth
+from attacks._rehearsal import psnr_db
 from attacks._solving import State, after
 from attacks.strongest import Strongest
 from attacks.update.learning_to_invert import LearningToInvert
@@ -168,7 +169,7 @@ def test_the_time_of_the_rehearsal_is_the_victims(monkeypatch: pytest.MonkeyPatc
     view, knowledge = attack_surface(build("linear", (1, 8, 8)), [TRUTH])
     states = strongest.begun([view] * 2, [replace(knowledge, public=PUBLIC)] * 2)
     after_it = contested(states, [stream(0), stream(1)], proven_and_guessed, lambda state: 1.0)
-    assert [state.cpu for state in after_it] == [pytest.approx(0.1, abs=0.03)] * 2
+    assert [after.cpu - before.cpu for after, before in zip(after_it, states, strict=True)] == [pytest.approx(0.1, abs=0.03)] * 2
 
 
 @pytest.mark.parametrize("victims", [1, 3])
@@ -181,6 +182,11 @@ def test_rehearsal_and_performance_keep_to_the_budget(victims: int) -> None:
     began = time.process_time()
     Strongest(seconds=0.2).many([view for view, _ in pairs], told, rngs=[stream(i) for i in range(victims)])
     assert time.process_time() - began < 1.5 * 0.2 * 4 * victims + 1
+
+
+def test_one_exact_record_does_not_outweigh_those_that_are_not() -> None:
+    near = replace(TRUTH, inputs=TRUTH.inputs + 1e-5)
+    assert psnr_db(near.inputs, TRUTH) == psnr_db(TRUTH.inputs, TRUTH) == pytest.approx(60.0)
 
 
 def test_without_public_records_nothing_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:

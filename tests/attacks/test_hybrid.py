@@ -193,3 +193,11 @@ def test_hybrid_bar(size: int, hidden: int, least: float, most: float) -> None:
         assert all(value < 1e-6 for value, proof in zip(error.min(1).values.tolist(), guess.certificate, strict=True) if proof)
     assert sum(means) / 5 >= least
     assert sum(seconds) / 5 <= most
+
+
+def test_only_pictures_are_proven() -> None:
+    """Whatever lies outside the pixel range by more than a proof's error can be no record."""
+    images = torch.rand(4, 1, 8, 8, generator=stream(0), dtype=torch.float64)
+    images[1, 0, 3, 3], images[2, 0, 0, 0] = 1.02, -0.02
+    images[3, 0, 0, 0] = 1.0005
+    assert hybrid.pictures(images).tolist() == [True, False, False, True]

@@ -95,6 +95,8 @@ def test_a_record_is_in_a_sum_at_its_own_weight_and_label_only() -> None:
     assert found is not None
     each = [Batch(batch.inputs[i : i + 1], batch.labels[i : i + 1]) for i in range(6)]
     assert [found.holds(item) for item in each] == [True] * 5 + [False]
+    blurred = [replace(item, inputs=item.inputs + 0.003 * torch.randn(item.inputs.shape, generator=stream(1))) for item in each[:5]]
+    assert not any(found.holds(item) for item in blurred)  # 9e-6 of squared error is not exact
     assert found.holds(Batch(each[0].inputs, (each[0].labels + 1) % 10)) is False
     assert found.holds(Batch((each[0].inputs + each[1].inputs) / 2, each[0].labels)) is False
     heavier = as_sum(view, replace(knowledge, num_examples=10))
