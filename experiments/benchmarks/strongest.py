@@ -172,13 +172,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     for entry in rows:
         alone = {name: statistics.fmean(found) for name, found in entry["solvers_db"].items() if len(found) == entry["victims"]}
         winner = max(alone, key=lambda name: alone[name], default="")
-        gain = entry["gain"]
-        verdict = "" if gain["low"] > 0 else " **floor not beaten**"
+        gains = [ours - floor for ours, floor in zip(entry["strongest_db"], entry["floor_db"], strict=True)]
+        gain = bootstrap_mean(gains, range(len(gains)), rng=fixed_rng())  # not the one in the file, which an older version may have written
+        verdict = "" if gain.low > 0 else " **floor not beaten**" if gain.mean <= 0 else f" **not shown by {len(gains)} victims**"
         lines.append(
             f"| {entry['setting']} | {entry['victims']} | {statistics.fmean(entry['floor_db']):.1f} "
             f"| {statistics.fmean(entry['strongest_db']):.1f} | {entry['proven']} of {entry['records']} "
             f"| {f'{alone[winner]:.1f} `{winner}`' if winner else 'none applies'} | {entry['matched']} of {entry['victims']} "
-            f"| {gain['mean']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}]{verdict} | {statistics.fmean(entry['seconds']):.1f} |"
+            f"| {gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]{verdict} | {statistics.fmean(entry['seconds']):.1f} |"
         )
     return "\n".join(lines)
 
