@@ -5,7 +5,9 @@
 Source: DP-FedAvg with a fixed-size cohort, McMahan et al., 2018, arXiv:1710.06963; Geyer, Klein and Nabi, 2017, arXiv:1712.07557.
 Deviations: the mean is weighted by the clients' numbers of examples, so one client may move it by more than S/n; the claim counts that
 as less noise (:func:`weighted_noise_multiplier`). Where a channel or the upload's number format rounds after clipping, a client may move
-the mean by more, which the claim pays for too (:func:`rounding`). No amplification is claimed for cohorts that an outsider does not know.
+the mean by more, which the claim pays for too (:func:`rounding`). Where a channel has no room for a coordinate as long as the norm, so that
+whether a client is in the mean would depend on its update, the world is refused (:func:`cramped`). No amplification is claimed for
+cohorts that an outsider does not know.
 Hooks: ``on_update`` (clipping, at the client) and ``on_aggregate`` (noise, after the observation was taken).
 
 The server's hook sees only the aggregate, and clipping *that* would not bound what one client contributes. So clipping happens at
@@ -28,9 +30,12 @@ from dataclasses import dataclass, replace
 
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 
+from defenses.channel._secagg.refusal import tail
+from defenses.channel.ckks import CKKSAggregation
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip, clip_to_norm, require_clip_norm
+from defenses.client.distributed_dp import MARGIN
 from defenses.client.gaussian_noise import GaussianNoise, add_gaussian, require_noise_multiplier
 from defenses.client.laplace_noise import LaplaceNoise
 from defenses.client.local_dp import LocalDP
@@ -68,15 +73,19 @@ def weighted_noise_multiplier(
     return noise_multiplier / max(moved)
 
 
+def coordinates_of(world: World) -> int:
+    """Numbers in an update."""
+    model = network(world.architecture, world.data.load().schema, world.training, world.seed)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def rounding(world: World, clip_norm: float) -> tuple[float, float]:
     """By how much rounding after clipping makes an update longer: relatively, and beside its weight in units of clip_norm × 1 example.
 
     The words of secure aggregation round each of d coordinates of the weighted update by less than a step of the grid: a vector of at
     most √d steps.
     """
-    coordinates = sum(
-        parameter.numel() for parameter in network(world.architecture, world.data.load().schema, world.training, world.seed).parameters()
-    )
+    coordinates = coordinates_of(world)
     unit, smallest = FORMATS[world.training.upload_dtype]
     longer, channel = unit + smallest * math.sqrt(coordinates) / clip_norm, world.channel
     if not isinstance(channel, SecureAggregation) or channel.mode == "plain":
@@ -84,11 +93,48 @@ def rounding(world: World, clip_norm: float) -> tuple[float, float]:
     return longer, channel.grid(world, coordinates) * math.sqrt(coordinates) / clip_norm * channel.largest_upload(world)
 
 
+def after(mechanism: Defense, world: World) -> tuple[Defense, ...]:
+    """The defenses that act after it."""
+    return world.defenses[world.defenses.index(mechanism) + 1 :] if mechanism in world.defenses else ()
+
+
+def cramped(mechanism: Defense, clip_norm: float, world: World) -> str | None:
+    """Why a client might have to leave because of its update, which an outsider would see in the mean and no claim counts; or None.
+
+    A channel that works on words leaves out who has a coordinate beyond their range. One coordinate may be as long as the whole update,
+    and noise that is added after clipping comes on top: it goes beyond its :func:`tail` in 1e-15 of all coordinates, far below any δ.
+    """
+    need, channel = clip_norm * (1 + MARGIN) + tail(after(mechanism, world), world), world.channel
+    if isinstance(channel, CKKSAggregation):
+        what, room, do = "numbers that ckks_aggregation takes", channel.scheme.largest / world.federation.cohort_size, "Lower scale_bits"
+    elif isinstance(channel, SecureAggregation) and channel.mode != "plain":
+        what, room, do = "clip_range of secure_aggregation", channel.range_for(world, coordinates_of(world)), f"Set clip_range = {need:.7g}"
+    else:
+        return None
+    if need <= room:
+        return None
+    return (
+        f"{what} must be ≥ {need:.4g} for {mechanism.name} with updates of norm {clip_norm:g} and the noise after it, got {room:.4g}: a "
+        f"client with a larger coordinate leaves, and that it did would tell of its data. {do}, or lower clip_norm."
+    )
+
+
+def blurred(mechanism: Defense, world: World) -> str | None:
+    """Why rounding to the upload's number format is not bounded by the clip norm, or None: it takes its share of the noise, too."""
+    noise = next((defense for defense in after(mechanism, world) if defense.noise_std(world)), None)
+    if noise is None or (dtype := world.training.upload_dtype) == "float32":
+        return None
+    return (
+        f"upload_dtype must be float32 for {mechanism.name} with noise after it, got {dtype} and {noise.name}: update and noise are "
+        f"rounded together, so that a client moves the mean by more than that. Use float32, or put {noise.name} before {mechanism.name}."
+    )
+
+
 def undone(mechanism: Defense, world: World) -> str | None:
     """Why a bound on each client's update would not bound what it adds to the mean, or the mean is released before the noise."""
     name, recipe = mechanism.name, world.training
     place = world.defenses.index(mechanism) if mechanism in world.defenses else len(world.defenses)
-    for defense in world.defenses[place + 1 :]:
+    for defense in after(mechanism, world):
         if overrides(defense, "on_update") and not defense.channel and type(defense) not in KEEPS_THE_BOUND:
             return f"{name} must be the last to change the update's norm, got {defense.name!r} after it. Put {name} after it."
     for defense in world.defenses[:place]:
@@ -139,8 +185,10 @@ class CentralDP(Defense):
         require_noise_multiplier(self.noise_multiplier, self.clip_norm)
 
     def refuses(self, world: World) -> str | None:
-        """Refuse what undoes the clipping, and BatchNorm in train mode: its statistics are released without noise."""
-        return undone(self, world)
+        """Refuse what undoes the clipping or makes clients leave, and BatchNorm in train mode: its statistics leave without noise."""
+        if (reason := undone(self, world)) is not None or not self.noise_multiplier:
+            return reason
+        return cramped(self, self.clip_norm, world) or blurred(self, world)
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Clip, at the client."""

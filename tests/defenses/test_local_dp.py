@@ -13,12 +13,15 @@ from scipy import stats
 
 from defenses.accounting import guarantee
 from defenses.bounds import success_ceiling
+from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.clip import global_norm
+from defenses.client.gaussian_noise import GaussianNoise
 from defenses.client.laplace_noise import LaplaceNoise, add_laplace
 from defenses.client.local_dp import LocalDP, clip_to_l1
 from defenses.privacy_loss import epsilon, gaussian_dp_epsilon, unknown
 from defenses.server.central_dp import CentralDP
 from simulator import lookup
+from simulator.defense import Defense
 from simulator.rng import stream
 from simulator.types import Update
 from tests.defenses.tiny import context, world
@@ -84,6 +87,19 @@ def test_gaussian_claims_replacement_with_its_own_noise() -> None:
     assert LocalDP(noise_multiplier=0.0).claim(world(), HELD) is None
     assert "BatchNorm" in str(LocalDP().refuses(world(LocalDP(), batch_norm=True)))
     assert CentralDP().refuses(world(CentralDP(), LocalDP(), LaplaceNoise())) is None
+
+
+@pytest.mark.parametrize(
+    ("noise", "reach"),
+    [(GaussianNoise(0.1), 0.8), (LocalDP(0.1, 0.5), 0.8), (LaplaceNoise(0.1), 0.1 * 34.5), (LocalDP(0.1, 0.5, "laplace"), 0.1 * 34.5)],
+)
+def test_words_leave_room_for_all_noise_but_1e_15_of_it(noise: Defense, reach: float) -> None:
+    """σ = 0.1, or b = 0.1: N(0, 1) is beyond 8 with probability 1e-15, Lap(1) beyond 34.5; eight standard deviations of it are 11.3."""
+    assert 2 * stats.norm.sf(8) == pytest.approx(1.2e-15, rel=0.1)
+    assert math.exp(-34.5) == pytest.approx(1e-15, rel=0.1)
+    for room, refused in ((reach * 0.97, True), (reach * 1.03, False)):
+        channel = SecureAggregation(clip_range=room)
+        assert ("clip_range must be ≥ " in (channel.refuses(world(noise, channel)) or "")) is refused
 
 
 @pytest.mark.parametrize(("z", "rounds"), [(1.0, 1), (0.5, 1), (2.0, 8), (0.05, 3)])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from defenses.channel._secagg import graph
 from defenses.channel._secagg.keys import KEY_BYTES
+from defenses.client.laplace_noise import LaplaceNoise
+from defenses.client.local_dp import LocalDP
+from simulator.defense import Defense
 
 if TYPE_CHECKING:
     from defenses.channel.secure_aggregation import SecureAggregation
     from simulator.world import World
 
 NOISE_REACH = 8
-"""Standard deviations that ``clip_range`` must leave for a defense's noise; beyond 8 lie 1e-15 of all coordinates."""
+LAPLACE_REACH = 25
+"""Standard deviations that ``clip_range`` must leave for Gaussian and for Laplace noise; beyond them lie 1e-15 of all coordinates."""
 
 
 def why_not(settings: SecureAggregation, world: World) -> str | None:
@@ -100,11 +105,22 @@ def _words(settings: SecureAggregation, world: World) -> str | None:
             f"upload_dtype must be float32 for secure aggregation, got {world.training.upload_dtype}: what crosses are words of fixed "
             "point, finer than it, so that rounding first would cost precision and save nothing. Use float32."
         )
-    noise = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses))
-    if NOISE_REACH * noise > settings.clip_range and not settings.noised(world):
-        enough = 2.0 ** math.ceil(math.log2(NOISE_REACH * noise))
+    need = tail(world.defenses, world)
+    if need > settings.clip_range and not settings.noised(world):
+        noise, enough = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses)), 2.0 ** math.ceil(math.log2(need))
         return (
-            f"clip_range must be ≥ {NOISE_REACH} standard deviations of the noise that goes through it, got {settings.clip_range} "
+            f"clip_range must be ≥ {need / noise:.3g} standard deviations of the noise that goes through it, got {settings.clip_range} "
             f"with noise of {noise:.3g}: clients would have to leave. Set clip_range = {enough:g}."
         )
     return None
+
+
+def tail(defenses: Sequence[Defense], world: World) -> float:
+    """What the noise of these defenses on one coordinate exceeds with probability 1e-15 or so, in the update's unit."""
+    stds = [(defense.noise_std(world), _laplace(defense)) for defense in defenses]
+    normal = math.sqrt(sum(std**2 for std, heavy in stds if not heavy))
+    return NOISE_REACH * normal + LAPLACE_REACH * sum(std for std, heavy in stds if heavy)
+
+
+def _laplace(defense: Defense) -> bool:
+    return isinstance(defense, LaplaceNoise) or (isinstance(defense, LocalDP) and defense.mechanism == "laplace")
