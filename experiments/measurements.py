@@ -46,7 +46,7 @@ def keep(run: Path, command: str, *, partial: bool = False) -> None:
     found = {
         "command": command, "fedpeek": summary["fedpeek"], "environment": summary["environment"],
         "later": [part["environment"] for part in how.get("resumed", ()) if changes(how["environment"], part["environment"])],
-        "unfinished": sum(task not in done for task in planned), "rows": rows,
+        "planned": len(planned), "unfinished": sum(task not in done for task in planned), "rows": rows,
     }  # fmt: skip
     require_whole(found, partial=partial)
     MEASURED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -60,7 +60,7 @@ def require_whole(measurements: Mapping[str, object], *, partial: bool) -> None:
     """
     if not partial and (lacks := _lacks(measurements)):
         raise SpecError(
-            f"measurements must be of all arms with the same seeds, made by one state of the code, got {values.join(lacks)}. "
+            f"measurements must be of all arms with the same seeds, made by one state of the code, got: {values.join(lacks)}. "
             "Measure the rest with --resume, or all anew; or give --partial, and every page says so."
         )
 
@@ -68,7 +68,7 @@ def require_whole(measurements: Mapping[str, object], *, partial: bool) -> None:
 def shortcomings(measurements: Mapping[str, object]) -> str:
     """Return in what the arms are not alike, as a sentence for a page; empty if they are."""
     lacks = _lacks(measurements)
-    return f"**Not one whole measurement: {values.join(lacks)}. Compare with care.**" if lacks else ""
+    return f"**Preliminary: {values.join(lacks)}.**" if lacks else ""
 
 
 def content() -> dict[str, object]:
@@ -82,14 +82,17 @@ def content() -> dict[str, object]:
 def _lacks(measurements: Mapping[str, object]) -> list[str]:
     """Why the arms are not alike; empty if they are."""
     seeds = {name(row, "defense"): _seeds(row) for row in rows_of(measurements)}
-    counts, later, unfinished = sorted(map(len, seeds.values())), measurements.get("later"), number(measurements.get("unfinished"))
+    counts, later = sorted(map(len, seeds.values())), measurements.get("later")
+    unfinished, planned = number(measurements.get("unfinished")), number(measurements.get("planned"))
     lacks = []
     if len(set(seeds.values())) > 1:
-        lacks.append(f"arms with {counts[0]} to {counts[-1]} seeds" if counts[0] < counts[-1] else "arms with different seeds")
+        unequal = f"some arms have {counts[0]} and some {counts[-1]} seeds"
+        lacks.append(unequal if counts[0] < counts[-1] else "arms have different seeds")
     if unfinished:
-        lacks.append(f"{unfinished:.0f} arms × seeds that are not finished")
+        of = f" of {planned:.0f}" if planned else ""
+        lacks.append(f"{unfinished:.0f}{of} runs (one arm under one seed) are not finished")
     if isinstance(later, Sequence) and later:
-        lacks.append(f"rows of {len({json.dumps(each) for each in later}) + 1} states of the code")
+        lacks.append(f"{len({json.dumps(each) for each in later}) + 1} states of the code made the rows")
     return lacks
 
 

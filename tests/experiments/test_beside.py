@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -113,11 +114,11 @@ def test_pages_of_unequal_seeds_or_several_states_are_refused_or_marked(tmp_path
     measurements.require_whole({"rows": equal, "later": []}, partial=False)
     fewer = [equal[0], judged("top-k", 2.0, accuracy_by_seed={"0": 0.7})]
     for content, got in (
-        ({"rows": fewer}, "arms with 1 to 2 seeds"),
-        ({"rows": equal, "unfinished": 4}, "4 arms × seeds that are not finished"),
-        ({"rows": equal, "later": [{"source": "b"}]}, "rows of 2 states of the code"),
+        ({"rows": fewer}, "some arms have 1 and some 2 seeds"),
+        ({"rows": equal, "unfinished": 4, "planned": 9}, "4 of 9 runs (one arm under one seed) are not finished"),
+        ({"rows": equal, "later": [{"source": "b"}]}, "2 states of the code made the rows"),
     ):
-        with pytest.raises(SpecError, match=f"must be .* got {got}.* --partial"):
+        with pytest.raises(SpecError, match=f"must be .* got: {re.escape(got)}.* --partial"):
             measurements.require_whole(content, partial=False)
         measurements.require_whole(content, partial=True)
         path = tmp_path / "defenses.json"

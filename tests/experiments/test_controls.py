@@ -203,7 +203,7 @@ def without_information(kind: str, of: list[tuple[Observation, Knowledge, torch.
 
 @pytest.mark.parametrize("kind", ["zeroed", "shuffled", "foreign"])
 @pytest.mark.parametrize("name", lookup.names("attacks"))
-def test_update_without_information_gives_no_more_than_the_floor_and_no_certificate(name: str, kind: str) -> None:
+def test_update_without_information_gives_no_more_than_the_floor_and_a_proof_of_its_own_record_alone(name: str, kind: str) -> None:
     cls = lookup.get("attacks", name)
     attack = cls(**{field.name: QUICK[field.name] for field in fields(cls) if field.name in QUICK})
     of = victims()
