@@ -26,6 +26,8 @@ FLAGS: dict[str, str] = {
     "may be its prior",
     "control_failed": "the undefended attack did not beat its own floor: no defense can take credit here",
     "no_control": "there is no undefended run on the same victims: no defense can take credit",
+    "defense_not_modeled": "no attack here models a defense of this arm: but for what the architecture and the upload show by themselves, "
+    "it was attacked as if it were absent, and the leakage may be larger",
     "oracle_used": "the threat model disclosed labels to the attack: the leakage holds for that adversary only",
     "active_server": "the server tampered with the model: not an honest-but-curious adversary",
     "candidates_told": "the adversary was handed the candidates, the true record among them: that is the game that a ceiling bounds, and "
@@ -74,6 +76,7 @@ def flags_for(
     colluding: bool = False,
     prior: Interval | None = None,
     chance: float | None = None,
+    not_modeled: bool = False,
 ) -> list[str]:
     """Return the flags that a row of the summary deserves, in the order of :data:`FLAGS`.
 
@@ -97,6 +100,7 @@ def flags_for(
         colluding: whether clients told the server what they sent.
         prior: PSNR minus that of the same attack on shuffled updates in dB, on the same victims; None where none were shuffled.
         chance: of naming a record without any update; None in a row that names nobody.
+        not_modeled: whether a defense of the arm is one that no attack knows.
         prediction_missed: whether fewer records are exact than identifiability predicted.
     """
     if gain is None:
@@ -109,6 +113,7 @@ def flags_for(
         "prior_only": prior is not None and prior.low <= 0 < gain.low,
         "control_failed": control_gain is not None and control_gain.low <= 0,
         "no_control": not controlled,
+        "defense_not_modeled": not_modeled,
         "oracle_used": oracle,
         "active_server": active,
         "candidates_told": candidates_told,

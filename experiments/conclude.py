@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from experiments.arms import Arm
 from experiments.directory import FACTS, HOW, SPEC, TRANSCRIPTS, mixed, read_facts, read_trials
@@ -22,6 +23,7 @@ from experiments.report.table import table as terminal_table
 from experiments.result import Trial
 from experiments.spec import Evaluation, Experiment
 from experiments.summary import summarize
+from experiments.unmodeled import sentence, unmodeled
 from simulator import config
 from simulator.errors import FedpeekError, SpecError
 from simulator.transcript import LINES
@@ -48,12 +50,14 @@ def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
     how = json.loads((out / HOW).read_text(encoding="utf-8"))
     _require_whole(experiment, trials, {(fact.arm, fact.seed) for fact in facts})
     control = experiment.control
+    absent = {arm.name: found for arm in experiment.arms if (found := unmodeled(names(arm)))}
     summary = summarize(
         trials, facts, candidates=candidates(experiment), control_arm=control.name if control else None,
         controls=experiment.controls, environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
         stacks=stacks(experiment), colluding=experiment.threat.colluding > 0,
         one_round=experiment.threat.rounds == "one",
         candidates_of={arm.name: candidates(experiment, experiment.judged(arm)) for arm in experiment.arms},
+        not_modeled=absent,
     )  # fmt: skip
     if experiment.layers:
         summary["layers"] = marginals(experiment.layers, summary["rows"])
@@ -69,6 +73,7 @@ def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
     planned = len(experiment.arms) * len(experiment.seeds)
     missing = [] if len(facts) == planned else [f"only {len(facts)} of {planned} arms × seeds are finished; go on with --resume"]
     shown: list[RenderableType] = [terminal_table(summary)]
+    shown += [Text(f"{arm}: {sentence(found)}.", style="yellow") for arm, found in absent.items()]
     if experiment.layers:
         shown.append(layers_table(summary["layers"]))
     differs = [f"the run was resumed by another state of fedpeek, and its rows are of both: {'; '.join(mixed(how))}"] if mixed(how) else []
@@ -122,7 +127,12 @@ def _stack(arm: Arm, control: Arm | None) -> tuple[str, ...]:
     changed = [(table, name) for table, name in own if not arm.defenses or not (table == "federation" or (table, name) == RATE)]
     tables = {table: [name for other, name in changed if other == table] for table, _ in changed}
     words = [f"{table}: {', '.join(names)}" for table, names in tables.items()]
-    return (*(defense.name or type(defense).__name__ for defense in arm.defenses), *words)
+    return (*names(arm), *words)
+
+
+def names(arm: Arm) -> tuple[str, ...]:
+    """The names of an arm's defenses."""
+    return tuple(defense.name or type(defense).__name__ for defense in arm.defenses)
 
 
 def threat(experiment: Experiment) -> dict[str, object]:

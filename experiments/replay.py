@@ -22,6 +22,7 @@ from experiments.report import pictures
 from experiments.spec import Experiment
 from experiments.trial import attack_victims
 from experiments.under_attack import find_victims, outlooks
+from experiments.unmodeled import sentence, unmodeled
 from experiments.workers import Notify
 from simulator import config, lookup, progress
 from simulator.adversary import Knowledge
@@ -155,6 +156,8 @@ def _question(record: Record, attack: Any, view: Observation) -> Question:
 
 def _foretell(surfaces: Sequence[tuple[Observation, Knowledge]], seed: int, say: Say) -> None:
     """Say what each update can tell, before any attack."""
+    if absent := unmodeled(name for _, known in surfaces for name, _ in known.defenses):
+        say(sentence(absent))
     for (view, _), found in zip(surfaces, outlooks(surfaces, seed), strict=True):
         place = f"round {view.broadcast.round}, client {', '.join(map(str, sorted(view.upload.senders)))}"
         say(f"{place}: {found or 'identifiability not asked: the update cannot be used, or known defenses added noise'}")

@@ -19,7 +19,7 @@ from experiments.groups import Group, Row, Scored, bounds, clusters, independent
 from experiments.json_lines import plain
 from experiments.ladder import BEST, best_per_victim
 from experiments.result import ArmFacts, Trial
-from experiments.row_scores import above_floor, attributed, floor, guessed, over_prior, scores
+from experiments.row_scores import above_floor, attributed, floor, guessed, guessed_in_class, over_prior, scores
 
 SCHEMA = 1
 
@@ -38,10 +38,12 @@ def summarize(
     colluding: bool = False,
     one_round: bool = True,
     candidates_of: Mapping[str, int] | None = None,
+    not_modeled: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``, in the order in which arms and attacks first appear.
 
-    Means of PSNR are means of dB. ``identified.chance`` is 1/N for single records and at most k/N for a joint batch of k.
+    Means of PSNR are means of dB. ``identified.chance`` is 1/N for single records and at most k/N for a joint batch of k,
+    ``chance_in_class`` the same for who knows each record's class.
 
     Args:
         candidates: N, the records among which the true one must be the nearest.
@@ -52,6 +54,7 @@ def summarize(
         colluding: whether clients told the server what they sent.
         one_round: whether attacks used one round alone, so that each round's upload counts against a ceiling.
         candidates_of: N of the arms that have one of their own.
+        not_modeled: the names of each arm's defenses that no attack knows.
 
     Raises:
         ValueError: a victim was scored twice by the same attack under the same arm.
@@ -68,8 +71,10 @@ def summarize(
             candidates=(candidates_of or {}).get(group.arm, candidates),
             colluding=colluding,
             one_round=one_round,
+            not_modeled=bool((not_modeled or {}).get(group.arm)),
         )
         | {
+            "not_modeled": list((not_modeled or {}).get(group.arm, ())),
             "stack": list((stacks or {}).get(group.arm, ())),
             "accuracy_difference": accuracy_difference(of_arm[group.arm], undefended[group.arm]),
         }
@@ -103,7 +108,16 @@ def _control(group: Group, groups: Sequence[Group], control_arm: str | None) -> 
     return next((other for other in groups if (other.arm, other.attack, other.round) == wanted), None)
 
 
-def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, candidates: int, colluding: bool, one_round: bool) -> Row:
+def _row(
+    group: Group,
+    control: Group | None,
+    facts: Sequence[ArmFacts],
+    *,
+    candidates: int,
+    colluding: bool,
+    one_round: bool,
+    not_modeled: bool,
+) -> Row:
     scored, seeds = group.scored, {trial.seed for trial in group.trials}
     uploads, victims, groups = {item.upload for item in scored}, {item.victim for item in scored}, set(clusters(scored))
     statuses = {"ok": 0} | Counter(trial.status for trial in group.trials)
@@ -115,12 +129,14 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
     identified = rate_of(hits, named) if named else None
     comparison = compare(pictured, control.scored) if pictured and control and control is not group else None
     certified_wrong = sum(bool(item.record.certificate) and not item.record.exact for item in scored)
+    certified_wrong += sum(trial.surplus_proofs for trial in group.trials)
     foreseen = [trial for trial in group.trials if trial.predicted is not None and trial.answered == "inputs"]
     exact_there = sum(record.exact for trial in foreseen for record in trial.records)
     counted = independent(group.trials, one_round=one_round)  # as in the audit
     judged = group.attack != BEST and not told_apart(counted)  # the ceiling is for one guess, the best of several attacks had several
     firsts = [Scored(trial, trial.records[0]) for trial in counted] if judged else []
     against_ceiling = rate_of([item.record.identified for item in firsts], firsts) if firsts else None
+    chances = {"chance": guessed(group, candidates), "chance_in_class": guessed_in_class(group), "candidates": candidates}
     flags = flags_for(
         statuses=statuses,
         records=len(victims),
@@ -133,12 +149,13 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         control_gain=above_floor(control, candidates) if control else None,
         difference=comparison.interval if comparison else None,
         identified=against_ceiling,
-        chance=guessed(group, candidates) if identified else None,
+        chance=chances["chance"] if identified else None,
         epsilon=max((fact.epsilon for fact in facts), default=math.inf),
         ceiling=max((ceiling_of(fact, trial.round) for fact in facts for trial in group.trials), default=1.0),
         oracle=any("oracle_used" in trial.flags for trial in group.trials),
         active=any("active_server" in trial.flags for trial in group.trials),
         candidates_told=group.chosen,
+        not_modeled=not_modeled,
         colluding=colluding,
         clients_lost=any(fact.client_failures for fact in facts),
         certified_wrong=certified_wrong > 0,
@@ -164,9 +181,7 @@ def _row(group: Group, control: Group | None, facts: Sequence[ArmFacts], *, cand
         "gain": {"psnr_db": bounds(gain) | seed_means(gains, pictured)} if gain else None,
         "over_prior": {"psnr_db": bounds(prior[0]), "records": prior[1]} if prior else None,
         "difference_to_control": comparison.row if comparison else None,
-        "identified": bounds(identified) | seed_means(hits, named) | {"chance": guessed(group, candidates), "candidates": candidates}
-        if identified
-        else None,
+        "identified": bounds(identified) | seed_means(hits, named) | chances if identified else None,
         "attributed": attributed(scored),
         "certified": {
             "records": sum(bool(item.record.certificate) for item in scored),

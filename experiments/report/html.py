@@ -16,7 +16,7 @@ from experiments import marginals
 from experiments.checks import INFORMATION
 from experiments.report import beside, costs, front, limits, pareto, plots, values, words
 from experiments.report import pictures as pixels
-from experiments.report.headline import laddered, name, rows_of, strongest
+from experiments.report.headline import Row, laddered, name, rows_of, strongest, texts_of
 from experiments.report.rows import SCORES, Line, lines, main_lines
 from experiments.report.theme import DARK, LIGHT
 from experiments.report.threat import threat_card
@@ -69,9 +69,10 @@ def write(
         layers=[line for row in _listed(summary, "layers") for line in marginals.lines(row)],
         layer_headings=marginals.HEADINGS,
         chances=list(dict.fromkeys(values.percent(line.chance) for line in main if line.chance is not None)),
+        class_chances=values.percent_span([line.class_chance for line in main if line.class_chance is not None]),
         several=len({line.attack for line in details}) > 1,
         sentences=list(dict.fromkeys(line.sentence for line in main if line.sentence)),
-        flags=[(flag, words.explain(flag)) for flag in dict.fromkeys(flag for line in (*main, *details) for flag in line.flags)],
+        flags=[(flag, _explained(flag, rows)) for flag in dict.fromkeys(flag for line in (*main, *details) for flag in line.flags)],
         senders=beside.senders(rows),
         shown=[place for place in range(len(SCORES)) if any(line.scores[place].mean != values.MISSING for line in details)],
         information=INFORMATION,
@@ -97,6 +98,12 @@ def write(
 def _listed(summary: Mapping[str, object], key: str) -> list[Mapping[str, Any]]:
     found = summary.get(key)
     return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+
+
+def _explained(flag: str, rows: Sequence[Row]) -> str:
+    """The sentence that explains a flag, with the defenses that it is about."""
+    about = dict.fromkeys(found for row in rows for found in texts_of(row, "not_modeled")) if flag == "defense_not_modeled" else ()
+    return f"{words.explain(flag)} Here: {', '.join(about)}." if about else words.explain(flag)
 
 
 def _fronts(rows: Sequence[Mapping[str, object]], path: Path) -> list[str]:
