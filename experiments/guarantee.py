@@ -28,7 +28,8 @@ from simulator.rng import stream
 from simulator.world import World
 
 RECORDS, PROBES = 5, 20
-"""Of so many attacked records the Fisher information is estimated, which takes a second; the most exposed one counts."""
+"""Of so many attacked records the Fisher information is estimated, which takes a second; the most exposed one counts. Fewer than 20 probes
+would be too few for what :meth:`defenses.fisher.Trace.above` says of its upper end."""
 
 RANDOM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 """Under which a record has no gradient of its own, or no fixed one."""

@@ -180,6 +180,17 @@ def test_probes_estimate_the_trace_of_the_whole_jacobian(clip_norm: float, exact
     assert found.pixels == 64
 
 
+@pytest.mark.parametrize("rank", [1, 3, 40, 400])
+def test_the_upper_end_of_twenty_probes_is_below_the_truth_once_in_600_whatever_the_rank(rank: int) -> None:
+    """Squares of a Jacobian of rank r are about χ²_r/r, with mean 1: the lower r, the longer their tail above, which twenty may miss."""
+    squares, probes = np.random.default_rng(rank).chisquare(rank, (200_000, 20)) / rank, 20
+    values, errors = squares.mean(1), squares.std(1, ddof=1) / math.sqrt(probes)
+    below = [Trace(value, error, 1).above().value < 1 for value, error in zip(values, errors, strict=True)]
+    assert np.mean(below) < 1 / 600
+    assert Trace(1.0, 0.02, 1).above().value == pytest.approx(1.09, abs=0.01)
+    assert Trace(0.0, 0.0, 1).above() == Trace(0.0, 0.0, 1)
+
+
 def test_dfil_of_the_reference_and_least_squares_keeps_to_it() -> None:
     """z = 0.1, C = 1: dFIL² = .27474, MSE ≥ 3.6398; the estimator that attains Cramér–Rao has 4.534 there."""
     gradient, of = network(1.0)

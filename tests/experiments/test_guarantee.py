@@ -125,7 +125,7 @@ def test_the_mean_squared_error_is_bounded_for_the_most_exposed_record() -> None
         first.knowledge.model, first.view.broadcast.parameters, {}, first.truth.inputs[0], first.truth.labels[0],
         probes=PROBES, rng=stream(of.seed, "fisher", 1, 0),
     )  # fmt: skip
-    assert every[0] == pytest.approx(math.sqrt((estimate.value + 3 * estimate.error) / 64) / 0.1)
+    assert every[0] == pytest.approx(math.sqrt(estimate.value * math.exp(4.5 * estimate.error / estimate.value) / 64) / 0.1)
     assert every[0] > estimate.dfil(0.1)
 
 
