@@ -52,6 +52,7 @@ from attacks._matching.statistics import uploaded_statistics
 from attacks._matching.unroll import Unrolled
 from attacks._rounds import of_round, redraws, same_sender
 from attacks._second_order.smoothness import is_smooth
+from attacks._settings import must_settle
 from attacks.update.labels import unrecoverable
 from attacks.update.multi_round_matching import MultiRoundMatching, by_all_rounds
 from simulator.adversary import Knowledge, Reconstruction
@@ -131,10 +132,8 @@ class AdaptiveMatching(Matching):
         super().__post_init__()
         if self.optimizer not in ("auto", "adam"):
             raise ValueError(f"optimizer must be 'auto' or 'adam', got {self.optimizer!r}. The default is 'auto'.")
-        for high, low in (("tv", "tv_final"), ("nats", "nats_final")):
-            first, last = getattr(self, high), getattr(self, low)
-            if not 0 <= last <= first or (first > 0) != (last > 0):
-                raise ValueError(f"{high} must be ≥ {low} > 0, or both 0, got {first} and {last}. Set both; 0 is no total variation.")
+        must_settle(self)
+        must_settle(self, "nats", "nats_final")
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse labels that cannot be had, and several local steps where the model draws noise in each."""

@@ -19,6 +19,7 @@ from attacks._matching.objective import Candidates, Objective, Setting
 from attacks._matching.optimize import Run, adam
 from attacks._matching.priors import Weighted, rough
 from attacks._matching.solve import Matching
+from attacks._settings import must_settle
 from simulator.registry import register
 
 
@@ -51,8 +52,7 @@ class DeepImagePrior(Matching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.tv_final <= self.tv or (self.tv > 0) != (self.tv_final > 0):
-            raise ValueError(f"tv must be ≥ tv_final > 0, or both 0, got {self.tv} and {self.tv_final}. Set both; 0 is no total variation.")
+        must_settle(self)
 
     def setting(self) -> Setting:
         """The angle between gradients of what the decoder makes."""

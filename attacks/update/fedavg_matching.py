@@ -29,6 +29,7 @@ from attacks._matching.simulate import unroll_length
 from attacks._matching.solve import Matching
 from attacks._matching.unroll import Epochs, Unrolled, disagreement, merged
 from attacks._matching.variables import Pixels
+from attacks._settings import must_settle
 from attacks.update.labels import unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -82,8 +83,7 @@ class FedAvgMatching(Matching):
         super().__post_init__()
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}. The default is 'auto'.")
-        if not 0 <= self.tv_final <= self.tv or (self.tv > 0) != (self.tv_final > 0):
-            raise ValueError(f"tv must be ≥ tv_final > 0, or both 0, got {self.tv} and {self.tv_final}. Set both; 0 is no total variation.")
+        must_settle(self)
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse gradients, unrolls longer than ``max_unroll``, and labels that cannot be had."""

@@ -28,6 +28,7 @@ from attacks._matching.priors import Weighted, rough
 from attacks._matching.solve import Matching
 from attacks._matching.statistics import head_features, running_statistics, uploaded_statistics
 from attacks._matching.variables import Pixels, Variable
+from attacks._settings import must_settle
 from simulator.registry import register
 
 VARIABLES: dict[str, Variable] = {"pixels": Pixels(), "low_resolution": LowResolution(), "cosines": Cosines()}
@@ -85,8 +86,7 @@ class GradInversion(Matching):
             raise ValueError(f"statistics must be uploaded, running or none, got {self.statistics!r}. The default is 'uploaded'.")
         if self.variable not in VARIABLES:
             raise ValueError(f"variable must be one of {', '.join(VARIABLES)}, got {self.variable!r}. The default is 'pixels'.")
-        if not 0 <= self.tv_final <= self.tv or (self.tv > 0) != (self.tv_final > 0):
-            raise ValueError(f"tv must be ≥ tv_final > 0, or both 0, got {self.tv} and {self.tv_final}. Set both; 0 is no total variation.")
+        must_settle(self)
 
     def setting(self) -> Setting:
         """The distance, and all priors whose weight is not 0."""

@@ -33,6 +33,7 @@ from attacks._matching.priors import Weighted, rough, variation
 from attacks._matching.solve import Matching
 from attacks._matching.statistics import uploaded_statistics
 from attacks._matching.variables import Pixels
+from attacks._settings import must_settle
 from simulator.registry import register
 
 
@@ -79,8 +80,7 @@ class InvertingGradients(Matching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.tv_final <= self.tv or (self.tv > 0) != (self.tv_final > 0):
-            raise ValueError(f"tv must be ≥ tv_final > 0, or both 0, got {self.tv} and {self.tv_final}. Set both; 0 is no total variation.")
+        must_settle(self)
 
     def setting(self) -> Setting:
         """The angle between gradients, a weight of total variation that falls, and what buffers and dropout ask for."""

@@ -26,6 +26,7 @@ from attacks._matching.optimize import Run, adam
 from attacks._matching.priors import Weighted, rough
 from attacks._matching.solve import Matching
 from attacks._matching.surrogate import Point, Surrogate
+from attacks._settings import must_settle
 from attacks.update.labels import unrecoverable
 from simulator.adversary import Knowledge
 from simulator.registry import register
@@ -65,8 +66,7 @@ class SME(Matching):
         super().__post_init__()
         if self.point not in POINTS:
             raise ValueError(f"point must be one of {', '.join(POINTS)}, got {self.point!r}. The default is 'center'.")
-        if not 0 <= self.tv_final <= self.tv or (self.tv > 0) != (self.tv_final > 0):
-            raise ValueError(f"tv must be ≥ tv_final > 0, or both 0, got {self.tv} and {self.tv_final}. Set both; 0 is no total variation.")
+        must_settle(self)
 
     def supports(self, view: Observation, knowledge: Knowledge) -> str | None:
         """Refuse gradients, optimizers whose delta is no sum of gradients, and labels that cannot be had."""

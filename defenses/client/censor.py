@@ -35,6 +35,7 @@ from typing import ClassVar
 
 import torch
 
+from defenses.client._private import private_of
 from simulator.defense import ClientContext, Defense, Private
 from simulator.mechanisms.censor import orthogonal_update
 from simulator.registry import register
@@ -83,16 +84,15 @@ class Censor(Defense):
         Raises:
             ValueError: the client's own data are not there.
         """
-        if context.private is None:
-            raise ValueError("context.private must be there for censor, got None. Let clients.local hand it over.")
+        private = private_of(context, self.name)
         if self.rounds and context.round > self.rounds:
             return update
-        now, step = context.private.broadcast.parameters, 1.0 if update.kind == "delta" else -self.probe
+        now, step = private.broadcast.parameters, 1.0 if update.kind == "delta" else -self.probe
         best, lowest = dict[str, torch.Tensor](), math.inf
         for _ in range(self.trials):
             draws = {name: torch.randn(tensor.shape, generator=context.rng) for name, tensor in update.tensors.items()}
             trial = orthogonal_update(draws, update.tensors)
-            value = client_loss(context.private, {name: tensor + step * trial[name] for name, tensor in now.items()})
+            value = client_loss(private, {name: tensor + step * trial[name] for name, tensor in now.items()})
             if not best or value < lowest:  # the first one stands where every loss is nan
                 best, lowest = trial, value
         return replace(update, tensors=best)

@@ -35,6 +35,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from defenses.client._private import private_of
 from defenses.client.top_k import require_share
 from simulator.defense import ClientContext, Defense
 from simulator.mechanisms.outpost import perturbed, probability, risks
@@ -88,12 +89,11 @@ class Outpost(Defense):
         Raises:
             ValueError: the client's own data are not there.
         """
-        if context.private is None:
-            raise ValueError("context.private must be there for outpost, got None. Let clients.local hand it over.")
-        before = (context.round - 1) * len(context.private.batches) if self.iterations == "training" else 0
+        private = private_of(context, self.name)
+        before = (context.round - 1) * len(private.batches) if self.iterations == "training" else 0
         chance = float(torch.rand((), generator=context.rng))
         if chance >= probability(before + context.step, self.decay):
             return gradient
         normal = {name: torch.randn(tensor.shape, generator=context.rng).to(tensor) for name, tensor in gradient.items()}
-        risk = risks(context.private.broadcast.parameters)
+        risk = risks(private.broadcast.parameters)
         return perturbed(gradient, risk, normal, pruned=self.pruned, noised=self.noised, scale=self.scale)

@@ -34,6 +34,7 @@ from typing import ClassVar
 
 import torch
 
+from defenses.client._private import private_of
 from defenses.client.top_k import require_share
 from simulator.defense import ClientContext, Defense, Role
 from simulator.mechanisms.soteria import kept_features, representation, sensitivities, without_features
@@ -78,13 +79,12 @@ class Soteria(Defense):
         Raises:
             ValueError: the client's own data are not there.
         """
-        if context.private is None:
-            raise ValueError("context.private must be there for soteria, got None. Let clients.local hand it over.")
-        model, broadcast = context.private.model, context.private.broadcast
+        private = private_of(context, self.name)
+        model, broadcast = private.model, private.broadcast
         scores = sum(
             (
                 sensitivities(model, broadcast.parameters, broadcast.buffers, batch.inputs, self.layer)
-                for batch in context.private.batches
+                for batch in private.batches
                 if len(batch)
             ),
             start=torch.zeros(broadcast.parameters[f"{self.layer}.weight"].shape[1]),
