@@ -45,7 +45,7 @@ def threat_card(threat: Mapping[str, object], summary: Mapping[str, object]) -> 
         "" if threat.get("metadata", True) else "See how many examples a lone sender has, or its BatchNorm statistics: both are withheld.",
         "Look into a client’s device: pictures, labels and keys stay there.",
         "Know a defense’s random numbers: noise, masks and seeds stay with whoever drew them.",
-        "Take back the masks of secure aggregation: it gets the sum, not the parts." if "aggregate" in views else "",
+        "Take the mean apart by the channel’s own means." if "aggregate" in views else "",
     ]
     return [
         ("Who", _texts(threat.get("who")) or [f"The {adversary(threat).removesuffix(',')}{habit}"]),
@@ -78,7 +78,7 @@ PLANTED = {
 }
 VIEWS = {
     "update": "The model that it broadcast, and every client’s upload on its own, with its sender’s name.",
-    "aggregate": "Under secure aggregation, only the sum over the whole cohort, once it is unmasked; no single client’s upload.",
+    "aggregate": "One mean over the whole cohort (secure aggregation, encryption or an enclave); no single client’s upload.",
     "model": "The trained models that are released, round after round.",
     "query": "Answers of the released model’s query interface.",
 }

@@ -59,8 +59,8 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     ),
     (
         "Floor",
-        "The best score that a guess reaches without looking at the upload: the mean training picture, another victim’s picture, random "
-        "pixels, or the same attack on a shuffled gradient. What does not beat the floor is not leakage.",
+        "The best score that a guess reaches without looking at the upload: the mean training picture, the mean of the true class, another "
+        "victim’s picture, random pixels, or the same attack on a shuffled gradient. What does not beat the floor is not leakage.",
     ),
     (
         "PSNR gain",
