@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FILE = "clients.jsonl"
@@ -22,11 +23,16 @@ def noted(run_config: Mapping[str, object], client: object, round: str) -> Itera
     """Time the work inside, in CPU seconds of this thread, and append it to the run's file; without such a directory note nothing."""
     started = time.thread_time()
     yield
-    out = Path(str(run_config.get("out-dir", "")))
-    if out.is_absolute() and out.is_dir():  # a relative one, or none, is not this run's
-        line = json.dumps({"client": client, "round": round, "seconds": time.thread_time() - started})
-        with (out / FILE).open("a", encoding="utf-8") as lines:
-            lines.write(f"{line}\n")  # in one call: clients may be processes
+    out = str(run_config.get("out-dir", ""))
+    if not os.path.isabs(out):  # not this run's
+        return
+    line = json.dumps({"client": client, "round": round, "seconds": time.thread_time() - started})
+    with suppress(FileNotFoundError, NotADirectoryError):
+        lines = os.open(os.path.join(out, FILE), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(lines, f"{line}\n".encode())  # in one call: clients may be processes
+        finally:
+            os.close(lines)
 
 
 def seconds_of_a_round(out: Path) -> float | None:

@@ -69,17 +69,13 @@ def told(defense: Defense, context: ClientContext, private: Private) -> ClientCo
     return replace(context, private=private) if defense.looks_again else context
 
 
-def gradient_rule(
-    defenses: Sequence[Defense], context: ClientContext, private: Private, recipe: LocalTraining
-) -> training.GradientRule | None:
-    """The gradient of one local step as the defenses make it: per example first, then as a whole; None where none acts on it.
+def gradient_rule(defenses: Sequence[Defense], context: ClientContext, private: Private, recipe: LocalTraining) -> training.GradientRule:
+    """The gradient of one local step as the defenses make it: per example first, then as a whole.
 
-    Under Poisson sampling there always is one: it divides by the expected size of a batch, and knows what an empty one gives.
+    Under Poisson sampling it is divided by the expected size of a batch, and an empty one has one, too.
     """
     each = [defense for defense in defenses if defense.per_example]
     poisson = recipe.sampling == "poisson"
-    if not each and not poisson and not any(overrides(defense, "on_step") for defense in defenses):
-        return None
     steps = count(1)
 
     def rule(model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
@@ -89,7 +85,7 @@ def gradient_rule(
             apart = training.per_example_gradients(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
             gradient: Tensors = defense.on_gradient(apart, now)
         else:
-            mean = partial(training.sampled_gradient, expected=context.batch_size) if poisson else training.mean_gradient
+            mean = partial(training.sampled_gradient, expected=context.batch_size) if poisson else training.settled_gradient
             gradient, buffers = mean(model, parameters, buffers, batch, label_smoothing=recipe.label_smoothing)
         for defense in defenses:
             gradient = defense.on_step(gradient, told(defense, now, private))

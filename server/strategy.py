@@ -128,7 +128,8 @@ def collect_uploads(
     grid: CuriousGrid, world: World, nodes: Mapping[int, int], clients: Sequence[int], broadcast: Broadcast
 ) -> tuple[list[Upload], dict[int, str]]:
     """Ask each client for its update in the clear; return the usable uploads, and why the others are not."""
-    contents = {client: wire.pack_broadcast(broadcast) for client in clients}
+    content = wire.pack_broadcast(broadcast)
+    contents = {client: content.copy() for client in clients}
     answers = ask(grid, nodes, wire.TRAIN, contents, round=broadcast.round, timeout=world.federation.timeout_seconds)
     uploads, lost = [], dict(answers.lost)
     for client, content in answers.contents.items():

@@ -6,12 +6,15 @@ NumPy has no bfloat16: such an array declares that type and carries its bits as 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
+from flwr.common.constant import SType
 
 from simulator.types import Tensors
 
@@ -21,10 +24,16 @@ MALFORMED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, EOFEr
 BFLOAT16 = "bfloat16"
 """The declared type of an array whose 16-bit integers are the bits of bfloat16 numbers."""
 
+VERSION = (1, 0)
+"""Of NumPy's format, as it writes all arrays but those with very long headers."""
+
 
 def array_record(tensors: Tensors) -> ArrayRecord:
     """Tensors as a message carries them."""
-    return ArrayRecord({name: _array(tensor.detach().contiguous()) for name, tensor in tensors.items()})
+    record = ArrayRecord()
+    for name, tensor in tensors.items():  # handed a dict, ArrayRecord would make every array twice
+        record[name] = _array(tensor.detach().contiguous())
+    return record
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, torch.Tensor]:
@@ -33,15 +42,23 @@ def tensors_of(record: ArrayRecord) -> dict[str, torch.Tensor]:
 
 
 def _array(tensor: torch.Tensor) -> Array:
-    if tensor.dtype != torch.bfloat16:
-        return Array(tensor.numpy())
-    bits = Array(tensor.view(torch.int16).numpy())
-    return Array(dtype=BFLOAT16, shape=bits.shape, stype=bits.stype, data=bits.data)
+    half = tensor.dtype == torch.bfloat16
+    numbers = (tensor.view(torch.int16) if half else tensor).numpy()
+    data = _stated(numbers.dtype, numbers.shape) + numbers.tobytes()
+    return Array(dtype=BFLOAT16 if half else str(numbers.dtype), shape=numbers.shape, stype=SType.NUMPY, data=data)
+
+
+@lru_cache(maxsize=1024)
+def _stated(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The header that ``numpy.save`` writes; cached like :func:`_form`, its inverse."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 def tensor_of(array: Array) -> torch.Tensor:
     """One array of such a record as a tensor."""
-    found = torch.from_numpy(array.numpy())
+    found = torch.from_numpy(_numbers(array))
     return found.view(torch.bfloat16) if array.dtype == BFLOAT16 else found
 
 
@@ -67,14 +84,46 @@ def _bits(view: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
         return as_bytes(view.tobytes())
 
 
+def _numbers(array: Array) -> np.ndarray[Any, Any]:
+    """``array.numpy()``, by a shorter way where it is what NumPy writes; where it is not, it raises what that raises."""
+    header = _header(array.data)
+    try:
+        shape, fortran, dtype = _form(header)
+        fills = len(array.data) == len(header) + dtype.itemsize * math.prod(shape)  # reshape takes a negative length for an unknown one
+        if array.stype == SType.NUMPY and not fortran and fills:
+            return np.frombuffer(array.data, dtype, offset=len(header)).reshape(shape).copy()
+    except MALFORMED:
+        pass
+    return np.asarray(array.numpy())
+
+
 def _view(array: Array) -> np.ndarray[Any, Any]:
     """The array over the message's own bytes: ``array.numpy()`` without its copy, which would hold up the federation."""
-    stream = io.BytesIO(array.data)  # shares the bytes
+    header = _header(array.data)
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
+        if np.lib.format.read_magic(io.BytesIO(header)) != VERSION:
             return np.asarray(array.numpy())
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        found = np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
+        shape, fortran, dtype = _form(header)
+        found = np.frombuffer(array.data, dtype, offset=len(header)).reshape(shape, order="F" if fortran else "C")
     except MALFORMED:
         return np.frombuffer(array.data, np.uint8)
     return found if dtype.kind in "biuf" else np.frombuffer(array.data, np.uint8)
+
+
+def _header(data: bytes) -> bytes:
+    """What precedes the numbers in :data:`VERSION` of NumPy's format, with its length in bytes 8 and 9."""
+    return data[: 10 + int.from_bytes(data[8:10], "little")]
+
+
+@lru_cache(maxsize=1024)
+def _form(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, Fortran order and type that a header states; cached, since all messages of a federation have those of its model.
+
+    Raises:
+        ValueError: it is no header of :data:`VERSION`.
+    """
+    stream = io.BytesIO(header)
+    if (version := np.lib.format.read_magic(stream)) != VERSION:
+        raise ValueError(f"version of NumPy's format must be {VERSION}, got {version}. Parse it with numpy.load.")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return shape, fortran, dtype

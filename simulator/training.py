@@ -43,13 +43,26 @@ def mean_gradient(
     return gradient, after
 
 
+def settled_gradient(
+    model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, label_smoothing: float = 0.0
+) -> tuple[Tensors, Tensors]:
+    """:func:`mean_gradient` to the bit, for a client: nobody differentiates through it or batches it, so that plain autograd will do."""
+    own = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+    with torch.enable_grad():
+        value, after = loss(model, own, buffers, batch, label_smoothing=label_smoothing)
+        # torch.func makes a graph of the backward pass, too, for which group norm has other kernels, with other last bits
+        slopes = torch.autograd.grad(value, list(own.values()), create_graph=True, materialize_grads=True)
+    gradient = {name: slope.detach() for name, slope in zip(own, slopes, strict=True)}
+    return gradient, {name: tensor.detach() for name, tensor in after.items()}
+
+
 def sampled_gradient(
     model: nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch, *, expected: int, label_smoothing: float = 0.0
 ) -> tuple[Tensors, Tensors]:
     """The sum of the records' gradients over the ``expected`` number of them: the mean gradient of a Poisson sample; 0 for an empty one."""
     if not len(batch):
         return {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}, buffers
-    gradient, after = mean_gradient(model, parameters, buffers, batch, label_smoothing=label_smoothing)
+    gradient, after = settled_gradient(model, parameters, buffers, batch, label_smoothing=label_smoothing)
     return {name: tensor * (len(batch) / expected) for name, tensor in gradient.items()}, after
 
 

@@ -44,10 +44,9 @@ def round_of(message: Message) -> int:
 
 def same_model(one: RecordDict, other: RecordDict) -> bool:
     """Whether two contents carry the same parameters and buffers, byte by byte."""
-    pairs = [(record.array_records.get(key) or {} for record in (one, other)) for key in (PARAMETERS, BUFFERS)]
-    return all(
-        left.keys() == right.keys() and all(left[name].data == right[name].data for name in left) for left, right in map(tuple, pairs)
-    )
+    mine, theirs = one.array_records, other.array_records
+    pairs = [(mine.get(key) or {}, theirs.get(key) or {}) for key in (PARAMETERS, BUFFERS)]
+    return all(left.keys() == right.keys() and all(left[name].data == right[name].data for name in left) for left, right in pairs)
 
 
 def without_model(content: RecordDict) -> RecordDict:
@@ -67,7 +66,8 @@ def unpack_broadcast(content: RecordDict) -> Broadcast:
     """The broadcast that a message carries."""
     recipe: dict[str, Any] = dict(content.config_records[RECIPE])
     round = int(recipe.pop(ROUND))
-    parameters, buffers = (tensors_of(content.array_records[key]) for key in (PARAMETERS, BUFFERS))
+    arrays = content.array_records
+    parameters, buffers = (tensors_of(arrays[key]) for key in (PARAMETERS, BUFFERS))
     return Broadcast(round, parameters, buffers, LocalTraining(**recipe))
 
 
@@ -89,8 +89,8 @@ def unpack_upload(content: RecordDict, client: int, broadcast: Broadcast) -> Upl
         WireError: a record is missing, or a tensor has another name, shape or type than the broadcast asks for, or is not finite.
     """
     try:
-        facts = content.config_records[FACTS]
-        update, buffers = tensors_of(content.array_records[UPDATE]), tensors_of(content.array_records[BUFFERS])
+        facts, arrays = content.config_records[FACTS], content.array_records
+        update, buffers = tensors_of(arrays[UPDATE]), tensors_of(arrays[BUFFERS])
         kind, examples = facts["kind"], facts["num-examples"]
     except MALFORMED as error:
         raise WireError(f"reply must carry {UPDATE}, {BUFFERS} and {FACTS}, got {sorted(content)} ({error}). Check the client.") from error

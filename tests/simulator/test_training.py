@@ -13,7 +13,9 @@ from torch.func import jacrev, vmap
 from torch.nn import functional as F
 
 from simulator import config
+from simulator.models.dropout import drawn_masks, masks_from, with_own_masks
 from simulator.models.initial import drawn_from
+from simulator.models.latent import Bottleneck, drawn_noise, noise_from
 from simulator.rng import stream
 from simulator.training import (
     batch_indices,
@@ -24,6 +26,7 @@ from simulator.training import (
     per_example_gradients,
     root,
     rounded,
+    settled_gradient,
 )
 from simulator.types import Batch, LocalTraining, Schema, Tensors, Update
 
@@ -85,6 +88,37 @@ def test_mean_gradient_is_autograds(spec: object, mode: str) -> None:
     assert distance(gradient, {name: parameter.grad for name, parameter in plain.named_parameters()}) <= 1e-5
     for name, tensor in plain.named_buffers():
         torch.testing.assert_close(after[name], tensor)
+
+
+DRAWING = [{"name": "cnn", "dropout": 0.5}, {"name": "mlp", "dropout": 0.3}, "vit"]
+
+
+@MODES
+@pytest.mark.parametrize("spec", [*MODELS, *DRAWING], ids=str)
+def test_a_clients_gradient_is_the_differentiable_one_to_the_bit(spec: object, mode: str) -> None:
+    """Also where masks are drawn; buffers included; and whether or not the caller lets autograd record."""
+    model, batch = with_own_masks(build(spec, mode)), draw()
+    found = []
+    for rule in (mean_gradient, settled_gradient, torch.no_grad()(settled_gradient)):
+        with masks_from(drawn_masks(stream(0, "masks"))):
+            found.append(rule(model, *tensors(model), batch, label_smoothing=0.1))
+    for got in found[1:]:
+        for tensors_got, wanted in zip(got, found[0], strict=True):
+            assert list(tensors_got) == list(wanted)
+            assert all(tensors_got[name].numpy().tobytes() == wanted[name].numpy().tobytes() for name in wanted)  # -0.0 is not 0.0
+
+
+def test_a_clients_gradient_counts_what_layers_add_to_the_loss() -> None:
+    """PRECODE's bottleneck draws noise and adds a divergence; a parameter that nothing uses has the gradient 0."""
+    model, batch = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), Bottleneck(8, 4, 0.5), nn.Linear(8, CLASSES)), draw()
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    found = []
+    for rule in (mean_gradient, settled_gradient):
+        with noise_from(drawn_noise(stream(0, "noise"))):
+            found.append(rule(model, *tensors(model), batch)[0])
+    wanted, got = found
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert torch.equal(got["unused"], torch.zeros(2))
 
 
 @MODES
