@@ -17,6 +17,8 @@ Deviations:
       (:meth:`defenses.channel._ckks.scheme.Scheme.flooding`), with Gaussian noise on the decrypted numbers, in float64: simulation
       grade. For finding the key that costs the server about b bits of work (Li et al., 2022); telling two sets of uploads apart gains
       it at most 2^(−(b + 1)/2).
+    The error counts float64's own rounding in the encoding, a share of the numbers, for sums of root mean square 1, above any update's;
+    BatchNorm's running variances may be larger, and take bits of b at scale 2^60 (:meth:`CKKSAggregation.flooding`).
     Effect on the aggregate: :meth:`CKKSAggregation.error_rms`, printed with a run. Measured over 8 clients, values of standard
     deviation 0.01: the sum's rms error is 3.5e-9 with 60, 40, 60 and scale 2^40 (2.7e-9 of its norm at most), 3.4e-15 with the
     default and 7.8e-8 with its noise over 10 rounds of 1e5 parameters; the formula says 3.5e-9, 3.4e-15 and 7.8e-8.
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
 
 FACTS = 2
 """Numbers behind the update and the buffers: the client's weight, and a 1 that counts the senders."""
+TYPICAL_RMS = 1.0
+"""Root mean square of the numbers up to which errors are stated, unless said otherwise: above all updates, below some running variances."""
 CORRUPT = 0.25
 """How far a number that must be whole may lie from it."""
 
@@ -144,14 +148,21 @@ class CKKSAggregation(Defense):
         """Numbers in the vector that a client encrypts."""
         return length(parameters, buffers) + FACTS
 
-    def flooding(self, world: World, numbers: int) -> float:
-        """Standard deviation of the noise on each of the ``numbers`` of a decrypted sum, every round's counted."""
-        return self.scheme.flooding(world.federation.cohort_size, numbers * world.federation.rounds, self.flooding_bits)
+    def flooding(self, world: World, numbers: int, *, rms: float = TYPICAL_RMS) -> float:
+        """Standard deviation of the noise on each of the ``numbers`` of a decrypted sum, every round's counted.
 
-    def error_rms(self, world: World, *, senders: int, num_examples: int, numbers: int) -> float:
-        """Expected rms error of one coordinate of the mean update, in the update's unit: print it with a run."""
-        of_sum = math.hypot(self.scheme.error(senders), self.flooding(world, numbers))
-        return of_sum * largest_upload(world) / num_examples
+        It holds for sums whose root mean square is at most ``rms``; of larger ones float64's rounding takes log2(1 + (rms/12)²) bits at
+        the default scale and eight senders, 2.8 of them at 30.
+        """
+        return self.scheme.flooding(world.federation.cohort_size, numbers * world.federation.rounds, self.flooding_bits, rms=rms)
+
+    def error_rms(self, world: World, *, senders: int, num_examples: int, numbers: int, rms: float = TYPICAL_RMS) -> float:
+        """Expected rms error of one coordinate of the mean update, in the update's unit: print it with a run.
+
+        ``rms`` is the root mean square of the mean's own numbers, buffers among them.
+        """
+        shrunk = num_examples / largest_upload(world)
+        return math.hypot(self.scheme.error(senders, rms=rms * shrunk), self.flooding(world, numbers)) / shrunk
 
     def encode(self, upload: Upload, *, max_examples: int) -> Reals:
         """What a client encrypts.

@@ -9,6 +9,8 @@ MAX_BITS = {4096: 109, 8192: 218, 16384: 438}
 """Bits of the whole coefficient modulus at which ternary secrets give 128 bits of security, by degree (homomorphicencryption.org, 2018)."""
 LARGEST_ERROR = 1e-6
 """Rms error of one decrypted coordinate up to which parameters are accepted: a thousandth of a typical update's coordinate."""
+FLOAT64 = 2.5 * 2.0**-53
+"""Rms error of a number that was encoded in float64, in units of the numbers' root mean square; measured over degrees and distributions."""
 FRAME_BYTES = 4096
 """Allowance for what surrounds the polynomials of a serialized ciphertext."""
 
@@ -76,19 +78,24 @@ class Scheme:
         """Ciphertexts for a vector of ``length`` numbers."""
         return -(-length // self.slots)
 
-    def error(self, ciphertexts: int) -> float:
+    def error(self, ciphertexts: int, *, rms: float = 0.0) -> float:
         """Expected rms error of one number in the sum of so many fresh ciphertexts, in the numbers' unit.
 
         Encrypting under the key modulus and dividing by its last prime rounds both polynomials, (1 + 2N/3)/12 for each coefficient
         with a ternary secret; encoding rounds once more, 1/12. A slot adds up N coefficients, and its real part has half of that.
+        Encoding is a Fourier transform in float64, besides, whose own rounding is a share of the numbers (:data:`FLOAT64`).
+
+        Args:
+            ciphertexts: in the sum.
+            rms: root mean square of the numbers of the sum; 0 leaves out float64's rounding, which counts from 3 on at scale 2^60.
         """
         coefficient = (2 + 2 * self.degree / 3) / 12
-        return math.sqrt(ciphertexts * self.degree / 2 * coefficient) / 2.0**self.scale_bits
+        return math.hypot(math.sqrt(ciphertexts * self.degree / 2 * coefficient) / 2.0**self.scale_bits, FLOAT64 * rms)
 
-    def flooding(self, ciphertexts: int, released: int, bits: int) -> float:
+    def flooding(self, ciphertexts: int, released: int, bits: int, *, rms: float = 0.0) -> float:
         """Standard deviation of the noise that hides the error of decrypted numbers; 0 with ``bits`` = 0.
 
         Gaussian noise of σ on ``released`` numbers whose errors have rms e leaves a divergence of released·e²/(2σ²) between what is
-        told and what would be told without any error; σ makes it 2^−bits.
+        told and what would be told without any error; σ makes it 2^−bits. ``rms`` is as in :meth:`error`.
         """
-        return self.error(ciphertexts) * math.sqrt(released / 2) * 2.0 ** (bits / 2) if bits else 0.0
+        return self.error(ciphertexts, rms=rms) * math.sqrt(released / 2) * 2.0 ** (bits / 2) if bits else 0.0
