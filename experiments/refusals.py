@@ -123,7 +123,7 @@ def check_budget(attack: Any) -> None:
     """
     seconds = getattr(attack, "seconds", None)
     if isinstance(seconds, int | float) and not seconds > 0:
-        raise SpecError(f"seconds of {attack.name} must be > 0, got {seconds}. It is a victim's budget of CPU seconds; inf is none.")
+        raise SpecError(f"seconds of {attack.name} must be > 0, got {seconds}. It is the attack's budget of CPU seconds; inf is none.")
 
 
 def _check_data(world: World) -> None:

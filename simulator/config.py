@@ -32,7 +32,7 @@ def build(cls: type[T], table: Mapping[str, Any], path: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
-            raise SpecError(f"setting {path}{key} must be known to {_title(cls)}, got {key!r}. {did_you_mean(key, fields)}")
+            raise SpecError(f"setting {path}{key} must be one of {_title(cls)}'s, got {key!r}. {did_you_mean(key, fields)}")
     for name, field in fields.items():
         if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SpecError(f"setting {path}{name} must be given for {_title(cls)}, got nothing. Add it to the spec.")
@@ -76,7 +76,7 @@ def override(table: Mapping[str, Any], assignment: str) -> dict[str, Any]:
 
     path, equals, text = assignment.partition("=")
     if not equals or not path.strip():
-        raise SpecError(f"--set must be of the form a.b=value, got {assignment!r}. Example: --set model.width=32")
+        raise SpecError(f"--set must be of the form a.b=value, got {assignment!r}. Example: --set training.learning_rate=0.05")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -31,7 +31,7 @@ def from_dataset(cls: Any, path: str) -> type[Any]:
         SpecError: ``cls`` is something else.
     """
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):
-        raise SpecError(f"data at {path!r} must be a class derived from torch.utils.data.Dataset, got {cls!r}. Point to the class.")
+        raise SpecError(f"data set at {path!r} must be a class derived from torch.utils.data.Dataset, got {cls!r}. Point to the class.")
 
     loaded: dict[str, DataSet] = {}
 

@@ -27,7 +27,7 @@ def from_module(cls: Any, path: str) -> type[Any]:
         SpecError: ``cls`` is something else.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise SpecError(f"models at {path!r} must be a class derived from torch.nn.Module, got {cls!r}. Point to the class.")
+        raise SpecError(f"model at {path!r} must be a class derived from torch.nn.Module, got {cls!r}. Point to the class.")
 
     def build(self: Any, schema: Schema, rng: torch.Generator) -> nn.Module:
         """Build the network with weights drawn from ``rng``, and check that it fits the data."""

@@ -45,7 +45,7 @@ def test_an_arm_changes_settings_of_attacks() -> None:
     ("attacks", "reason"),
     [
         ({"stronges": {"seconds": 5}}, "attacks must be among strongest, random_guess, got 'stronges'. Did you mean 'strongest'"),
-        ({"strongest": {"second": 5}}, "arm 'long', attacks.strongest.second must be known"),
+        ({"strongest": {"second": 5}}, "arm 'long', attacks.strongest.second must be one of strongest's"),
         ({"strongest": {"seconds": 0}}, "seconds must be > 0"),
     ],
 )

@@ -97,5 +97,5 @@ def test_an_arm_changes_the_recipe_and_no_more() -> None:
     assert (plain.batch_size, larger.batch_size, larger.learning_rate) == (1, 8, 0.3)
     assert experiment.control is experiment.arms[0]
     table["arms"][1] = {"name": "typo", "training": {"batchsize": 8}}
-    with pytest.raises(SpecError, match=r"arm 'typo', training.batchsize must be known .* Did you mean 'batch_size'"):
+    with pytest.raises(SpecError, match=r"arm 'typo', training.batchsize must be one of LocalTraining's, .* Did you mean 'batch_size'"):
         check(spec.config.build(spec.Experiment, table))
