@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable
 from datetime import datetime
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.bars import progress_bars
-from experiments.listing import Listed, rows
+from experiments.listing import Listed, entry, rows
 from simulator.errors import FedpeekError, SpecError
 
 if TYPE_CHECKING:
@@ -36,8 +39,9 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
 [bold]Start here[/bold]
 
   fedpeek run                                 the demo: faces, eight clients, seven arms; under two minutes
-  fedpeek run --set model.width=16            the same with one setting changed
+  fedpeek run --set training.batch_size=2     the same with one setting changed
   fedpeek list attacks                        what there is; also defenses, data, models, metrics, specs
+  fedpeek list attacks dlg                    one of them: its source, and what each setting means
   fedpeek run my.toml --out my-run            your own experiment; copy one of `fedpeek list specs` to start
   fedpeek attack my-run/transcript/none-seed0 --attack dlg
   fedpeek audit my-run                        does any attack beat a guarantee's ceiling? then the guarantee is wrong
@@ -47,11 +51,14 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
 3 finished, but something was lost · 130 Ctrl-C
 """
 
+# Arguments are explained in the docstrings: click 8.5 forgets the help of an Argument of typer < 0.21, which Flower asks for.
 app = typer.Typer(help=HELP, rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 WIDTH = 100
-"""Columns where the output is no terminal: what the table is laid out for."""
+"""Columns where the output is no terminal and the environment names none: what the table is laid out for."""
+UNFOLDED = 1_000_000
+"""Columns of a list that is piped: a path in it must stay one word."""
 
-console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDTH)
 errors = Console(stderr=True)
 
 Assignments = Annotated[
@@ -62,11 +69,22 @@ Assignments = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedpeek {metadata.version('fedpeek')}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def fedpeek(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Take the options of the command itself; its help is :data:`HELP`."""
+
+
 @app.command()
 def run(
-    spec: Annotated[
-        str | None, typer.Argument(help="A TOML file or the name of an example; the demo if left out.", show_default=False)
-    ] = None,
+    spec: Annotated[str | None, typer.Argument(show_default=False)] = None,
     assign: Assignments = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write; must be new or empty. Default: fedpeek-out/NAME-TIME.", show_default=False)
@@ -82,6 +100,8 @@ def run(
 ) -> None:
     """Run an experiment: federate, record, attack, compare; print the table and write the report.
 
+    SPEC: A TOML file or the name of an example; the demo if left out.
+
     Writes spec.toml (resolved), transcript/, results.jsonl (one line a trial), facts.jsonl, summary.json, report.html and PNGs.
     Ctrl-C leaves a run that --resume completes.
     """
@@ -93,6 +113,8 @@ def run(
 
     if resume and out is None:
         raise SpecError("--resume must come with --out, got none. Name the directory of the run.")
+    if spec is not None and (found := specs.find(spec)) != Path(spec) and Path(spec).suffix:
+        _say(f"There is no file {spec}; running the example {found.stem}.")
     experiment, at_once = specs.load(spec, assign or ()), parse(workers)
     if estimate:
         check(experiment)
@@ -114,8 +136,10 @@ def run(
 
 
 @app.command("audit")
-def audit_(directory: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
+def audit_(directory: Path) -> None:
     """Hold what attacks identified against what (ε, δ) allows; exits with 1 where a guarantee is refuted.
+
+    DIRECTORY: The directory of a run.
 
     Each attack is held against what the releases up to its round allow, or all where the threat model discloses all rounds. One record
     of each upload counts, and none in two rounds, so that trials are independent. A limit above its ceiling, after Holm's correction, means
@@ -126,14 +150,17 @@ def audit_(directory: Annotated[Path, typer.Argument(help="The directory of a ru
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
-    """Compute summary.json and report.html of a run again, from its results."""
+def report(directory: Path) -> None:
+    """Compute summary.json and report.html of a run again, from its results.
+
+    DIRECTORY: The directory of a run.
+    """
     raise typer.Exit(_conclude(directory, failed=False))
 
 
 @app.command()
 def attack(
-    transcript: Annotated[Path, typer.Argument(help="The directory of a transcript, e.g. RUN/transcript/none-seed0.")],
+    transcript: Path,
     attack: Annotated[str, typer.Option(help="Name of the attack; see `fedpeek list attacks`.")] = "strongest",
     assign: Assignments = None,
     round: Annotated[int, typer.Option(min=0, help="The round to attack; 0 means every recorded one.")] = 0,
@@ -142,6 +169,8 @@ def attack(
     ] = None,
 ) -> None:
     """Attack a recorded transcript again, with another attack or other settings (--set steps=1000).
+
+    TRANSCRIPT: The directory of a transcript, e.g. RUN/transcript/none-seed0.
 
     Where the transcript lies in a run, the truth is recomputed from the run's seed and the answer is scored; elsewhere the
     reconstructions are written without scores: that is all an adversary gets, and nothing is written but in the transcript's own
@@ -161,16 +190,18 @@ def attack(
 
 @app.command()
 def claims(
-    ids: Annotated[list[str] | None, typer.Argument(help="IDs of claims, * allowed; all if left out.", show_default=False)] = None,
+    ids: Annotated[list[str] | None, typer.Argument(show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as each claim is done.")] = False,
     as_filed: Annotated[bool, typer.Option("--list", help="Print what is filed and what it costs; measure nothing.")] = False,
     accept: Annotated[bool, typer.Option("--known-misses", help="Exit with 0 where a bar is missed exactly as its file says.")] = False,
 ) -> None:
     """Measure published numbers again and compare them with their bars; exits with 1 if one is missed.
 
+    IDS: IDs of claims, * allowed; all if left out.
+
     A claim is one file: what is claimed, who reports it, the setting, our value, the bar. A bar that we miss is filed too, with the
-    reason: it counts as missed, unless --known-misses is given and the miss is as filed. All claims take long: see --list. Ctrl-C keeps
-    what is printed.
+    reason: it counts as missed, unless --known-misses is given and the miss is as filed. What takes hours is read from a committed file:
+    "kept", not measured again, beside the command that measures. All claims take long: see --list. Ctrl-C keeps what is printed.
     """
     from experiments.claims.check import Outcome, check, heading, lines
     from experiments.claims.claim import select
@@ -202,14 +233,22 @@ def claims(
 
 
 @app.command("list")
-def list_(kind: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
-    """List attacks, defenses, data sets, models, metrics or example specs, with their settings."""
-    table = Table(title=kind, title_justify="left", show_lines=False, box=None, pad_edge=False)
-    for heading in ("name", "what it is", "settings and defaults"):
-        table.add_column(heading, overflow="fold")
-    for row in rows(kind):
-        table.add_row(*map(escape, row))
-    console.print(table)
+def list_(kind: Listed, name: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
+    """List attacks, defenses, data sets, models, metrics or example specs; with a name, explain that one and each of its settings.
+
+    KIND: What to list.
+
+    NAME: One of them, such as dlg; all in short if left out. A path package.module:Class is allowed, too.
+    """
+    if name is None:
+        _print_table(kind, ("name", "what it is", "settings and defaults"), rows(kind, _warn))
+        return
+    found = entry(kind, name)
+    for line in (found.name, found.description, found.note, f"Source: {found.source}" if found.source else ""):
+        if line:
+            console.print(escape(line), highlight=False, soft_wrap=not console.file.isatty())
+    if found.settings:
+        _print_table("", ("setting", "default", "what it means"), ((each.name, each.default, each.meaning) for each in found.settings))
 
 
 def main() -> None:
@@ -227,6 +266,26 @@ def main() -> None:
     except FedpeekError as error:
         errors.print(f"[red]error[/red] {escape(str(error))}")
         sys.exit(ERROR)
+
+
+def _print_table(title: str, headings: Iterable[str], body: Iterable[tuple[str, ...]]) -> None:
+    """Folded to the terminal; where the output is none, one line a row."""
+    table = Table(title=title or None, title_justify="left", show_lines=False, box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in body:
+        table.add_row(*map(escape, row))
+    if console.file.isatty():
+        console.print(table)
+        return
+    wide = Console(file=io.StringIO(), width=UNFOLDED, color_system=None)
+    wide.print(table)
+    for line in wide.file.getvalue().splitlines():  # type: ignore[attr-defined]
+        typer.echo(line.rstrip())
+
+
+def _warn(sentence: str) -> None:
+    errors.print(f"[yellow]warning[/yellow] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 def _say(sentence: str) -> None:

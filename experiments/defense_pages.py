@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import measurements
-from experiments.listing import settings
+from experiments.listing import meanings, settings
 from experiments.report import measured
 from experiments.report.headline import rows_of
 from simulator import lookup as registry
@@ -113,23 +113,17 @@ def _first_line(cls: type[Any]) -> str:
 
 def _settings(cls: type[Any]) -> str:
     """Fields with their defaults and what they mean."""
-    meanings = _attributes(cls)
+    explained = meanings(cls)
     defaults = dict(setting.split("=", 1) for setting in settings(cls) if "=" in setting)
     if not dataclasses.fields(cls):
         return "None."
     names = [each.name for each in dataclasses.fields(cls)]
-    rows = [f"| `{each}` | `{defaults.get(each, 'required')}` | {meanings.get(each, '')} |" for each in names]
+    rows = [f"| `{each}` | `{defaults.get(each, 'required')}` | {_cell(explained.get(each, ''))} |" for each in names]
     return "\n".join(["| setting | default | what it is |", "|---|---|---|", *rows])
 
 
-def _attributes(cls: type[Any]) -> dict[str, str]:
-    """What the class's documentation says of each field."""
-    text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[2]
-    found: dict[str, str] = {}
-    for names, meaning in re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", text, flags=re.MULTILINE):
-        for each in names.split(","):
-            found[each.strip()] = " ".join(meaning.split()).replace("|", "\\|").replace("``", "`")
-    return found
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _table(defense: str, rows: Sequence[Mapping[str, object]]) -> str:

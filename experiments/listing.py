@@ -1,17 +1,51 @@
-"""What ``fedpeek list`` shows: every registered name with its settings, the metrics, and the example specs."""
+"""What ``fedpeek list`` shows: every name of a kind with its settings, the metrics, the example specs; or one of them in full."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import tomllib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+from simulator import lookup
+from simulator.config import Plugin
+from simulator.errors import SpecError, did_you_mean
+from simulator.registry import Kind
 
 Listed = Literal["attacks", "defenses", "data", "models", "metrics", "specs"]
+REQUIRED = "required"
 
 
-def rows(kind: Listed) -> Iterator[tuple[str, str, str]]:
-    """Name, what it is, and its settings, for everything of a kind."""
+@dataclass(frozen=True)
+class Setting:
+    """A field of a dataclass: its default as Python writes it, and what the documentation says of it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name in full.
+
+    Attributes:
+        source: the paper that its module names; empty where it names none.
+        note: how it is used, or its unit.
+    """
+
+    name: str
+    description: str
+    source: str = ""
+    note: str = ""
+    settings: tuple[Setting, ...] = ()
+
+
+def rows(kind: Listed, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
+    """Name, what it is, and its settings, for everything of a kind; ``say`` hears of other packages that cannot be used."""
     if kind == "metrics":
         from experiments.metrics import METRICS
 
@@ -21,13 +55,64 @@ def rows(kind: Listed) -> Iterator[tuple[str, str, str]]:
         from experiments.spec import specs
 
         for name, path in sorted(specs().items()):
-            yield name, str(tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")), f"fedpeek run {name}; copy {path}"
+            yield name, _description(path.read_text(encoding="utf-8")), f"fedpeek run {name}; copy {path}"
         return
-    from simulator import lookup
+    for name, cls in shown(kind, say):
+        yield name, first_line(cls), ", ".join(settings(cls))
 
+
+def entry(kind: Listed, name: str) -> Entry:
+    """One name of a kind in full.
+
+    Raises:
+        SpecError: there is no such name.
+    """
+    if kind == "metrics":
+        from experiments.metrics import METRICS
+
+        if name not in METRICS:
+            raise SpecError(f"metric name must be known, got {name!r}. {did_you_mean(name, METRICS)}")
+        metric = METRICS[name]
+        return Entry(name, metric.description, note=f"unit: {metric.unit}; {'higher' if metric.higher_is_better else 'lower'} is better")
+    if kind == "specs":
+        from experiments.spec import find
+
+        path = find(name)
+        return Entry(name, _description(path.read_text(encoding="utf-8")), note=f"fedpeek run {name}; copy {path}")
+    cls = lookup.get(kind, name)
+    explained = meanings(cls)
+    defaults = dict(setting.partition("=")[::2] for setting in settings(cls) if "=" in setting)
+    fields = tuple(Setting(each.name, defaults.get(each.name, REQUIRED), explained.get(each.name, "")) for each in dataclasses.fields(cls))
+    return Entry(name, first_line(cls), source(cls), settings=fields)
+
+
+def shown(kind: Kind, say: Callable[[str], None]) -> Iterator[tuple[str, type[Any]]]:
+    """What a user may name: all of a kind but for models made of another model, which defenses put around it."""
     for name in lookup.names(kind):
-        cls = lookup.get(kind, name)
-        yield name, (cls.__doc__ or "").strip().partition("\n")[0], ", ".join(settings(cls))
+        try:
+            cls = lookup.get(kind, name)
+        except SpecError as error:
+            say(str(error))
+            continue
+        if kind != "models" or not _wraps(cls):
+            yield name, cls
+
+
+def _wraps(model: type[Any]) -> bool:
+    hints = get_type_hints(model, include_extras=True).values()
+    return any(isinstance(extra, Plugin) and extra.kind == "models" for hint in hints for extra in getattr(hint, "__metadata__", ()))
+
+
+def first_line(cls: type[Any]) -> str:
+    """What the class is, in the first line of its documentation."""
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def source(cls: type[Any]) -> str:
+    """The paper that the class's module names, in one line; empty where it names none."""
+    module = inspect.getmodule(cls)
+    found = re.search(r"^Source: *(.*(?:\n(?!\n|\w[\w ]*:).+)*)", inspect.cleandoc((module and module.__doc__) or ""), flags=re.MULTILINE)
+    return plain(found[1]) if found else ""
 
 
 def settings(cls: type[Any]) -> Iterator[str]:
@@ -36,4 +121,23 @@ def settings(cls: type[Any]) -> Iterator[str]:
         if field.default is not dataclasses.MISSING:
             yield f"{field.name}={field.default!r}"
         else:
-            yield f"{field.name} (required)" if field.default_factory is dataclasses.MISSING else f"{field.name}=…"
+            yield f"{field.name} ({REQUIRED})" if field.default_factory is dataclasses.MISSING else f"{field.name}=…"
+
+
+def meanings(cls: type[Any]) -> dict[str, str]:
+    """What the documentation of a class, and of those that it inherits from, says of each field under ``Attributes:``."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        text = inspect.cleandoc(each.__doc__ or "").partition("Attributes:")[2]
+        for names, meaning in re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", text, flags=re.MULTILINE):
+            found |= {name.strip(): plain(meaning) for name in names.split(",")}
+    return found
+
+
+def plain(text: str) -> str:
+    """Documentation as one line, code between single backticks."""
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", " ".join(text.split())).replace("``", "`")
+
+
+def _description(toml: str) -> str:
+    return str(tomllib.loads(toml).get("description", ""))

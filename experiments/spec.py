@@ -210,17 +210,28 @@ def specs() -> dict[str, Path]:
     return {Path(str(item)).stem: Path(str(item)) for item in files("experiments.specs").iterdir() if str(item).endswith(".toml")}
 
 
+def find(spec: str) -> Path:
+    """The file of a spec: the one of that name; else the example that is called so, or like the file that is not there.
+
+    Raises:
+        SpecError: there is neither.
+    """
+    path, examples = Path(spec), specs()
+    if path.is_file():
+        return path
+    name = path.stem if path.suffix == ".toml" else spec
+    if name not in examples:
+        raise SpecError(f"spec must be a TOML file or an example's name, got {spec!r}. {did_you_mean(name, examples)}")
+    return examples[name]
+
+
 def load(spec: str | None, assignments: Sequence[str] = ()) -> Experiment:
     """Read a spec: a TOML file, the name of an example, or None for the demo; then apply ``--set`` assignments in order.
 
     Raises:
         SpecError: there is no such spec, it is not TOML, or a setting is wrong.
     """
-    path = Path(spec) if spec is not None else specs()[DEMO]
-    if spec is not None and not path.is_file():
-        if spec not in specs():
-            raise SpecError(f"spec must be a TOML file or an example's name, got {spec!r}. {did_you_mean(spec, specs())}")
-        path = specs()[spec]
+    path = find(DEMO if spec is None else spec)
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app, main
 from experiments.directory import FACTS, RESULTS
+from experiments.listing import entry
 from simulator import lookup
 from simulator.errors import SpecError, TranscriptError
 from simulator.events import broadcast_event, upload_event
@@ -158,6 +160,93 @@ def test_help_teaches() -> None:
         assert word in text
     for command in ("run", "attack", "audit", "list", "report"):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "meaning"),
+    [
+        ("run", "SPEC: A TOML file or the name of an example"),
+        ("attack", "TRANSCRIPT: The directory of a transcript"),
+        ("report", "DIRECTORY: The directory of a run."),
+        ("audit", "DIRECTORY: The directory of a run."),
+        ("claims", "IDS: IDs of claims, * allowed"),
+        ("list", "KIND: What to list."),
+        ("list", "NAME: One of them"),
+    ],
+)
+def test_arguments_are_explained_whatever_click_is_installed(command: str, meaning: str) -> None:
+    assert meaning in CliRunner().invoke(app, [command, "--help"]).output
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0
+    assert done.output == f"fedpeek {tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}\n"
+
+
+@pytest.mark.parametrize("columns", ["", "60"])
+def test_a_list_that_is_piped_is_not_folded(columns: str) -> None:
+    lines = fedpeek("list", "specs", **({"COLUMNS": columns} if columns else {})).stdout.splitlines()
+    paths = [Path(line.rpartition("copy ")[2]) for line in lines[2:]]
+    assert paths == sorted((ROOT / "experiments" / "specs").glob("*.toml"))
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_a_table_that_is_piped_has_the_columns_of_the_environment() -> None:
+    code = "from experiments.cli import console; print(console.width)"
+    for columns, width in ((None, 100), ("60", 60)):
+        environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | ({"COLUMNS": columns} if columns else {})
+        told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert int(told.stdout) == width
+
+
+def test_models_that_only_defenses_put_around_another_are_not_listed() -> None:
+    names = [line.split()[0] for line in CliRunner().invoke(app, ["list", "models"]).stdout.splitlines()[2:]]
+    assert names == ["cnn", "convnet", "lenet", "linear", "mlp", "resnet18", "resnet20", "vit"]
+    assert set(lookup.names("models")) - set(names) == {"clip_norm", "frozen_first_layer", "group_norm", "no_first_bias", "precode"}
+
+
+def test_list_explains_one_name() -> None:
+    text = CliRunner().invoke(app, ["list", "attacks", "dlg"]).stdout
+    assert "Source: Zhu et al., 2019, arXiv:1906.08935" in text
+    assert re.search(r"^restarts +1 +random starts for each victim; the lowest objective wins\.$", text, flags=re.MULTILINE)
+    for kind, name, word in (
+        ("defenses", "dp_sgd", "C, largest L2 norm of one record's gradient"),
+        ("data", "cifar10", "fetch the files when they are absent"),  # said of the class that it inherits from
+        ("models", "mlp", "hidden"),
+        ("metrics", "ssim", "higher is better"),
+        ("specs", "lattice", "fedpeek run lattice; copy "),
+    ):
+        assert word in CliRunner().invoke(app, ["list", kind, name]).stdout
+    for kind, name, hint in (("attacks", "dgl", "dlg"), ("metrics", "sim", "ssim"), ("specs", "latice", "lattice")):
+        refused = CliRunner().invoke(app, ["list", kind, name]).exception
+        assert isinstance(refused, SpecError)
+        assert f"Did you mean '{hint}'?" in str(refused)
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "data", "models"])
+def test_every_setting_has_a_default_and_a_meaning(kind: Any) -> None:
+    found = [entry(kind, name) for name in lookup.names(kind)]
+    assert sum(len(each.settings) for each in found) >= 8
+    assert [(each.name, setting.name) for each in found for setting in each.settings if not (setting.default and setting.meaning)] == []
+    if kind in ("attacks", "defenses"):
+        assert [each.name for each in found if len(each.source) < 10] == []
+
+
+def test_a_file_that_is_not_there_is_the_example_of_its_name(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.spec import find, load, specs
+
+    assert find("specs/lattice.toml") == specs()["lattice"]
+    assert load("specs/lattice.toml") == load("lattice")
+    (tmp_path / "lattice.toml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    assert load("lattice.toml").name == "tiny", "a file that is there comes first"
+    for wrong in ("specs/latice.toml", "specs/lattice", "specs/lattice.json"):
+        with pytest.raises(SpecError, match="must be a TOML file or an example's name"):
+            find(wrong)
+    tried = ["run", "specs/demo.toml", "--set", "federation.clients=2000"]  # refused, but only after it has said what it would run
+    assert "There is no file specs/demo.toml; running the example demo." in CliRunner().invoke(app, tried).stderr
+    assert "There is no file" not in CliRunner().invoke(app, ["run", str(spec), *tried[2:]]).stderr
 
 
 @pytest.mark.parametrize(
