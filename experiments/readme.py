@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from simulator import lookup
+from experiments.listing import first_line, shown
 from simulator.registry import Kind
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def table(kind: Kind) -> str:
-    """One row for each registered name, with the first line of its documentation."""
-    rows = [f"| `{name}` | {(lookup.get(kind, name).__doc__ or '').strip().partition(chr(10))[0]} |" for name in lookup.names(kind)]
+    """One row for each name that a user may give, with the first line of its documentation."""
+    rows = [f"| `{name}` | {first_line(cls)} |" for name, cls in shown(kind, print)]
     return "\n".join([f"| {kind} | |", "|---|---|", *rows])
 
 
