@@ -1,4 +1,6 @@
-"""Writes README's tables of attacks, defenses, data and models from the registry: python -m experiments.readme."""
+"""Writes README's tables of attacks, defenses, data and models from the registry, and its figures from the claims:
+python -m experiments.readme.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from experiments.listing import first_line, shown
+from experiments.readme_figures import blocks
 from simulator.registry import Kind
 
 README = Path(__file__).parents[1] / "README.md"
@@ -19,10 +22,16 @@ def table(kind: Kind) -> str:
 
 
 def updated(text: str) -> str:
-    """``text`` with each table between its markers written anew."""
-    for kind in get_args(Kind):
-        block = f"<!-- {kind} -->\n{table(kind)}\n<!-- /{kind} -->"
-        text = re.sub(rf"<!-- {kind} -->.*?<!-- /{kind} -->", lambda _, block=block: block, text, flags=re.DOTALL)  # type: ignore[misc]
+    """``text`` with each block between its markers written anew.
+
+    Raises:
+        ValueError: a block that has no markers, or two.
+    """
+    for name, body in {**{kind: table(kind) for kind in get_args(Kind)}, **blocks()}.items():
+        marked = f"<!-- {name} -->\n{body}\n<!-- /{name} -->".replace("\\", r"\\")  # re.subn reads backslashes
+        text, places = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", marked, text, flags=re.DOTALL)
+        if places != 1:
+            raise ValueError(f"README must hold the markers of {name!r} once, got {places}. Add <!-- {name} --> and <!-- /{name} -->.")
     return text
 
 

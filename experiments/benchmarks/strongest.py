@@ -4,9 +4,10 @@ Every setting is attacked on the same uploads by ``strongest`` and by every solv
 for a victim. A victim counts as matched when its mean PSNR under ``strongest`` is at most ``TIE`` below the best solver's. A setting
 whose gain over the best floor is not above 0 says so, beside its floor.
 
-    OMP_NUM_THREADS=1 python -m experiments.benchmarks.strongest [--seconds 20] [--victims 3] [--only mlp] [--write] [--json FILE]
+    OMP_NUM_THREADS=1 python -m experiments.benchmarks.strongest [--seconds 20] [--victims 3] [--only MLP] [--write] [--json FILE]
 
-``--write`` puts the table into docs/strongest.md.
+``--write`` puts the table into docs/strongest.md. Every row says with which budget, on how many victims and by which source it was
+measured; rows that differ in that are no table, and are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from attacks._choice import LADDER, Choice
 from attacks.strongest import Strongest
 from experiments.controls import best_floor, floors
+from experiments.directory import source_digest
 from experiments.groups import fixed_rng
 from experiments.matching import assign
 from experiments.metrics import evaluate
@@ -33,6 +35,7 @@ from experiments.statistics import bootstrap_mean
 from experiments.victims import Victim, trained, victim
 from simulator import config
 from simulator.dataset import DataSet, take
+from simulator.errors import SpecError
 from simulator.network import network
 from simulator.rng import stream
 from simulator.types import LocalTraining
@@ -44,6 +47,24 @@ TIE = 0.5
 FEDSGD = LocalTraining(batch_size=0, batch_norm="eval")
 FEDAVG = LocalTraining(algorithm="fedavg", batch_size=4, epochs=2, learning_rate=0.01, batch_norm="eval")
 TRAIN_MODE = replace(FEDSGD, batch_norm="train")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What rows must share to stand in one table.
+
+    Attributes:
+        budget: CPU seconds for a victim and for each solver alone.
+        victims: uploads of each setting.
+        source: the state of the code (:func:`experiments.directory.source_digest`); ``unknown`` in rows from before it was stored.
+    """
+
+    budget: float
+    victims: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"--seconds {self.budget:g} --victims {self.victims} by source {self.source}"
 
 
 @dataclass(frozen=True)
@@ -125,8 +146,9 @@ def solve(attack: Any, target: Victim, number: int) -> tuple[float, int, float]:
     return statistics.fmean(score.psnr_db for score in scores), proven, seconds
 
 
-def row(setting: Setting, count: int, seconds: float) -> dict[str, Any]:
+def row(setting: Setting, under: Conditions) -> dict[str, Any]:
     """Everything about one setting."""
+    count, seconds = under.victims, under.budget
     data: DataSet = config.build_plugin("data", setting.data, "data").load()
     solvers = [cls(seconds=seconds) if any(item.name == "seconds" for item in fields(cls)) else cls() for cls in LADDER]
     ours, floor, best, proven, spent, records = [], [], [], 0, [], 0
@@ -150,7 +172,7 @@ def row(setting: Setting, count: int, seconds: float) -> dict[str, Any]:
     gains = [one - other for one, other in zip(ours, floor, strict=True)]
     return {
         "setting": setting.name,
-        "victims": count,
+        **asdict(under),
         "records": records,
         "strongest_db": ours,
         "proven": proven,
@@ -161,6 +183,24 @@ def row(setting: Setting, count: int, seconds: float) -> dict[str, Any]:
         "floor_db": floor,
         "gain": asdict(bootstrap_mean(gains, range(len(gains)), rng=fixed_rng())),
     }
+
+
+def shared(rows: Sequence[Mapping[str, Any]], *others: Conditions) -> Conditions:
+    """The conditions under which all rows were measured, and ``others`` are to be.
+
+    Raises:
+        SpecError: there are several, or none.
+    """
+    names = [item.name for item in fields(Conditions)]
+    lacking = [name for name in names if any(name not in entry for entry in rows)]
+    if lacking:
+        raise SpecError(f"rows must say {', '.join(names)}, got some without {', '.join(lacking)}. Measure them again.")
+    found = sorted({*others, *(Conditions(**{name: entry[name] for name in names}) for entry in rows)}, key=str)
+    if len(found) != 1:
+        raise SpecError(
+            f"rows must be measured alike, got {'; '.join(map(str, found)) or 'none'}. Use another --json, or the same options."
+        )
+    return found[0]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -184,15 +224,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(rows: list[dict[str, Any]], seconds: float) -> str:
+def command(under: Conditions) -> str:
+    """What measures the rows that are committed again, once the file of the old ones is away."""
+    return (
+        f"OMP_NUM_THREADS=1 python -m experiments.benchmarks.strongest --seconds {under.budget:g} --victims {under.victims} "
+        "--json docs/strongest.json --write"
+    )
+
+
+def page(rows: list[dict[str, Any]]) -> str:
     """The generated page."""
+    under = shared(rows)
     matched, total = sum(entry["matched"] for entry in rows), sum(entry["victims"] for entry in rows)
     victims = [pair for entry in rows for pair in zip(entry["strongest_db"], entry["best_db"], entry["floor_db"], strict=True)]
     live = [ours >= best - TIE for ours, best, floor in victims if max(ours, best) > floor]
     return (
         "# What `strongest` reaches, and where nothing works\n\n"
-        "Generated by `python -m experiments.benchmarks.strongest --write`; do not edit.\n\n"
-        f"32×32 color pieces of photographs, labels not disclosed, {seconds:g} CPU seconds for a victim and for each solver alone; "
+        f"Generated by `{command(under)}`, which measures what docs/strongest.json does not hold yet; do not edit. The rows that it holds "
+        f"were measured by source {under.source}.\n\n"
+        f"32×32 color pieces of photographs, labels not disclosed, {under.budget:g} CPU seconds for a victim and for each solver alone; "
         "models are freshly drawn for each victim, *trained* means 100 steps. PSNR is capped at 60 dB, which stands for exact. The floor "
         "is the best guess without the update. "
         f"`strongest` was within {TIE:g} dB of the best single solver, those that it thinks superfluous among them, on {matched} of "
@@ -216,15 +266,17 @@ def main() -> None:
     if options.json and options.json.is_file():
         rows = json.loads(options.json.read_text(encoding="utf-8"))
     done = {entry["setting"] for entry in rows}
-    for setting in SETTINGS:
-        if setting.name.startswith(options.only) and setting.name not in done:
-            rows.append(row(setting, options.victims, options.seconds))
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    pending = [setting for setting in SETTINGS if setting.name.startswith(options.only) and setting.name not in done]
+    stored = source_digest() if pending or not rows else rows[0].get("source", "unknown")
+    under = shared(rows, Conditions(options.seconds, options.victims, stored))
+    for setting in pending:
+        rows.append(row(setting, under))
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     rows.sort(key=lambda entry: order.index(entry["setting"]))
     print(table(rows))
     if options.write:
-        PAGE.write_text(page(rows, options.seconds), encoding="utf-8")
+        PAGE.write_text(page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

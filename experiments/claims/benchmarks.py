@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 class PeerMeasure:
     """Ours less the peer's, both tuned on public pictures, on the same pictures: from the committed trials of the benchmark.
 
-    To measure them again takes hours: ``python -m experiments.benchmarks.breaching``.
+    To measure them again takes hours.
 
     Attributes:
         network: as the benchmark calls it.
@@ -28,6 +28,7 @@ class PeerMeasure:
 
     kind: ClassVar[str] = "peer"
     reads: ClassVar[str] = "docs/breaching.jsonl"
+    again: ClassVar[str] = "python -m experiments.benchmarks.breaching"
 
     network: str
     budget: float
@@ -63,12 +64,15 @@ class PeerMeasure:
 class StrongestMeasure:
     """How often ``strongest`` is at most 0.5 dB below the best single solver: from the committed rows of the benchmark.
 
-    To measure them again takes hours: move the file away, then ``python -m experiments.benchmarks.strongest --json docs/strongest.json
-    --write``.
+    To measure them again takes hours: move the file away first. Rows that were not measured alike, with the same budget on as many
+    victims by one source, are refused.
     """
 
     kind: ClassVar[str] = "strongest"
     reads: ClassVar[str] = "docs/strongest.json"
+    again: ClassVar[str] = (
+        "OMP_NUM_THREADS=1 python -m experiments.benchmarks.strongest --seconds 15 --victims 2 --json docs/strongest.json --write"
+    )
 
     def names(self) -> Sequence[str]:
         """The share of all victims, of those on which anything beat the floor, and how broad the table is."""
@@ -76,9 +80,10 @@ class StrongestMeasure:
 
     def __call__(self) -> Mapping[str, float]:
         """Read the rows."""
-        from experiments.benchmarks.strongest import TIE
+        from experiments.benchmarks.strongest import TIE, shared
 
         rows: list[dict[str, Any]] = json.loads(_text("strongest.json", "strongest --json docs/strongest.json"))
+        shared(rows)
         victims = [each for row in rows for each in zip(row["strongest_db"], row["best_db"], row["floor_db"], strict=True)]
         matched = [ours >= best - TIE for ours, best, _ in victims]
         live = [ours >= best - TIE for ours, best, floor in victims if max(ours, best) > floor]

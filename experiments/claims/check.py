@@ -16,8 +16,9 @@ from simulator.errors import FedpeekError
 
 HEADINGS = ("figure", "reported", "bar", "filed", "measured", "ok")
 WIDTHS = (28, 10, 24, 10, 10, 7)
-KEPT, MISSED, BROKEN = "yes", "not met", "NO"
-"""What is said of a figure: it keeps its bar; it misses it as filed; it is neither."""
+KEPT, READ, MISSED, BROKEN = "yes", "kept", "not met", "NO"
+"""What is said of a figure: it keeps its bar; the one that was read does, which no change of the code can alter; it misses its bar as
+filed; it is neither."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Outcome:
     """A claim and what was measured.
 
     Attributes:
-        measured: by the name of the figure; empty where the measurement failed.
+        measured: by the name of the figure; empty where the measurement failed. Where the claim reads a file, what it says.
         cpu_seconds: of this process; 0 where nothing was measured.
         failure: why there is no measurement.
     """
@@ -52,13 +53,15 @@ class Outcome:
         claim = self.claim
         figures = {
             name: {
-                "reported": figure.reported, "bar": figure.bar, "filed": figure.ours, "measured": _finite(self.measured.get(name)),
+                "reported": figure.reported, "bar": figure.bar, "filed": figure.ours,
+                "read" if claim.reads else "measured": _finite(self.measured.get(name)), "verdict": _now(self, name, figure)[1],
                 "ok": name in self.measured and figure.holds(self.measured[name]), "met_as_filed": figure.met, "reason": figure.reason,
             }
             for name, figure in claim.figures.items()
         }  # fmt: skip
         about = {"id": claim.id, "claim": claim.claim, "source": claim.source, "ok": self.holds, "failure": self.failure}
-        about |= {"known_misses": self.known_misses}
+        about |= {"known_misses": self.known_misses, "measured_again": bool(self.measured) and not claim.reads}
+        about |= {"reads": claim.reads, "measure_with": claim.again or f"fedpeek claims {claim.id}"}
         return {**about, "cpu_seconds": round(self.cpu_seconds, 3), "figures": figures}
 
 
@@ -90,6 +93,8 @@ def lines(outcome: Outcome) -> Iterator[str]:
         yield _row(f"  {name}", *filed(figure), *_now(outcome, name, figure))
         if not figure.met:
             yield f"    not met: {figure.reason}"
+    if claim.reads:
+        yield f"    not measured again, read from {claim.reads}: {claim.again}"
     if outcome.failure:
         yield f"  failed: {outcome.failure}"
 
@@ -103,7 +108,8 @@ def _now(outcome: Outcome, name: str, figure: Figure) -> tuple[str, str]:
     if name not in outcome.measured:
         return "–", BROKEN if outcome.failure else "–" if figure.met else MISSED
     value = outcome.measured[name]
-    return f"{value:.4g}", verdict(figure, value)
+    found = verdict(figure, value)
+    return f"{value:.4g}", READ if found == KEPT and outcome.claim.reads else found
 
 
 def verdict(figure: Figure, value: float) -> str:

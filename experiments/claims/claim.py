@@ -96,7 +96,11 @@ class Figure:
 
 
 class Measure(Protocol):
-    """How a claim is measured: a frozen dataclass whose fields are the setting, registered in :data:`MEASURES`."""
+    """How a claim is measured: a frozen dataclass whose fields are the setting, registered in :data:`MEASURES`.
+
+    One that takes hours may read instead what its last run left; it then has ``reads``, the file, and ``again``, the command that
+    measures.
+    """
 
     kind: ClassVar[str]
 
@@ -128,6 +132,16 @@ class Claim:
     cpu_seconds: float
     measure: Measure
     figures: Mapping[str, Figure]
+
+    @property
+    def reads(self) -> str:
+        """The file that is read in place of a measurement; empty where ``fedpeek claims`` measures."""
+        return getattr(self.measure, "reads", "")
+
+    @property
+    def again(self) -> str:
+        """The command that writes that file anew; empty where ``fedpeek claims`` measures."""
+        return getattr(self.measure, "again", "")
 
     @property
     def misses(self) -> list[str]:
@@ -177,7 +191,16 @@ def read(path: Path) -> Claim:
     Raises:
         SpecError: it is not TOML, or a setting is unknown, missing or of the wrong type.
     """
-    from experiments.claims import benchmarks, foresight, measures, planted, privacy, runs  # noqa: F401  they register themselves
+    from experiments.claims import (  # noqa: F401  they register themselves
+        benchmarks,
+        certificates,
+        defended,
+        foresight,
+        measures,
+        planted,
+        privacy,
+        runs,
+    )
 
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))

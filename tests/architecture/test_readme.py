@@ -1,12 +1,55 @@
-"""README's tables are those of the registry; its commands exist."""
+"""README's tables are those of the registry, its figures those of the claims; its commands exist."""
 
 from __future__ import annotations
 
+import re
+import tomllib
+from dataclasses import replace
+
+import pytest
+
+from experiments.claims.claim import claims, select
 from experiments.readme import README, updated
+from experiments.readme_figures import BLOCKS, FIGURE, filled
+
+TEXT = README.read_text(encoding="utf-8")
 
 
-def test_tables_are_current() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert updated(text) == text, "run python -m experiments.readme"
-    assert "`linear_leak`" in text
-    assert "`secure_aggregation`" in text
+def test_tables_and_figures_are_current() -> None:
+    assert updated(TEXT) == TEXT, "run python -m experiments.readme"
+    assert "`linear_leak`" in TEXT
+    assert "`secure_aggregation`" in TEXT
+
+
+def filed(name: str, figure: str) -> float:
+    """As the file says, read by nothing of ours."""
+    return float(tomllib.loads(claims()[name].read_text(encoding="utf-8"))["figures"][figure]["ours"])
+
+
+def test_numbers_are_those_of_the_files() -> None:
+    row = next(line for line in TEXT.splitlines() if "B16-against" in line)
+    assert f"by {filed('B16-against', 'difference_db'):.1f} dB in {filed('B16-against', 'cpu_ratio'):.2f} (bar ≤ 0.2: **not met**)" in row
+    assert f"| {filed('B15b', 'psnr_db'):.1f} dB | {filed('B15b', 'cpu_seconds'):.0f} |" in row
+    assert f"{filed('learned-noise-adaptive', 'psnr_db'):.1f} by `adaptive_matching`" in TEXT
+    bars = [figure for path in claims().values() for figure in tomllib.loads(path.read_text(encoding="utf-8"))["figures"].values()]
+    missed = sum(not figure.get("met", True) for figure in bars)
+    assert f"**{missed} of {len(bars)} bars are not met**: [docs/claims.md](docs/claims.md)" in TEXT
+    assert f"## {missed} bars are not met" in (README.parent / "docs" / "claims.md").read_text(encoding="utf-8")
+
+
+def test_every_claim_that_the_text_names_beside_a_row_is_printed_in_it() -> None:
+    shown = {match[1] for text in BLOCKS.values() for match in FIGURE.finditer(text)}
+    assert len(shown) > 30
+    assert not re.search(r"[{}]", re.sub(FIGURE, "", "".join(BLOCKS.values())).replace("{missed}", "").replace("{bars}", ""))
+
+
+def test_another_value_is_another_text_and_a_name_that_is_none_is_an_error() -> None:
+    (claim,) = select(["B5"])
+    text = "{B5.exact_batches:of}, {B5.exact_batches:pct}, {B5.cpu_seconds_median:.2f}"
+    assert filled(text, {"B5": claim}) == "20 of 20, 100 %, 0.05"
+    worse = replace(claim, figures={**claim.figures, "exact_batches": replace(claim.figures["exact_batches"], ours=0.95)})
+    assert filled(text, {"B5": worse}) == "19 of 20, 95 %, 0.05"
+    with pytest.raises(KeyError):
+        filled("{B5.exact_batch:of}", {"B5": claim})
+    with pytest.raises(ValueError, match="markers of 'figures' once, got 0"):
+        updated(TEXT.replace("<!-- figures -->", ""))

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from attacks.update.random_guess import RandomGuess
 from clients.private import held_by, private_batches, splits
+from experiments.benchmarks import strongest
 from experiments.claims import benchmarks
 from experiments.claims import claim as claims_module
 from experiments.claims.__main__ import DOCS, page
@@ -77,7 +78,9 @@ def test_claims_are_measured_and_one_that_does_not_hold_is_an_error(folder: Path
     assert "1 of 2 claims" in broken.output
 
 
-MISSED = GOOD.replace("at_most = 1e-10", 'at_most = 1e-10\n\n[figures.psnr_db]\nours = 60.0\nat_least = 61\nmet = false\nwithin = 0.5\nreason = "capped"')
+MISSED = GOOD.replace(
+    "at_most = 1e-10", 'at_most = 1e-10\n\n[figures.psnr_db]\nours = 60.0\nat_least = 61\nmet = false\nwithin = 0.5\nreason = "capped"'
+)
 
 
 def test_a_bar_that_is_missed_as_filed_is_loud_and_an_error_unless_it_is_accepted(folder: Path) -> None:
@@ -140,11 +143,73 @@ def test_the_peer_and_strongest_are_read_from_the_data_of_their_benchmarks(tmp_p
     with pytest.raises(SpecError, match=r"docs must hold strongest.json"):
         benchmarks.StrongestMeasure()()
     table = [
-        {"strongest_db": [20.0, 30.0], "best_db": [20.4, 30.6], "floor_db": [14.0, 14.0], "victims": 2},
-        {"strongest_db": [9.0], "best_db": [10.0], "floor_db": [14.0], "victims": 1},
+        {"strongest_db": [20.0, 30.0], "best_db": [20.4, 30.6], "floor_db": [14.0, 14.0], **ALIKE},
+        {"strongest_db": [9.0, 14.5], "best_db": [10.0, 15.0], "floor_db": [14.0, 14.0], **ALIKE},
     ]
     (tmp_path / "strongest.json").write_text(json.dumps(table))
-    assert benchmarks.StrongestMeasure()() == {"matched": 1 / 3, "matched_above_floor": 0.5, "settings": 2.0, "victims_least": 1.0}
+    assert benchmarks.StrongestMeasure()() == {"matched": 0.5, "matched_above_floor": 2 / 3, "settings": 2.0, "victims_least": 2.0}
+    table[1] |= {"budget": 20.0}
+    (tmp_path / "strongest.json").write_text(json.dumps(table))
+    with pytest.raises(SpecError, match="must be measured alike"):
+        benchmarks.StrongestMeasure()()
+
+
+ALIKE: dict[str, Any] = {"budget": 15.0, "victims": 2, "source": "unknown"}
+
+
+@pytest.mark.parametrize("change", [{"budget": 20.0}, {"victims": 3}, {"source": "0123"}])
+def test_rows_of_strongest_that_were_not_measured_alike_are_refused(change: dict[str, Any]) -> None:
+    assert strongest.shared([ALIKE, ALIKE]) == strongest.Conditions(**ALIKE)
+    with pytest.raises(SpecError, match="must be measured alike"):
+        strongest.shared([ALIKE, ALIKE | change])
+    with pytest.raises(SpecError, match="must be measured alike"):
+        strongest.shared([ALIKE], strongest.Conditions(**(ALIKE | change)))
+    with pytest.raises(SpecError, match="without source"):
+        strongest.shared([{"budget": 15.0, "victims": 2}])
+
+
+def test_the_page_of_strongest_is_that_of_its_rows_and_names_the_whole_command() -> None:
+    rows = json.loads((benchmarks.DOCS / "strongest.json").read_text(encoding="utf-8"))
+    text = strongest.PAGE.read_text(encoding="utf-8")
+    assert text == strongest.page(rows)
+    assert benchmarks.StrongestMeasure.again == strongest.command(strongest.shared(rows))
+    assert f"`{benchmarks.StrongestMeasure.again}`" in text
+    assert "--seconds 15 --victims 2 " in text
+
+
+def test_more_rows_by_other_options_are_refused_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strongest, "row", lambda *_: pytest.fail("measured"))
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"setting": "MLP, b = 1", **ALIKE}]))
+    for options in ([], ["--seconds", "15", "--victims", "2"]):  # other budget; the same, but by another source
+        monkeypatch.setattr(sys, "argv", ["strongest", "--json", str(path), *options])
+        with pytest.raises(SpecError, match="must be measured alike"):
+            strongest.main()
+
+
+def test_a_claim_that_is_read_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "DOCS", tmp_path)
+    row = {"strongest_db": [20.0, 30.0], "best_db": [20.4, 30.6], "floor_db": [14.0, 14.0], **ALIKE}
+    (tmp_path / "strongest.json").write_text(json.dumps([row]))
+    folder = tmp_path / "claims"
+    folder.mkdir()
+    (folder / "read.toml").write_text(
+        'claim = "c"\nsource = "own"\ncpu_seconds = 1\n[measure]\nkind = "strongest"\n[figures.matched]\nours = 0.5\nat_least = 0.4\n'
+    )
+    monkeypatch.setattr(claims_module, "files", lambda package: folder)
+    plain = CliRunner().invoke(app, ["claims", "read"])
+    assert plain.exit_code == 0, plain.output
+    assert [line.split()[-1] for line in plain.stdout.splitlines() if "  matched" in line] == ["kept"]
+    assert f"not measured again, read from docs/strongest.json: {benchmarks.StrongestMeasure.again}" in plain.stdout
+    found = json.loads(CliRunner().invoke(app, ["claims", "read", "--json"]).stdout)
+    assert (found["ok"], found["measured_again"], found["measure_with"]) == (True, False, benchmarks.StrongestMeasure.again)
+    figure = found["figures"]["matched"]
+    assert (figure["read"], figure["verdict"], "measured" in figure) == (0.5, "kept", False)
+    text = page([read(folder / "read.toml")])
+    assert "| kept |" in text
+    assert f"`{benchmarks.StrongestMeasure.again}` measures it" in text
+    (tmp_path / "strongest.json").write_text(json.dumps([row | {"strongest_db": [9.0, 9.0]}]))
+    assert CliRunner().invoke(app, ["claims", "read"]).exit_code == 1
 
 
 def test_json_is_one_object_a_line(folder: Path) -> None:
@@ -333,6 +398,10 @@ def test_scores_against_hand_made_answers() -> None:
     assert wrong["psnr_db_min"] == pytest.approx(20)
     both = summarize([Trial(truth, swapped, 1.0, None), Trial(truth, lying, 3.0, None)])
     assert (both["cpu_seconds"], both["cpu_seconds_max"], both["exact_batches"]) == (2, 3, 0.5)
+    twice = replace(swapped, inputs=torch.stack([truth.inputs[0]] * 2))  # one record proven twice: the second proof is of nothing
+    assert summarize([Trial(truth, twice, 1.0, None)])["certified_wrong"] == 1
+    three = replace(swapped, inputs=torch.cat([swapped.inputs, swapped.inputs[:1]]), certificate=("proof",) * 3)
+    assert summarize([Trial(truth, three, 1.0, None)])["certified_wrong"] == 1
     blind = summarize([Trial(truth, replace(swapped, inputs=None), 1.0, None)])
     assert blind["exact"] == blind["certified"] == 0
 
