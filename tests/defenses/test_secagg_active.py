@@ -7,7 +7,7 @@ import os
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from defenses.channel._secagg import graph, identity, keys, messages
+from defenses.channel._secagg import graph, identity, keys, messages, shamir
 from defenses.channel._secagg.client import SecAggClient
 from defenses.channel._secagg.memory import Stage
 from defenses.channel._secagg.messages import Kind
@@ -86,7 +86,7 @@ def test_two_sets_of_survivors_are_refused_by_every_honest_client() -> None:
     """Told that client A dropped out, one group would open A's mask key, told that it survived, the other its seed: both, its vector."""
     parameters = make_parameters(6, active=True)
     parties, _ = up_to("sign", parameters, random_vectors(parameters))
-    everybody, one = parameters.clients, parameters.clients[0]
+    everybody = parameters.clients
     told = {client: everybody if client in everybody[:3] else everybody[1:] for client in everybody}
     signed = {
         client: parties[client].sign(messages.frame(Kind.SURVIVORS, parameters.digest, messages.pack_clients(told[client])))
@@ -102,7 +102,15 @@ def test_two_sets_of_survivors_are_refused_by_every_honest_client() -> None:
             assert not any(vars(party._memory).values())
         with pytest.raises(ProtocolAbort, match="next stage must be UNMASK, got SIGN"):  # one set, once
             parties[client].sign(messages.frame(Kind.SURVIVORS, parameters.digest, messages.pack_clients(everybody)))
-    assert one in told[one]
+
+    passive = make_parameters(6)  # the same two stories where nobody signs: each is believed, and opens another secret of A's
+    parties, _ = up_to("unmask", passive, random_vectors(passive))
+    opened = []
+    for story in (passive.clients, passive.clients[1:]):
+        party = SecAggClient.from_bytes(parties[passive.clients[3]].to_bytes())
+        answer = party.unmask(messages.frame(Kind.SURVIVORS, passive.digest, messages.pack_clients(story)))
+        opened.append(messages.unpack_table(answer[messages.HEADER_BYTES :], width=shamir.SHARE_BYTES, origin="test"))
+    assert {owner for owner, share in opened[0].items() if share != opened[1][owner]} == {passive.clients[0]}
 
 
 def accepted_sets(n: int, t: int, c: int) -> bool:
