@@ -73,6 +73,6 @@ def measured(
             skipped.append(f"{arm}, {attack}: not audited: it named nobody; see results.jsonl for the reason.")
         else:
             hits = sum(trial.records[0].identified for trial in counted)
-            guessed = fmean(chance(len(trial.records), wanted) for trial in counted)
+            guessed = fmean(chance(trial.tries, wanted) for trial in counted)
             rows.append(Measured(f"{arm}, {attack}", hits, len(counted), most, guessed))
     return rows, list(dict.fromkeys(skipped))

@@ -112,8 +112,7 @@ def gather(
         train_seconds, peak_bytes: of the federation.
     """
     records = len(world.data.load().records)
-    guesses = max(len(victim.truth) for victim in victims)  # the truth assigns k guesses, so that chance is up to k/N
-    at_least = max(1, min(candidates or records, records) // guesses)
+    at_least = max(1, min(candidates or records, records) // most_guesses(victims))
     proven = guarantee_of(world, delta=delta, candidates=at_least, victims=victims)
     guarantee, views = proven.guarantee, proven.views
     psnrs = [view.no_prior_psnr_db for view in views.values() if view.no_prior_psnr_db is not None]
@@ -132,6 +131,11 @@ def gather(
         ceiling_by_round={str(number): view.identification for number, view in views.items()}, latest_seen=max(proven.seen.values()),
         psnr_ceiling_db=max(psnrs, default=None), mse_floor=proven.training.mse_floor,
     )  # fmt: skip
+
+
+def most_guesses(victims: Sequence[Victim]) -> int:
+    """As many as an attack may make of one upload, among which the truth chooses: the stated number, where fewer records were drawn."""
+    return max(max(len(victim.truth), victim.knowledge.num_examples) for victim in victims)
 
 
 def reset_peak() -> None:

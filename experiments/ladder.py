@@ -79,6 +79,8 @@ def _best(trials: Sequence[Trial], named: Trial | None) -> Trial:
         seconds=sum(trial.seconds for trial in (*trials, *([named] if named else []))),
         predicted=None,
         flags=tuple(dict.fromkeys(flag for trial in trials for flag in trial.flags)),
+        guesses=max(trial.tries for trial in trials),
+        surplus_proofs=max(trial.surplus_proofs for trial in trials),
     )
 
 

@@ -200,6 +200,16 @@ def chance(guesses: int, candidates: int) -> float:
     return min(1.0, guesses / candidates)
 
 
+def class_chance(labels: Int[Tensor, " truth"], candidates: Int[Tensor, " candidate"]) -> list[float]:
+    """Return, for each true record, :func:`chance` for who knows the classes of the batch and nothing else.
+
+    Args:
+        candidates: the class of each of N candidates, the true records' among them.
+    """
+    mine, there = torch.bincount(labels).tolist(), torch.bincount(candidates).tolist()
+    return [chance(mine[label], there[label]) for label in labels.tolist()]
+
+
 def _matched(guess: Images | None, truth: Images, assignment: Int[Tensor, " truth"] | None) -> tuple[Images, Tensor]:
     """The guess for each true record, mid-gray where it failed, and which ones failed."""
     gray = torch.full_like(truth, 0.5)

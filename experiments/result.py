@@ -40,6 +40,7 @@ class RecordResult:
         certificate: the attack's own proof that its guess of this record is exact, by name; empty without one.
         solver: the attack that produced the guess, where the trial's attack asked several; empty where it did it all.
         attributed: whether the attack names its sender; None where it names none, or sees one sender alone.
+        class_chance: of naming it among the candidates of its class, which an update may tell; None in lines of an older version.
     """
 
     client: int
@@ -57,6 +58,7 @@ class RecordResult:
     certificate: str = field(default="", metadata=SINCE)
     solver: str = field(default="", metadata=SINCE)
     attributed: bool | None = field(default=None, metadata=SINCE)
+    class_chance: float | None = field(default=None, metadata=SINCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class Trial:
         predicted: records that the identifiability of the view says can be exact, before any attack; None where it was not asked.
         answered: ``labels`` where the attack ended well and guessed no inputs; the records' image scores are then those of the
             mid-gray image and mean nothing. ``candidates`` where every guess is one of those disclosed: only who was named counts.
+        guesses: how many the attack made, among which the truth chooses; None in lines of an older version: one for each record.
+        surplus_proofs: of its guesses with a certificate those that are left when each record has its own: they are no record.
     """
 
     arm: str
@@ -94,6 +98,8 @@ class Trial:
     flags: tuple[str, ...] = ()
     answered: Answered = field(default="inputs", metadata=SINCE)
     predicted: int | None = field(default=None, metadata=SINCE)
+    guesses: int | None = field(default=None, metadata=SINCE)
+    surplus_proofs: int = field(default=0, metadata=SINCE)
 
     def __post_init__(self) -> None:
         if self.status == "unsupported" and self.records:
@@ -109,6 +115,11 @@ class Trial:
     def view(self) -> Literal["update", "aggregate"]:
         """What the adversary held: one client's update, or the mean over several."""
         return "update" if len(self.senders) == 1 else "aggregate"
+
+    @property
+    def tries(self) -> int:
+        """How many guesses might name a record: what chance is counted from."""
+        return len(self.records) if self.guesses is None else self.guesses
 
     def to_json(self) -> str:
         """Return the trial as one line, ``view`` included for the reader's sake."""

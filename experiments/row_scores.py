@@ -142,9 +142,18 @@ def over_prior(scored: Sequence[Scored]) -> tuple[Interval, int] | None:
 
 def guessed(group: Group, candidates: int) -> float | None:
     """Chance of the identification: that of one guess, or of two where each victim has its best attack."""
-    one = _chance(group.scored, candidates)
+    return _of_two(group, _chance(group.scored, candidates))
+
+
+def guessed_in_class(group: Group) -> float | None:
+    """The same for who knows each record's class, which is more to know than to guess; None in lines of an older version."""
+    known = [item.record.class_chance for item in group.scored if item.record.class_chance is not None]
+    return _of_two(group, mean(known))
+
+
+def _of_two(group: Group, one: float | None) -> float | None:
     return one if one is None or group.attack != BEST else min(1.0, 2 * one)
 
 
 def _chance(scored: Sequence[Scored], candidates: int) -> float | None:
-    return mean([chance(len(item.trial.records), candidates) for item in scored])
+    return mean([chance(item.trial.tries, candidates) for item in scored])

@@ -24,7 +24,7 @@ from experiments.under_attack import Victim, candidate_set
 from simulator import config
 from simulator.adversary import Reconstruction
 from simulator.dataset import Splits
-from simulator.rng import stream
+from simulator.rng import secret_stream, stream
 from simulator.types import Batch, Observation
 from simulator.world import World
 
@@ -41,12 +41,12 @@ class Outcome:
 def attack_victims(attack: Any, victims: Sequence[Victim], evaluation: Evaluation, world: World, arm: str) -> Outcome:
     """Run one attack on every victim, and on their shuffled updates as a floor, and score what it answers."""
     model = config.dump(world.architecture)
-    answers = isolated.ask(attack, model, [_question(attack, victim, world.seed) for victim in victims])
+    answers = isolated.ask(attack, model, [_question(attack, victim, world) for victim in victims])
     shuffles: Any = iter(())
     able = [victim for victim, answer in zip(victims, answers, strict=True) if not _unsupported(answer)]
     if count := evaluation.shuffled(attack.name, len(able)):
         blind = _blinded(able[:count], world.seed)
-        shuffles = iter(isolated.ask(attack, model, [_question(attack, victim, world.seed) for victim in blind], supported=True))
+        shuffles = iter(isolated.ask(attack, model, [_question(attack, victim, world) for victim in blind], supported=True))
     parts, trials, private, guesses = splits(world), [], [], []
     for victim, answer in zip(victims, answers, strict=True):
         if _unsupported(answer):
@@ -79,19 +79,22 @@ def score(
         _, _, blind_guess = _judge(blind)
         for floor, blind_score in zip(floors, controls.floor_scores(blind_guess, truth), strict=True):
             floor[controls.SAMPLE if evaluation.shuffled_victims else "shuffled_gradient"] = blind_score
+    by_class = metrics.class_chance(victim.truth.labels, candidates.labels)
     whose = attributed_to(answer, assignment, victim)
     results = tuple(
         RecordResult(
             client=client, record=int(record), psnr_db=s.psnr_db, ssim=s.ssim, mse=s.mse, exact=s.exact, identified=f.identified,
             rank=f.rank, label_correct=s.label_correct, floors=floor, lpips=s.lpips, label=int(label),
             certificate=_of_guess(answer, "certificate", assignment, place), solver=_of_guess(answer, "solver", assignment, place),
-            attributed=None if (who := whose[place]) is None else who == client,
+            attributed=None if (who := whose[place]) is None else who == client, class_chance=by_class[place],
         )
         for place, (client, record, label, s, f, floor) in enumerate(
             zip(victim.clients, victim.record_ids, victim.truth.labels, scores, found, floors, strict=True)
         )
     )  # fmt: skip
     trial = _trial(victim, arm, attack, seed, status, reason, results, answer)
+    if guess is not None and assignment is not None:
+        trial = replace(trial, guesses=len(guess), surplus_proofs=_surplus(answer, assignment))
     return trial, _in_order(guess, assignment, truth)
 
 
@@ -99,14 +102,17 @@ def _unsupported(answer: Answer) -> TypeGuard[Refused]:
     return isinstance(answer, Refused) and answer.status == "unsupported"
 
 
-def _question(attack: Any, victim: Victim, seed: int) -> Question:
+def _question(attack: Any, victim: Victim, world: World) -> Question:
     """What the attack gets of a victim."""
-    return Question(victim.view, victim.knowledge, _attack_rng(attack, victim, seed))
+    return Question(victim.view, victim.knowledge, _attack_rng(attack, victim, world))
 
 
-def _attack_rng(attack: Any, victim: Victim, seed: int) -> torch.Generator:
-    """The same for every arm, so that arms are compared on the same victims with the same luck."""
-    return stream(seed, "attack", attack.name, victim.round, victim.senders)
+def _attack_rng(attack: Any, victim: Victim, world: World) -> torch.Generator:
+    """The same for every arm, so that arms are compared on the same victims with the same luck.
+
+    From a seed alone the attacker could find that seed by trying, and with it who has which records.
+    """
+    return secret_stream(world.seed, world.secret, "attack", attack.name, victim.round, victim.senders)
 
 
 def _blinded(victims: Sequence[Victim], seed: int) -> list[Victim]:
@@ -187,6 +193,12 @@ def _of_guess(answer: Answer, what: Literal["certificate", "solver"], assignment
         return ""
     said = getattr(answer, what)
     return str(said[int(assignment[place])]) if int(assignment[place]) < len(said) else ""
+
+
+def _surplus(answer: Answer, assignment: Tensor) -> int:
+    """How many guesses with a certificate belong to no record: the truth has fewer."""
+    proofs = answer.certificate if isinstance(answer, Reconstruction) else ()
+    return sum(bool(proof) and place not in assignment for place, proof in enumerate(proofs))
 
 
 def _in_order(guess: Tensor | None, assignment: Tensor | None, truth: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def _answers(
             yield {"kind": "refused", "index": index, "status": "unsupported", "reason": reason}
     if together and len(able) > 1 and isinstance(attack, BatchedAttack):
         yield {"kind": "start", "index": -1}
+        started = time.perf_counter()
         try:
             rngs = [_generator(states[i]) for i in able]
             found = list(attack.many([views[i] for i in able], [knowledge[i] for i in able], rngs=rngs))
@@ -111,17 +112,25 @@ def _answers(
             print(f"{attack.name} failed on {len(able)} victims at once; trying one by one", file=sys.stderr)
             traceback.print_exc()
         else:
-            yield from ({"kind": "answer", "index": i, "answer": answer} for i, answer in zip(able, whole, strict=True))
+            shares = _shares([answer.seconds for answer in whole], time.perf_counter() - started)
+            answers = (replace(answer, seconds=share) for answer, share in zip(whole, shares, strict=True))
+            yield from ({"kind": "answer", "index": i, "answer": answer} for i, answer in zip(able, answers, strict=True))
             return
     for number, index in enumerate(able):
         yield {"kind": "start", "index": index}
         started = time.perf_counter()
         try:
             answer = checked(attack(views[index], knowledge[index], rng=_generator(states[index])), knowledge[index])
-            yield {"kind": "answer", "index": index, "answer": replace(answer, seconds=answer.seconds or time.perf_counter() - started)}
+            yield {"kind": "answer", "index": index, "answer": replace(answer, seconds=time.perf_counter() - started)}
         except Exception as error:
             yield {"kind": "refused", "index": index, "status": "failed", "reason": _reason(error)}
         progress.tick("victims", number + 1, len(able))
+
+
+def _shares(told: Sequence[float], total: float) -> list[float]:
+    """The time that the victims took together by this clock, in the shares that the attack tells; equal ones where it tells none."""
+    known = sum(told) if all(seconds > 0 for seconds in told) else 0.0
+    return [total * seconds / known if known else total / len(told) for seconds in told]
 
 
 def _unsupported(attack: Any, view: Any, knowledge: Any) -> str | None:
@@ -160,9 +169,10 @@ def _generator(state: Any) -> Any:
     import numpy as np
     import torch
 
-    rng = torch.Generator()
+    rng, twin = torch.Generator(), torch.Generator()
     rng.set_state(state)
-    seed = rng.initial_seed()
+    twin.set_state(state)
+    seed = int(torch.randint(1 << 62, (), generator=twin))  # of a state that was set, initial_seed says nothing
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

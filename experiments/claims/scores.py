@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 import numpy as np
 import torch
@@ -57,11 +58,15 @@ class Trial:
 
     @property
     def proofs(self) -> Tensor:
-        """Squared error to the nearest true record of each guess that carries a certificate."""
+        """Squared error of each guess that carries a certificate to a true record of its own; infinite where none is left for it."""
         marked = torch.tensor([bool(proof) for proof in self.answer.certificate], dtype=torch.bool)
         if self.answer.inputs is None or not marked.any():
             return torch.zeros(0, dtype=torch.float64)
-        return pairwise_mse(self.answer.inputs[marked], self.truth.inputs).min(1).values
+        sure = self.answer.inputs[marked]
+        places, errors = assign(sure, self.truth.inputs), torch.full((len(sure),), inf, dtype=torch.float64)
+        matched = places >= 0
+        errors[places[matched]] = pairwise_mse(sure, self.truth.inputs)[places[matched], matched.nonzero().flatten()]
+        return errors
 
 
 def summarize(trials: Sequence[Trial]) -> dict[str, float]:

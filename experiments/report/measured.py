@@ -11,8 +11,8 @@ from experiments.report.values import estimate, lookup, number
 from experiments.report.words import explain
 
 TITLES = (
-    "arm", "strongest attack: victims", "victims, seeds", "identified, chance", "PSNR gain, dB", "against control, dB", "ε", "ceiling",
-    "accuracy, points against control", "rounding", "upload", "client", "flags",
+    "arm", "strongest attack: victims", "victims, seeds", "identified, chance (knowing the class)", "PSNR gain, dB", "against control, dB",
+    "ε", "ceiling", "accuracy, points against control", "rounding", "upload", "client", "flags",
 )  # fmt: skip
 
 
@@ -41,7 +41,9 @@ def table(defense: str, rows: Sequence[Row]) -> str:
 def _cells(row: Row, members: Sequence[Row], control: Row | None, letters: Mapping[str, str]) -> tuple[str, ...]:
     rate, gain, chance = estimate(row, "identified"), estimate(row, "gain", "psnr_db"), number(lookup(row, "identified", "chance"))
     failed = {which: control is not row and beside.control_failed(control, which) for which in ("identified", "gain")}
-    identified = f"{values.percent(rate.value)} [{values.percent_range(rate.low, rate.high)}], {values.percent(chance)}"
+    in_class = number(lookup(row, "identified", "chance_in_class"))
+    known = "" if in_class is None else f" ({values.percent(in_class)})"
+    identified = f"{values.percent(rate.value)} [{values.percent_range(rate.low, rate.high)}], {values.percent(chance)}{known}"
     gained = f"{values.fixed(gain.value, sign=True)} [{values.fixed_range(gain.low, gain.high)}]"
     points = beside.accuracy(row)
     return (

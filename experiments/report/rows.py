@@ -62,6 +62,7 @@ def _lines(rows: Sequence[Mapping[str, object]], everything: Sequence[Mapping[st
             chosen=row.get("answered") == "candidates",
             candidates=f"{number(lookup(row, 'identified', 'candidates')) or 0:.0f}",
             chance=number(lookup(row, "identified", "chance")),
+            class_chance=number(lookup(row, "identified", "chance_in_class")),
             identified_bar=_bar(estimate(row, "identified"), (0.0, 1.0), number(lookup(row, "identified", "chance"))),
             gain=gain,
             gain_seeds=_seeds(row, "gain", "psnr_db"),
@@ -218,6 +219,7 @@ class Line:
     chosen: bool
     candidates: str
     chance: float | None
+    class_chance: float | None
     identified_bar: Bar | None
     gain: Estimate
     gain_seeds: str

@@ -76,7 +76,9 @@ def _labels(line: Line) -> str:
 def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) -> Text:
     chances = sorted({line.chance for line in rows if line.chance is not None})
     chance_words = f"; chance {values.join([values.percent(chance) for chance in chances])}" if chances else ""
-    parts = [f"[…] are 95 % intervals over victims, given these initial models{chance_words}."]
+    in_class = values.percent_span([line.class_chance for line in rows if line.class_chance is not None])
+    class_words = f", for who knows the class {in_class}" if in_class else ""
+    parts = [f"[…] are 95 % intervals over victims, given these initial models{chance_words}{class_words}."]
     if any(line.solved for line in rows):
         parts.append("Each victim counts with its strongest attack, below the name: which, how often; each attack alone: report.html.")
     if named := list(dict.fromkeys(line.identified_by for line in rows if line.identified_by)):

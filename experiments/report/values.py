@@ -67,6 +67,14 @@ def percent_range(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{_points(low)}–{_points(high)}{NBSP}%"
 
 
+def percent_span(fractions: Sequence[float]) -> str:
+    """Print the least and the largest of some fractions, one number where they print alike, nothing of none."""
+    if not fractions:
+        return ""
+    one = percent(min(fractions))
+    return one if one == percent(max(fractions)) else percent_range(min(fractions), max(fractions))
+
+
 def fixed_range(low: float | None, high: float | None, digits: int = 1) -> str:
     """Print an interval as ``9.1 to 10.6``, or nothing where there is none."""
     return "" if low is None or high is None else f"{fixed(low, digits)} to {fixed(high, digits)}"

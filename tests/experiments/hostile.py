@@ -173,6 +173,7 @@ class Garbage(_Willing):
             "labels as floats": lambda: replace(good, labels=good.labels.float()),
             "labels missing": lambda: replace(good, labels=None),  # type: ignore[arg-type]
             "integers for images": lambda: replace(good, inputs=good.inputs.long()),
+            "another's time": lambda: replace(good, seconds=1e6),
             "negative time": lambda: replace(good, seconds=-1.0),
             "certificates for others": lambda: replace(good, certificate=("exact",) * 77),
             "objective is text": lambda: replace(good, objective="low"),  # type: ignore[arg-type]

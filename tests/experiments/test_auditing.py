@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from experiments.auditing import audit_run, measured
 from experiments.cli import main
 from experiments.conclude import conclude
 from experiments.directory import read_facts
+from experiments.facts import most_guesses
 from experiments.result import ArmFacts
 from experiments.run import run
 from experiments.spec import Experiment
@@ -90,7 +92,7 @@ def test_a_right_defense_passes_under_poisson_sampling(tmp_path: Path) -> None:
     (verdict,), _ = audit_run(tmp_path / "run")
     experiment = config.build(Experiment, sampled)
     of = [experiment.world(experiment.arms[0], seed) for seed in (0, 1)]
-    most = max(len(private_record_ids(each, client, 1)) for each in of for client in range(40))  # so many guesses has an attack
+    most = max(len(private_record_ids(each, client, 1)) for each in of for client in range(40))  # more than are stated: so many are named
     claim = guarantee(of[0], records_held=records_held(of[0])).claim
     assert claim is not None
     assert not verdict.failed
@@ -114,6 +116,8 @@ def test_one_record_an_upload_counts_and_what_is_not_audited_is_said() -> None:
     assert left_out == ["none: not audited: nothing is certified against this adversary."]
     (together,), _ = measured([batch, later], facts, one_round=False, candidates=10)  # it used both rounds: they are one trial
     assert (together.successes, together.trials) == (1, 1)
+    (drawn,), _ = measured([replace(batch, guesses=8)], facts, one_round=True, candidates=10)  # of a sample smaller than is stated
+    assert drawn.chance == 0.8
     told = trial(arm="dp", records=(record(0, 0), record(0, 1)), flags=("oracle_used",))
     assert measured([told], facts, one_round=True, candidates=10)[0] == []
     assert "labels that were told" in measured([told], facts, one_round=True, candidates=10)[1][-1]
@@ -150,3 +154,11 @@ def test_where_guessing_names_half_nothing_is_tested(candidates: int, said: str)
 def test_a_directory_that_is_no_run_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="must be that of a run"):
         audit_run(tmp_path)
+
+
+def test_guesses_are_counted_even_where_fewer_records_were_drawn() -> None:
+    """A Poisson sample of three records behind a stated batch of eight: eight guesses, of which the truth chooses three."""
+    small = SimpleNamespace(truth=range(3), knowledge=SimpleNamespace(num_examples=8))
+    large = SimpleNamespace(truth=range(11), knowledge=SimpleNamespace(num_examples=8))
+    assert most_guesses([small]) == 8  # type: ignore[list-item]
+    assert most_guesses([small, large]) == 11  # type: ignore[list-item]

@@ -69,11 +69,11 @@ def test_a_page_prints_no_comparison_where_the_control_failed() -> None:
     assert (hidden[at], hidden[at + 1]) == (beside.CONTROL_FAILED, beside.CONTROL_FAILED)
     assert (shown[at], shown[at + 1]) == ("+3.0 [2.0 to 4.0]", beside.CONTROL_FAILED)
     assert [arm.name for arm in front.panel(rows, "gain")] == ["none"]
-    chance, above = ({"rate": 0.05, "low": low, "high": 0.2, "chance": 0.01} for low in (0.001, 0.02))
+    chance, above = ({"rate": 0.05, "low": low, "high": 0.2, "chance": 0.01, "chance_in_class": 0.1} for low in (0.001, 0.02))
     nobody = [judged("none", 3.0, identified=chance), judged("hidden", 2.0, identified=chance), judged("shown", 2.0, identified=above)]
     _, hidden, shown = (line.split(" | ") for line in measured.table("top_k", nobody).splitlines()[2:5])
-    at = measured.TITLES.index("identified, chance")
-    assert (hidden[at], shown[at]) == (beside.CONTROL_FAILED, "5\u00a0% [2–20\u00a0%], 1\u00a0%")
+    at = measured.TITLES.index("identified, chance (knowing the class)")
+    assert (hidden[at], shown[at]) == (beside.CONTROL_FAILED, "5\u00a0% [2–20\u00a0%], 1\u00a0% (10\u00a0%)")
     assert front.panel([judged("none", 3.0), judged("seen", -4.0)], "gain")[1].name == "seen"
 
 

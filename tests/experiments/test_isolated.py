@@ -21,7 +21,7 @@ from experiments.run import run
 from experiments.spec import Experiment, load
 from experiments.trial import attack_victims
 from experiments.under_attack import Victim, find_victims
-from simulator import config, lookup, parcel, progress
+from simulator import config, host, lookup, parcel, progress
 from simulator.adversary import BatchedAttack, Reconstruction
 from simulator.rng import stream
 from simulator.transcript import read
@@ -215,6 +215,15 @@ def test_text_from_the_attack_cannot_write_to_the_terminal(done: tuple[Experimen
     for answer in ask(plugin("Garbage", what="terminal codes"), done):
         assert isinstance(answer, Reconstruction)
         assert answer.certificate == (" [2Jexact",)
+
+
+def test_time_is_that_of_the_evaluators_clock(done: tuple[Experiment, World, list[Victim], Path]) -> None:
+    """An attack's own word only divides what many victims took together."""
+    for answer in ask(plugin("Garbage", what="another's time"), done):
+        assert isinstance(answer, Reconstruction)
+        assert 0 < answer.seconds < 60
+    assert host._shares([1.0, 3.0], 10.0) == [2.5, 7.5]
+    assert host._shares([0.0, 3.0], 10.0) == [5.0, 5.0]
 
 
 def test_global_generators_start_from_the_victims_own(done: tuple[Experiment, World, list[Victim], Path]) -> None:

@@ -20,6 +20,7 @@ from experiments.metrics import (
     PSNR_CAP_DB,
     RecordScores,
     chance,
+    class_chance,
     evaluate,
     identify,
     image_scores,
@@ -238,3 +239,13 @@ def test_every_score_is_listed() -> None:
     fields = set(RecordScores.__dataclass_fields__) - {"failed"} | {"identified", "rank"}
     assert fields == set(METRICS)
     assert all(metric.unit and metric.description for metric in METRICS.values())
+
+
+def test_who_knows_the_class_alone_names_one_of_it() -> None:
+    """Against a guess drawn from the true class, over many draws."""
+    labels, candidates = torch.tensor([2, 0]), torch.tensor([2, 0, 1, 2, 2, 0, 1, 2])
+    rng = np.random.default_rng(0)
+    draws = [[rng.choice((candidates == label).nonzero().flatten().numpy()) for label in labels] for _ in range(4000)]
+    rates = np.mean([[drawn[0] == 0, drawn[1] == 1] for drawn in draws], axis=0)
+    assert class_chance(labels, candidates) == pytest.approx(rates, abs=0.03)
+    assert class_chance(torch.tensor([1, 1, 1]), torch.tensor([1, 1, 1, 0])) == [1.0] * 3

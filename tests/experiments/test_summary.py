@@ -203,6 +203,8 @@ def test_proofs_and_predictions_are_held_against_the_truth() -> None:
     got = row(summary(trials), "none")
     assert got["certified"] == {"records": 2, "wrong": 1}
     assert got["solvers"] == {"linear_leak": {"records": 2, "certified": 2}, "dlg": {"records": 1, "certified": 0}}
+    surplus = row(summary([replace(trials[0], surplus_proofs=1)]), "none")  # a proof that is left when each record has its own
+    assert (surplus["certified"]["wrong"], "certificate_wrong" in surplus["flags"]) == (1, True)
     assert got["identifiability"] == {"uploads": 1, "predicted": 1, "exact": 1}
     assert "certificate_wrong" in got["flags"]
     assert "prediction_missed" not in got["flags"]
@@ -576,3 +578,12 @@ def test_naming_one_of_few_candidates_is_no_test() -> None:
     assert half["identified"]["chance"] == 0.5
     assert "no_test" in half["flags"]
     assert "no_test" not in row(summary(arm("none", 25.0)), "none")["flags"]
+
+
+def test_chance_counts_the_guesses_that_were_made_and_the_candidates_of_the_class() -> None:
+    """Eight guesses for three records that were drawn; of the class there are as many candidates as each record says."""
+    mine = tuple(record(0, place, class_chance=share) for place, share in enumerate((0.1, 0.2, 0.3)))
+    got = row(summary([trial(records=mine, guesses=8)]), "none")
+    assert (got["identified"]["chance"], got["identified"]["chance_in_class"]) == (pytest.approx(0.08), pytest.approx(0.2))
+    assert row(summary([trial(records=mine)]), "none")["identified"]["chance"] == pytest.approx(0.03)
+    assert row(summary([trial()]), "none")["identified"]["chance_in_class"] is None
