@@ -34,7 +34,7 @@ BLOCKS = {
     "misses": "**{missed} of {bars} bars are not met**: [docs/claims.md](docs/claims.md) begins with them and the reasons.",
     "noise": """\
 One setting, digits behind the LeNet under gradient noise of 0.1: {learned-noise.psnr_db:.1f} dB, against
-{learned-noise-adaptive.psnr_db:.1f} by `adaptive_matching`, which is told of the noise and holds no public records: paired,
+{learned-noise-adaptive.psnr_db:.1f} by `adaptive_matching`, which is told of the noise and uses no public records: paired,
 {learned-noise.difference_db:+.1f} dB in {learned-noise.cpu_ratio:.2f} of its CPU seconds
 (claims learned-noise, learned-noise-adaptive).""",
     "active figures": """\
