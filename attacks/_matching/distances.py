@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isfinite
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -109,7 +110,10 @@ def partial(inner: Distance, fraction: float) -> Distance:
     return distance
 
 
-DISTANCES: dict[str, Distance] = {
+DistanceName = Literal["angle", "cosine", "kernel", "l1", "l2", "layer_cosine", "relative_l2", "squared"]
+"""What the setting of a distance may be."""
+
+DISTANCES: dict[DistanceName, Distance] = {
     "angle": angle,
     "cosine": cosine,
     "kernel": kernel,

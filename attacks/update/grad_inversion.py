@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attacks._matching.bases import Cosines, LowResolution
-from attacks._matching.distances import DISTANCES
+from attacks._matching.distances import DISTANCES, DistanceName
 from attacks._matching.group import magnitude, registered_mean, straying
 from attacks._matching.langevin import langevin
 from attacks._matching.objective import Candidates, Objective, Setting
@@ -62,7 +62,7 @@ class GradInversion(Matching):
         memory_mb: budget for victims and restarts that are attacked at once.
     """
 
-    distance: str = "angle"
+    distance: DistanceName = "angle"
     statistics: Literal["uploaded", "running", "none"] = "uploaded"
     variable: Literal["pixels", "low_resolution", "cosines"] = "pixels"
     batch_norm: float = 10.0

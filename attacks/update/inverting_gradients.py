@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attacks._matching.client import Recipe
-from attacks._matching.distances import DISTANCES
+from attacks._matching.distances import DISTANCES, DistanceName
 from attacks._matching.masks import Masked, keep_rate
 from attacks._matching.normalization import Assumption
 from attacks._matching.objective import Candidates, Objective, Setting
@@ -70,7 +70,7 @@ class InvertingGradients(Matching):
     seconds: float = 600.0
     restarts: int = 1
     memory_mb: int = 1024
-    distance: Literal["angle", "cosine", "kernel", "l1", "l2", "layer_cosine", "relative_l2"] = "angle"
+    distance: DistanceName = "angle"
     variation: Literal["opponents", "plain"] = "opponents"
     begin: Literal["uniform", "normal"] = "uniform"
     statistics: float = 10.0
