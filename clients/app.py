@@ -15,6 +15,7 @@ from clients.ckks import ckks_reply
 from clients.cost import noted
 from clients.enclave import enclave_reply
 from clients.local import local_upload
+from clients.once import answer_once
 from clients.secure import secagg_reply
 from defenses.channel.ckks import CKKSAggregation
 from defenses.channel.enclave import SimulatedEnclave
@@ -80,11 +81,13 @@ def hello(message: Message, context: Context) -> Message:
 @app.train("update")
 @discreet
 def update(message: Message, context: Context) -> Message:
-    """Train on the broadcast and upload the update in the clear."""
+    """Train on the broadcast and upload the update in the clear, once a round."""
     client, world, model = client_of(context)
     if world.channel is not None:
         raise WireError(f"client {client} must be asked through {world.channel.name}, got a request for a plain upload. Refused.")
-    return wire.reply(wire.pack_upload(local_upload(world, model, wire.unpack_broadcast(message.content), client)), message)
+    broadcast = wire.unpack_broadcast(message.content)
+    answer_once(world, broadcast.round, context.state)
+    return wire.reply(wire.pack_upload(local_upload(world, model, broadcast, client)), message)
 
 
 @app.train("channel")

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
 from clients.local import local_upload
+from clients.once import answer_once
 from defenses.channel import _frames
 from defenses.channel._ckks import flooding, handover
 from defenses.channel._ckks.cipher import CONTEXT_BYTES, Cipher, generate
@@ -48,7 +49,9 @@ def ckks_reply(world: World, model: nn.Module, client: int, content: RecordDict,
             _hold(channel, payload, memory, state)
             return wire.pack_stage(stage, b"")
         if stage == "encrypt":
-            vector = channel.encode(local_upload(world, model, wire.unpack_broadcast(content), client), max_examples=largest_upload(world))
+            broadcast = wire.unpack_broadcast(content)
+            answer_once(world, broadcast.round, state)
+            vector = channel.encode(local_upload(world, model, broadcast, client), max_examples=largest_upload(world))
             return wire.pack_stage(stage, Cipher(channel.scheme, memory["public"]).encrypt(vector, world.federation.cohort_size))
         if stage == "decrypt":
             round = int(facts["round"])

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
 from clients.local import local_upload
+from clients.once import answer_once, fresh
 from defenses.channel._secagg import identity as identities
 from defenses.channel._secagg.client import SecAggClient
 from defenses.channel._secagg.identity import Identity
@@ -26,9 +27,9 @@ from simulator.rng import secret_stream
 from simulator.types import Broadcast
 from simulator.world import World
 
-MEMORY, RING, ANSWERED = "secagg", "secagg-keys", "secagg-answered"
-"""Keys of the client's state between two stages (each message may reach a new process), of its keys between two rounds, and of the last
-round that got something of its update: a second sum of one round, over other clients or another model, would show the difference."""
+MEMORY, RING = "secagg", "secagg-keys"
+"""Keys of the client's state between two stages (each message may reach a new process), and of its keys between two rounds."""
+
 OWN_IDENTITY = "FEDPEEK_IDENTITY"
 """Environment variable with the client's raw Ed25519 private key in hexadecimal, where ``identities`` are given."""
 
@@ -50,7 +51,7 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
             if stage != channel.mode:
                 raise ProtocolAbort(f"client {client}: stage must be {channel.mode}, got {stage}. Refused.")
             broadcast = wire.unpack_broadcast(content)
-            _answer_once(world, broadcast.round, state)
+            answer_once(world, broadcast.round, state)
             return _to_trusted_party(world, model, client, broadcast, channel)
         if stage == "advertise" and channel.setup == "once":
             ring = KeyRing.fresh()
@@ -61,7 +62,7 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
             broadcast = wire.unpack_broadcast(content)
             if broadcast.round != party.parameters.round:
                 raise ProtocolAbort(f"model must be of round {party.parameters.round}, as the keys are, got {broadcast.round}. Refused.")
-            _answer_once(world, broadcast.round, state)
+            answer_once(world, broadcast.round, state)
             answer = party.mask(payload, private_vector(world, model, client, broadcast, channel, len(party.parameters.clients)))
         else:
             answer = {"advertise": lambda _: party.advertise(), "share": party.share, "sign": party.sign, "unmask": party.unmask}[stage](
@@ -75,19 +76,6 @@ def secagg_reply(world: World, model: nn.Module, client: int, content: RecordDic
     if stage != "unmask":
         state[MEMORY] = ConfigRecord({"state": party.to_bytes()})
     return wire.pack_stage(stage, answer)
-
-
-def _fresh(world: World, round: int, state: RecordDict) -> None:
-    """Let a round begin that this client has not answered, of those that there are."""
-    last = int((state.config_records.get(ANSWERED) or {}).get("round", 0))  # type: ignore[arg-type]
-    if not last < round <= world.federation.rounds:
-        raise ProtocolAbort(f"round must be in {last + 1}..{world.federation.rounds}, each answered once, got {round}. Refused.")
-
-
-def _answer_once(world: World, round: int, state: RecordDict) -> None:
-    """Note that this round gets an answer, before there is one: whatever comes of it, there is no second."""
-    _fresh(world, round, state)
-    state[ANSWERED] = ConfigRecord({"round": round})
 
 
 def private_vector(world: World, model: nn.Module, client: int, broadcast: Broadcast, channel: SecureAggregation, cohort: int) -> Words:
@@ -140,14 +128,14 @@ def _party(
         return SecAggClient.from_bytes(bytes(memory["state"]), identity=own), payload, None  # type: ignore[arg-type]
     if first == "advertise":
         agreed = _agreed(Parameters.from_bytes(payload), world, model, client, channel)
-        _fresh(world, agreed.round, state)
+        fresh(world, agreed.round, state)
         return SecAggClient(agreed, client, identity=own), payload, None
     parameters, roster = unpack_fields(payload, 2, origin="the server")
     if RING not in state.config_records:
         raise ProtocolAbort(f"client {client} must have advertised before, got no keys. Advertise again.")
     ring = KeyRing.from_bytes(bytes(state.config_records[RING]["ring"]))  # type: ignore[arg-type]
     agreed = _agreed(Parameters.from_bytes(parameters), world, model, client, channel)
-    _fresh(world, agreed.round, state)
+    fresh(world, agreed.round, state)
     ring.forget(2 * world.federation.clients)
     party = SecAggClient(agreed, client, ring=ring)
     state[RING] = ConfigRecord({"ring": ring.to_bytes()})  # entered: whatever comes of it, this round is not entered again
