@@ -102,11 +102,6 @@ def foreseen(victims: Sequence[Victim], seed: int) -> list[Victim]:
     return [replace(victim, predicted=None if one is None else one.exact) for victim, one in zip(victims, found, strict=True)]
 
 
-def outlook(view: Observation, knowledge: Knowledge, seed: int) -> Identifiability | None:
-    """What one update can tell; see :func:`outlooks`."""
-    return outlooks([(view, knowledge)], seed)[0]
-
-
 def outlooks(surfaces: Sequence[tuple[Observation, Knowledge]], seed: int) -> list[Identifiability | None]:
     """What each update can tell; None where it cannot be used, holds known noise, lacks what was left out, or is of changed records.
 

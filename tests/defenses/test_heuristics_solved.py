@@ -28,7 +28,7 @@ from clients.local import encoded, local_upload
 from clients.private import held_by, private_batches, private_records, splits
 from defenses.client.mixup import MixUp
 from experiments.disclose import architecture, disclose
-from experiments.under_attack import outlook
+from experiments.under_attack import outlooks
 from simulator.adversary import Knowledge, ThreatModel
 from simulator.answer import checked
 from simulator.defense import ClientContext, Pool
@@ -207,7 +207,7 @@ def test_no_proof_is_taken_for_one_about_the_record(name: str) -> None:
     assert case.known.encoded
     assert checked(answer, case.known).certificate == ()
     assert checked(answer, replace(case.known, encoded=False)).certificate == ("rank one",)
-    assert outlook(case.view, case.known, 0) is None
+    assert outlooks([(case.view, case.known)], 0) == [None]
     assert not next(against({"name": "precode"})).known.encoded
 
 
