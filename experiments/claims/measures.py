@@ -14,6 +14,7 @@ from torch.func import functional_call
 from attacks._layers import all_buffers
 from experiments import controls
 from experiments.claims.claim import MEASURES
+from experiments.claims.own import own_victim
 from experiments.claims.scores import Trial, summarize
 from experiments.matching import pairwise_mse
 from experiments.victims import Victim, trained, victim
@@ -48,10 +49,13 @@ UNITS = {
     "model_accuracy": "share of public records that the attacked model gets right, mean over seeds",
     "difference_db": "dB over the other attack on the same records, mean",
     "cpu_ratio": "CPU s of the attack over the other's",
+    "own_db": "dB to the own truth over other victims', paired, mean",
+    "own_db_low": "the same, lower end of 95 %",
+    "own_db_high": "the same, upper end of 95 %",
 }
 """The figures of an attack, and in which unit."""
 
-AGAINST, ABOVE_FLOOR = ("difference_db", "cpu_ratio"), ("gain_db", "gain_db_low")
+AGAINST, ABOVE_FLOOR, OWN = ("difference_db", "cpu_ratio"), ("gain_db", "gain_db_low"), ("own_db", "own_db_low", "own_db_high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +119,14 @@ class AttackMeasure:
         """The figures that this setting gives, and the mean PSNR of each seed."""
         absent = [*(AGAINST if self.against is None else ()), *(() if self.floors else ABOVE_FLOOR)]
         absent += [] if self.pretraining and self.split.public else ["model_accuracy"]
+        absent += [] if self.controlled else OWN
         known = [name for name in UNITS if name not in absent]
         return [*known, *(f"psnr_db_{seed}" for seed in self.seeds)]
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the uploads say nothing, and there are victims enough to see that the answers know nothing of their own."""
+        return self.control != "none" and len(self.seeds) == 1 and self.victims >= (4 if self.control == "foreign" else 3)
 
     def __call__(self) -> Mapping[str, float]:
         """Attack every victim of every seed and summarize."""
@@ -125,6 +135,9 @@ class AttackMeasure:
         figures = summarize(trials)
         for seed, (own, _) in zip(self.seeds, found, strict=True):
             figures[f"psnr_db_{seed}"] = float(torch.cat([trial.psnr_db for trial in own]).mean())
+        if self.controlled:
+            apart = own_victim(trials, foreign=self.control == "foreign")
+            figures |= dict(zip(OWN, (apart.mean, apart.low, apart.high), strict=True))
         if "model_accuracy" in self.names():
             figures["model_accuracy"] = sum(self.accuracy(seed) for seed in self.seeds) / len(self.seeds)
         if self.against is not None:
