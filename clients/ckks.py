@@ -100,6 +100,7 @@ def _decrypt(world: World, model: nn.Module, channel: CKKSAggregation, payload: 
     total: Reals = Cipher(channel.scheme, secret).decrypt(payload, numbers, origin="the server")
     if not total[-1] > LEAST_SENDERS - 0.5:
         raise ProtocolAbort(f"sum must be of ≥ {LEAST_SENDERS} senders, got {total[-1]:.3g}. Refused: it would show an upload.")
-    noise = flooding.noise(secret, payload, numbers, std=channel.flooding(world, numbers))
+    std = channel.flooding(world, numbers, rms=float(np.sqrt(np.mean(total**2))))
+    noise = flooding.noise(secret, payload, numbers, std=std)
     told: bytes = (total + noise).astype("<f8").tobytes()
     return told

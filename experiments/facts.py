@@ -180,4 +180,6 @@ def ckks_error(world: World, channel: CKKSAggregation, uploads: Sequence[Upload]
         return None
     (upload,) = uploads
     numbers = channel.length(upload.update.tensors, upload.buffers)
-    return channel.error_rms(world, senders=len(upload.senders), num_examples=upload.num_examples, numbers=numbers)
+    values = torch.cat([tensor.flatten().double() for part in (upload.update.tensors, upload.buffers) for tensor in part.values()])
+    rms = float(values.square().mean().sqrt())
+    return channel.error_rms(world, senders=len(upload.senders), num_examples=upload.num_examples, numbers=numbers, rms=rms)

@@ -17,8 +17,8 @@ Deviations:
       (:meth:`defenses.channel._ckks.scheme.Scheme.flooding`), with Gaussian noise on the decrypted numbers, in float64: simulation
       grade. For finding the key that costs the server about b bits of work (Li et al., 2022); telling two sets of uploads apart gains
       it at most 2^(−(b + 1)/2).
-    The error counts float64's own rounding in the encoding, a share of the numbers, for sums of root mean square 1, above any update's;
-    BatchNorm's running variances may be larger, and take bits of b at scale 2^60 (:meth:`CKKSAggregation.flooding`).
+    The error counts float64's own rounding in the encoding, a share of the numbers: of a sum above root mean square 1, as BatchNorm's
+    running variances may be, the noise grows with it (:meth:`CKKSAggregation.flooding`).
     Effect on the aggregate: :meth:`CKKSAggregation.error_rms`, printed with a run. Measured over 8 clients, values of standard
     deviation 0.01: the sum's rms error is 3.5e-9 with 60, 40, 60 and scale 2^40 (2.7e-9 of its norm at most), 3.4e-15 with the
     default and 7.8e-8 with its noise over 10 rounds of 1e5 parameters; the formula says 3.5e-9, 3.4e-15 and 7.8e-8.
@@ -151,10 +151,12 @@ class CKKSAggregation(Defense):
     def flooding(self, world: World, numbers: int, *, rms: float = TYPICAL_RMS) -> float:
         """Standard deviation of the noise on each of the ``numbers`` of a decrypted sum, every round's counted.
 
-        It holds for sums whose root mean square is at most ``rms``; of larger ones float64's rounding takes log2(1 + (rms/12)²) bits at
-        the default scale and eight senders, 2.8 of them at 30.
+        Args:
+            rms: root mean square of the sum's numbers, taken up to a power of two and to :data:`TYPICAL_RMS` at least: each client that
+                decrypts the sum gets the same, and it says no more than the sum does.
         """
-        return self.scheme.flooding(world.federation.cohort_size, numbers * world.federation.rounds, self.flooding_bits, rms=rms)
+        level = max(TYPICAL_RMS, 2.0 ** math.ceil(math.log2(rms))) if rms > 0 else TYPICAL_RMS
+        return self.scheme.flooding(world.federation.cohort_size, numbers * world.federation.rounds, self.flooding_bits, rms=level)
 
     def error_rms(self, world: World, *, senders: int, num_examples: int, numbers: int, rms: float = TYPICAL_RMS) -> float:
         """Expected rms error of one coordinate of the mean update, in the update's unit: print it with a run.
@@ -162,7 +164,7 @@ class CKKSAggregation(Defense):
         ``rms`` is the root mean square of the mean's own numbers, buffers among them.
         """
         shrunk = num_examples / largest_upload(world)
-        return math.hypot(self.scheme.error(senders, rms=rms * shrunk), self.flooding(world, numbers)) / shrunk
+        return math.hypot(self.scheme.error(senders, rms=rms * shrunk), self.flooding(world, numbers, rms=rms * shrunk)) / shrunk
 
     def encode(self, upload: Upload, *, max_examples: int) -> Reals:
         """What a client encrypts.

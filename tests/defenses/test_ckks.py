@@ -90,6 +90,8 @@ def test_the_error_that_is_printed_counts_the_numbers_in_the_mean() -> None:
     assert unstated == channel.error_rms(of, senders=4, num_examples=8, numbers=100, rms=1.0)
     noisy = CKKSAggregation()
     assert noisy.flooding(of, 100, rms=30.0) > 3.5 * noisy.flooding(of, 100) == 3.5 * noisy.flooding(of, 100, rms=1.0)
+    assert noisy.flooding(of, 100, rms=17.0) == noisy.flooding(of, 100, rms=32.0) < noisy.flooding(of, 100, rms=33.0)
+    assert noisy.flooding(of, 100, rms=0.0) == noisy.flooding(of, 100, rms=0.3) == noisy.flooding(of, 100)
     assert 2 * math.log2(FINE.error(8, rms=30.0) / FINE.error(8)) == pytest.approx(2.8, abs=0.05)  # bits, as flooding's docstring says
 
 
