@@ -131,7 +131,7 @@ def test_the_shipped_step_size_is_the_peers() -> None:
 def test_a_cell_with_fewer_pictures_says_how_many(tmp_path: Path) -> None:
     curves.write([*hand_made(), row("ours", 0.1, "private", 0, 30, 25), row("breaching", 2e-4, "private", 0, 30, 20)], tmp_path)
     text = (tmp_path / "breaching.md").read_text()
-    assert "| `ours` tuned | 0.1 × ours | 1 × shipped | 19.5 dB [18.0, 21.0] | 25.0 dB (n = 1) |" in text
+    assert "| `ours` tuned | 0.1 × ours | 1 × shipped | 19.5 dB [0.4, 38.6] | 25.0 dB (n = 1) |" in text
     drawn = re.findall(r"<!-- (.*) -->", (tmp_path / "breaching.svg").read_text())
     assert drawn.count("n = 1") == 2
     assert drawn[:2] == ["10", "30"], "ticks are the budgets, not powers of ten"
