@@ -226,6 +226,7 @@ def test_holes_are_not_certified() -> None:
     assert answer.certificate == ("",)
 
 
+@pytest.mark.slow
 def test_rounds_with_fresh_masks_add_up() -> None:
     """One coordinate in fifty at random: four rounds of the same records show four times as many."""
     batch, seen = digits(1, offset=50), []
@@ -245,7 +246,7 @@ def test_rounds_with_fresh_masks_add_up() -> None:
     assert scores["all"] > scores["one"] + 1, scores
 
 
-@pytest.mark.parametrize("name", ["top_k", "soteria"])
+@pytest.mark.parametrize("name", [pytest.param("top_k", marks=pytest.mark.slow), "soteria"])
 def test_a_smooth_network_gives_the_record_away_to_the_last_digit(name: str) -> None:
     """Of a sigmoid LeNet's gradient a tenth, or all but the head's weight, is more than enough."""
     shape, batch = (1, 16, 16), digits(1, (1, 16, 16), offset=50)
@@ -298,9 +299,9 @@ NOISE = ("gaussian_noise", {"sigma": 0.01})
 @pytest.mark.parametrize(
     ("defenses", "margin"),
     [
-        ((("qsgd", {"levels": 3, "bucket": 512}),), 3.0),
+        pytest.param((("qsgd", {"levels": 3, "bucket": 512}),), 3.0, marks=pytest.mark.slow),
         ((("sign_sgd", {"scale": "none"}),), 4.0),
-        ((("random_pruning", {"pruned": 0.9, "masks": "round", "rescaled": False}),), 30.0),
+        pytest.param((("random_pruning", {"pruned": 0.9, "masks": "round", "rescaled": False}),), 30.0, marks=pytest.mark.slow),
         pytest.param((("top_k", {"pruned": 0.99}),), 8.0, marks=pytest.mark.slow),
         pytest.param((NOISE,), 4.0, marks=pytest.mark.slow),
         pytest.param((("laplace_noise", {"scale": 0.01}),), 4.0, marks=pytest.mark.slow),

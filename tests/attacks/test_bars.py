@@ -135,7 +135,7 @@ def clipped(surface: tuple[Observation, Knowledge], factor: float) -> tuple[Obse
 @pytest.mark.parametrize(
     ("attack", "model", "shape", "size"),
     [
-        (DLG(evaluations=300), "lenet", (1, 8, 8), 1),
+        pytest.param(DLG(evaluations=300), "lenet", (1, 8, 8), 1, marks=pytest.mark.slow),
         (LinearLeak(), "mlp", (1, 8, 8), 4),
         (LabelRecovery(), "convnet", (1, 16, 16), 8),
         (InvertingGradients(steps=10), "convnet", (3, 16, 16), 1),

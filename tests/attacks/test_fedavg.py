@@ -121,6 +121,7 @@ def test_mean_order_is_exact_where_there_is_no_order() -> None:
     assert torch.allclose(Unrolled().simulate(trial)[0], known.target, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_mean_order_is_nearer_the_truth_than_a_fixed_one_with_and_without_momentum() -> None:
     inputs, labels = interpolate(cifar10().inputs, size=16, mode="area"), cifar10().labels
     for momentum in (0.0, 0.9):

@@ -31,6 +31,7 @@ def test_rehearsed_uploads_are_the_clients_own() -> None:
         assert any(torch.equal(batch.inputs[0], image) for image in PUBLIC.inputs)
 
 
+@pytest.mark.slow
 def test_the_weight_that_serves_public_records_best_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against five attacks by hand on the same uploads; the victim's own update has no say."""
     view, knowledge = attack_surface(build("convnet", (1, 8, 8), width=4), [TRUTH])

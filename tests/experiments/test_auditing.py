@@ -77,6 +77,7 @@ def test_a_guarantee_that_holds_passes_and_halved_noise_is_caught(
         assert ("AUDIT FAILED" in capsys.readouterr().out) == bool(code)
 
 
+@pytest.mark.slow
 def test_a_right_defense_passes_under_poisson_sampling(tmp_path: Path) -> None:
     """Victims are records that were drawn, whom secret sampling does not hide: a ceiling that q makes small would be beaten honestly."""
     sampled = {

@@ -98,6 +98,7 @@ def test_client_may_leave_at_every_stage_of_a_k_regular_graph(stage: str, sender
     assert_mean(of, record.observations[0])
 
 
+@pytest.mark.slow
 def test_clients_leave_at_all_stages_of_one_round_and_the_transcript_names_the_certificate(tmp_path: Path) -> None:
     of = secure(66, graph="k-regular")
     record = federate(of, tmp_path / "t", leaving({"advertise": {1}, "share": {2}, "mask": {3}, "unmask": {4, 5, 6, 7, 8}}))
@@ -200,6 +201,7 @@ def test_given_identities_need_their_private_keys(tmp_path: Path, monkeypatch: p
 # --- keys that outlive a round ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_set_up_serves_many_rounds_with_the_same_bits(tmp_path: Path) -> None:
     once, each = secure(rounds=3, setup="once"), secure(rounds=3)
     seen = federate(once, tmp_path / "once")
@@ -209,7 +211,8 @@ def test_one_set_up_serves_many_rounds_with_the_same_bits(tmp_path: Path) -> Non
     assert stages(tmp_path / "each")["advertise"] == 18
 
 
-@pytest.mark.parametrize("graph", ["complete", pytest.param("k-regular", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["complete", "k-regular"])
 def test_clients_leave_in_every_round_and_come_back(graph: str, tmp_path: Path) -> None:
     clients, leaves = 66 if graph == "k-regular" else 6, ["mask", "unmask", "share"]
 

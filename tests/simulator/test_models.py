@@ -26,6 +26,7 @@ VARIANTS = [
     {"name": "resnet20", "norm": "group", "width": 8},
     {"name": "resnet18", "norm": "group"},
 ]
+LARGE_ONES_SLOW = [pytest.param(spec, marks=pytest.mark.slow) if "resnet18" in str(spec) else spec for spec in VARIANTS]
 
 
 def schema(shape: tuple[int, int, int], classes: int = 10) -> Schema:
@@ -75,7 +76,7 @@ def test_sizes_are_the_published_ones(spec: object, shape: tuple[int, int, int],
     assert count(build(spec, shape)) == parameters
 
 
-@pytest.mark.parametrize("spec", VARIANTS, ids=str)
+@pytest.mark.parametrize("spec", LARGE_ONES_SLOW, ids=str)
 def test_weights_come_from_the_generator_alone(spec: object) -> None:
     before = torch.get_rng_state()
     first = build(spec, (1, 8, 8), seed=1)
@@ -87,7 +88,7 @@ def test_weights_come_from_the_generator_alone(spec: object) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("spec", VARIANTS, ids=str)
+@pytest.mark.parametrize("spec", LARGE_ONES_SLOW, ids=str)
 def test_building_uses_up_the_generator_and_leaves_the_global_one_alone(spec: object) -> None:
     before, rng = torch.get_rng_state(), stream(0, "model")
     family = config.build_plugin("models", spec, "model")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +45,13 @@ WITHOUT_BATCH_NORM = [
 WITH_BATCH_NORM = ["resnet20", "resnet18"]
 MODELS = [*WITHOUT_BATCH_NORM, *WITH_BATCH_NORM]
 RESNET18 = ("resnet18", {"name": "resnet18", "norm": "group"})
-LARGE_ONES_SLOW = [pytest.param(spec, marks=pytest.mark.slow) if spec in RESNET18 else spec for spec in MODELS]
+
+
+def slow_if(large: Sequence[object], specs: Sequence[object]) -> list[Any]:
+    return [pytest.param(spec, marks=pytest.mark.slow) if spec in large else spec for spec in specs]
+
+
+LARGE_ONES_SLOW = slow_if(RESNET18, MODELS)
 MODES = pytest.mark.parametrize("mode", ["train", "eval"])
 
 
@@ -307,7 +315,7 @@ def test_models_can_be_batched(spec: object, mode: str) -> None:
 
 
 @MODES
-@pytest.mark.parametrize("spec", [spec for spec in MODELS if spec not in RESNET18], ids=str)
+@pytest.mark.parametrize("spec", slow_if(["resnet20"], [spec for spec in MODELS if spec not in RESNET18]), ids=str)
 def test_an_attack_differentiates_through_batched_victims(spec: object, mode: str) -> None:
     model, victims = build(spec, mode).double(), [draw(seed=seed, dtype=torch.float64) for seed in range(2)]
     parameters, buffers = tensors(model)
@@ -381,7 +389,7 @@ def test_batch_norm_refuses_a_single_value() -> None:
         mean_gradient(model, *tensors(model), Batch(torch.rand(1, 1, 2, 2), torch.tensor([0])))
 
 
-@pytest.mark.parametrize("spec", WITHOUT_BATCH_NORM, ids=str)
+@pytest.mark.parametrize("spec", slow_if(RESNET18, WITHOUT_BATCH_NORM), ids=str)
 def test_per_example_gradients_average_to_the_mean_gradient(spec: object) -> None:
     model, batch = build(spec, "train"), draw()
     each = per_example_gradients(model, *tensors(model), batch)
