@@ -169,6 +169,7 @@ def _row(
         "control": control is group,
         "against": control.arm if control else None,
         "rounds": sorted({trial.round for trial in group.trials}),
+        "senders": sorted({len(trial.senders) for trial in group.trials}),
         "victims": len(victims),
         "scored": len(scored),
         "seeds": len(seeds),

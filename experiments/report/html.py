@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from experiments import marginals
 from experiments.checks import INFORMATION
-from experiments.report import beside, costs, front, limits, pareto, plots, values, words
+from experiments.report import beside, costs, front, limits, pareto, plots, senders, values, words
 from experiments.report import pictures as pixels
 from experiments.report.headline import Row, laddered, name, rows_of, strongest, texts_of
 from experiments.report.rows import SCORES, Line, lines, main_lines
@@ -24,7 +24,7 @@ from experiments.report.values import estimate
 from experiments.report.verdict import Verdict
 
 FOLDER = Path(__file__).parent
-PLOT, FRONT = "leakage-vs-accuracy.png", "pareto.svg"
+PLOT, FRONT, CURVE = "leakage-vs-accuracy.png", "pareto.svg", "leakage-vs-senders.png"
 PIXELATED_BELOW = 128  # pixels; a smaller picture is enlarged without smoothing, so that a reader sees what the adversary has
 ORDER = {"best": 0, "median": 1, "worst": 2}
 
@@ -53,6 +53,7 @@ def write(
     light, dark = (plots.png(plots.leakage_vs_accuracy(rows, theme)) for theme in (LIGHT, DARK))
     (directory / PLOT).write_bytes(light)
     fronts = _fronts(rows, directory / FRONT)
+    curves = _curves(rows, directory / CURVE)
     main, details = main_lines(summary), lines(summary)
     galleries = _galleries(pictures, main if laddered(rows) else details)
     _write_pairs(directory / "pictures", galleries)
@@ -81,6 +82,8 @@ def write(
         plot_text=_plot_text(rows),
         front=fronts,
         front_text=pareto.text(rows),
+        curve=curves,
+        curve_text=senders.text(rows),
         front_lines=pareto.lines(rows),
         front_says=front.sentences(rows),
         threat=threat_card(threat, summary),
@@ -113,6 +116,14 @@ def _fronts(rows: Sequence[Mapping[str, object]], path: Path) -> list[str]:
     light, dark = (pareto.pareto(rows, theme) for theme in (LIGHT, DARK))
     path.write_text(pareto.svg(light), encoding="utf-8")
     return [pixels.data_uri(plots.png(drawn)) for drawn in (light, dark)]
+
+
+def _curves(rows: Sequence[Mapping[str, object]], path: Path) -> list[str]:
+    """Write the curve over the number of senders, and return it for the page, light and dark; none where arms have too few numbers."""
+    drawn = [plots.png(figure) for theme in (LIGHT, DARK) if (figure := senders.curve(rows, theme)) is not None]
+    if drawn:
+        path.write_bytes(drawn[0])
+    return [pixels.data_uri(each) for each in drawn]
 
 
 def _template() -> jinja2.Template:
