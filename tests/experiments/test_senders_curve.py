@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
 
 from experiments.report import senders
 from tests.experiments.test_report import row
@@ -23,17 +25,23 @@ def rows() -> list[dict[str, object]]:
     return [*(arm(f"{count} senders", count, gain) for count, gain in GAINS.items()), arm("8 senders, plain", 8, 12.5)]
 
 
+def along(line: Line2D) -> list[tuple[float, float]]:
+    xs, ys = (np.asarray(values, dtype=float).tolist() for values in (line.get_xdata(), line.get_ydata()))
+    return list(zip(xs, ys, strict=True))
+
+
 def test_each_arm_stands_at_its_number_with_its_interval() -> None:
     figure = senders.curve(rows())
     assert figure is not None
     left, right = figure.axes
-    joined = next(line for line in left.lines if len(line.get_xdata()) == len(GAINS))
-    assert dict(zip(joined.get_xdata(), joined.get_ydata(), strict=True)) == GAINS
-    ends = sorted(tuple(np.ravel(bar.get_segments()[0])[[0, 1, 3]]) for bar in left.collections)
+    joined = next(points for points in map(along, left.lines) if len(points) == len(GAINS))
+    assert {int(count): gain for count, gain in joined} == GAINS
+    ends = sorted(tuple(np.ravel(bar.get_segments()[0])[[0, 1, 3]]) for bar in left.collections if isinstance(bar, LineCollection))
     assert ends[:4] == [(count, pytest.approx(gain - 1), pytest.approx(gain + 2)) for count, gain in GAINS.items()]
     assert ends[4][0] > 8  # the other arm of eight, beside the first
-    chance = next(line for line in right.lines if line.get_linestyle() != "-" and len(line.get_xdata()) == len(GAINS))
-    assert list(chance.get_ydata()) == pytest.approx([100 * count / 541 for count in GAINS])
+    dashed = [along(line) for line in right.lines if line.get_linestyle() != "-"]
+    chance = next(points for points in dashed if len(points) == len(GAINS))
+    assert [rate for _, rate in chance] == pytest.approx([100 * count / 541 for count in GAINS])
     assert "8 senders, plain +12.5" in senders.text(rows())
 
 
