@@ -65,8 +65,11 @@ def contested(states: Sequence[State], rngs: Sequence[torch.Generator], climb: C
             answers = learned([states[i] for i in mine], [rngs[i] for i in mine], climb, sum(left(states[i]) for i in mine))
         except Exception:  # a failed rehearsal must not cost what algebra found
             logging.getLogger("fedpeek").exception("the rehearsal failed inside strongest")
-        for place, (i, state) in enumerate(zip(mine, charged([states[i] for i in mine], began), strict=True)):
-            states[i] = state if answers is None else taken(state, "learning_to_invert", answers[place])
+        told = [states[i] for i in mine]
+        if answers is not None:
+            told = [taken(state, "learning_to_invert", answer) for state, answer in zip(told, answers, strict=True)]
+        for i, state in zip(mine, charged(told, began), strict=True):
+            states[i] = state
     return states
 
 

@@ -98,6 +98,8 @@ def clocks() -> tuple[float, float]:
 
 def charged(states: Sequence[State], began: tuple[float, float]) -> list[State]:
     """The states with their shares of the time since then."""
+    if not states:
+        return []
     cpu, wall = ((now - then) / len(states) for now, then in zip(clocks(), began, strict=True))
     return [replace(state, cpu=state.cpu + cpu, wall=state.wall + wall) for state in states]
 

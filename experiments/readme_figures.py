@@ -50,22 +50,24 @@ and trained |""",
     "measured": """\
 | what | figure | command |
 |---|---|---|
-| demo, no defense: identified, PSNR gain over the best floor | {demo-none.identified:pct} [84, 99.9] of 32 victims; \
-{demo-none.gain_db:+.1f} dB [28.2, 36.0] | `make demo` |
-| demo, secure aggregation (joint batch of 8) | {demo-secure-aggregation.identified:pct} [0, 25], chance ≤ 8 %; \
-{demo-secure-aggregation.gain_db:+.1f} dB [−6.7, −1.7]: floor not beaten | `make demo` |
-| demo, DP-SGD with ε = {demo-dp-sgd.epsilon:.1f} | {demo-dp-sgd.identified:pct} [0, 11], ceiling {demo-dp-sgd.ceiling:pct}; accuracy \
+| demo, no defense: identified, PSNR gain over the best floor | {demo-none.identified:pct} of 32 victims \
+[{demo-none.identified_low:pct}, {demo-none.identified_high:pct}]; {demo-none.gain_db:+.1f} dB [{demo-none.gain_db_low:.1f}, \
+{demo-none.gain_db_high:.1f}] | `make demo` |
+| demo, secure aggregation (joint batch of 8) | {demo-secure-aggregation.identified:pct}, chance ≤ 8 %; \
+{demo-secure-aggregation.gain_db:+.1f} dB [{demo-secure-aggregation.gain_db_low:.1f}, {demo-secure-aggregation.gain_db_high:.1f}]: floor \
+not beaten | `make demo` |
+| demo, DP-SGD with ε = {demo-dp-sgd.epsilon:.1f} | {demo-dp-sgd.identified:pct}, ceiling {demo-dp-sgd.ceiling:pct}; accuracy \
 {demo-dp-sgd.accuracy:pct} against {demo-accuracy.accuracy:pct} | `make demo` |
 | `linear_leak`, one image | mean squared error < 1e-10 (about 1e-16) | `pytest tests/attacks -k linear_leak_is_exact` |
 | `dlg`, lenet, 20 digits; 20 faces | {dlg-digits.exact:pct} and {dlg-faces.exact:pct} exact | `fedpeek claims 'dlg-*'` |
 | `inverting_gradients`, convnet of width 16, 20 CIFAR-10 pictures, initial weights | {B14.psnr_db_0:.1f}, {B14.psnr_db_1:.1f}, \
 {B14.psnr_db_2:.1f} dB on three initial models, {B14.cpu_seconds:.1f} CPU s each | `fedpeek claims B14` |
-| the same, initial beside trained model | {cifar10-initial.psnr_db:.1f} dB [26.1, 28.0] initial; {cifar10-trained.psnr_db:.1f} dB \
-[17.4, 18.6] after 200 rounds; identified among 20: {cifar10-initial.identified:pct} and {cifar10-trained.identified:pct} | \
+| the same, initial beside trained model | {cifar10-initial.psnr_db:.1f} dB initial; {cifar10-trained.psnr_db:.1f} dB \
+after 200 rounds; identified among 20: {cifar10-initial.identified:pct} and {cifar10-trained.identified:pct} | \
 `fedpeek run cifar10` |
 | secure aggregation, all parties in one process | n = 10, 1e6 words: {secure-aggregation-10.cpu_seconds:.2f} s; n = 50, 1e5 words: \
 {secure-aggregation-50.cpu_seconds:.1f} s | `fedpeek claims secure-aggregation-10 secure-aggregation-50` |
-| tap and transcript, 1e6 parameters, 20 clients | {tap.overhead:pct} (quartiles 5 to 10 %) of a round's time | \
+| tap and transcript, 1e6 parameters, 20 clients | {tap.overhead:pct} of a round's time | \
 `python -m experiments.benchmarks.tap` |
 | three drivers | the same observations to the bit | `make slow` |""",
 }

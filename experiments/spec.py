@@ -211,7 +211,7 @@ def specs() -> dict[str, Path]:
 
 
 def find(spec: str) -> Path:
-    """The file of a spec: the one of that name; else the example that is called so, or like the file that is not there.
+    """The file of a spec: the one of that name; else the example NAME for ``NAME``, ``NAME.toml`` or ``specs/NAME.toml``.
 
     Raises:
         SpecError: there is neither.
@@ -219,7 +219,7 @@ def find(spec: str) -> Path:
     path, examples = Path(spec), specs()
     if path.is_file():
         return path
-    name = path.stem if path.suffix == ".toml" else spec
+    name = path.stem if path.suffix == ".toml" and path.parent.name in ("", "specs") else spec
     if name not in examples:
         raise SpecError(f"spec must be a TOML file or an example's name, got {spec!r}. {did_you_mean(name, examples)}")
     return examples[name]

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 
-from simulator.defense import Defense, overrides
-
-AT_THE_CLIENT = ("on_model", "on_broadcast", "on_batch", "on_gradient", "on_step", "on_update", "on_buffers", "integer_noise")
+from simulator.defense import CLIENT_HOOKS, Defense, overrides
 
 
 def misplaced(defenses: Sequence[Defense]) -> str | None:
@@ -28,7 +26,7 @@ def misplaced(defenses: Sequence[Defense]) -> str | None:
         if len(acting) > 1:
             return f"defenses must hold at most one {what}, got {acting}. Keep one."
     for first, second in combinations(defenses, 2):
-        if first.channel and any(overrides(second, hook) for hook in AT_THE_CLIENT):
+        if first.channel and any(overrides(second, hook) for hook in CLIENT_HOOKS):
             return f"{second.name} must come before the channel, got it after {first.name}. It acts at the client: put it first."
         if first.role == "noise" and second.role == "clip":
             return f"{second.name} must come before noise, got it after {first.name}: nothing would bound what the noise hides. Swap them."

@@ -120,17 +120,22 @@ def clustered_rate(
 
     With one record a cluster it is Clopper–Pearson's. Otherwise each end is the farther one of Clopper–Pearson over victims
     and of the bootstrap over whole clusters: the first takes victims for independent, the second sees no spread at 0 or 100 %.
-    A single cluster says nothing of the spread: its interval is [0, 1].
+    So that few clusters of many victims are not taken for many, the n victims of the first count as n·(t of n − 1 degrees of freedom
+    over t of those of the clusters)² (Korn and Graubard, 1998). A single cluster says nothing of the spread: its interval is [0, 1].
 
     Args:
         hits: one for each score.
         clusters: which cluster each belongs to.
-        victims: whose score each is; one that was scored several times counts once, by its share of hits. None: all are different.
+        victims: whose score each is: as many trials as there are of these, however often they were scored. None: all are different.
     """
-    if len(set(clusters)) == len(hits):
+    groups = len(set(clusters))
+    if groups == len(hits):
         return binomial_rate(sum(hits), len(hits))
+    if groups == 1:
+        return Rate(sum(hits) / len(hits), 0.0, 1.0)
     distinct = len(hits) if victims is None else len(set(victims))
-    rate = binomial_rate(sum(hits), len(hits)) if distinct == len(hits) else _share(sum(hits) / len(hits), distinct)
+    freedom = min(1.0, _student(distinct) / _student(groups)) if distinct > 1 else 1.0
+    rate = _share(sum(hits) / len(hits), distinct * freedom**2)
     between = bootstrap_mean([float(hit) for hit in hits], clusters, rng=rng)
     return Rate(rate.rate, max(0.0, min(rate.low, between.low)), min(1.0, max(rate.high, between.high)))
 
@@ -172,8 +177,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _share(rate: float, trials: int) -> Rate:
-    """Clopper–Pearson's interval of a share of so many trials that need not be a whole number of them (Korn and Graubard, 1998)."""
+def _share(rate: float, trials: float) -> Rate:
+    """Clopper–Pearson's interval of a share of so many trials, neither of which need be whole (Korn and Graubard, 1998)."""
     hits, tail = rate * trials, (1 - CONFIDENCE) / 2
     low = float(stats.beta.ppf(tail, hits, trials - hits + 1)) if rate > 0 else 0.0
     return Rate(rate, low, float(stats.beta.ppf(1 - tail, hits + 1, trials - hits)) if rate < 1 else 1.0)

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from attacks.modeled import known_as
 from simulator import lookup
-from simulator.defense import Defense
+from simulator.defense import CLIENT_HOOKS, overrides
 from simulator.errors import SpecError
 
-HOOKS = ("on_model", "on_batch", "on_gradient", "on_step", "on_update", "on_buffers", "integer_noise")
-"""Where a defense changes the model, the records or the upload. A channel changes who sees what, and what the server does comes later."""
+HOOKS = tuple(hook for hook in CLIENT_HOOKS if hook != "on_broadcast")
+"""Where a defense changes the model, the records or the upload, and does not only look at what was sent to it. A channel changes who sees
+what, and what the server does comes later."""
 
 
 def unmodeled(names: Iterable[str]) -> tuple[str, ...]:
@@ -29,4 +30,4 @@ def _acts(name: str) -> bool:
         defense = lookup.get("defenses", name)
     except SpecError:
         return True
-    return any(getattr(defense, hook, None) is not getattr(Defense, hook) for hook in HOOKS)
+    return any(overrides(defense, hook) for hook in HOOKS)

@@ -226,6 +226,11 @@ class Defense:
         return None
 
 
-def overrides(defense: Defense, hook: str) -> bool:
+CLIENT_HOOKS = ("on_model", "on_broadcast", "on_batch", "on_gradient", "on_step", "on_update", "on_buffers", "integer_noise")
+"""Where a defense acts at the client, before anything leaves it."""
+
+
+def overrides(defense: Defense | type[Defense], hook: str) -> bool:
     """Whether ``defense`` acts at ``hook``, or leaves it as the base class has it: doing nothing."""
-    return getattr(type(defense), hook) is not getattr(Defense, hook)
+    kind = defense if isinstance(defense, type) else type(defense)
+    return getattr(kind, hook) is not getattr(Defense, hook)

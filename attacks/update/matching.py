@@ -44,6 +44,9 @@ VARIABLES: dict[str, Variable] = {
 CLIENTS: dict[str, Client] = {
     "recipe": Recipe(), "masks": Masked(), "soft_labels": JointLabels(), "unrolled": Unrolled(), "surrogate": Surrogate(),
 }  # fmt: skip
+BY_DIRECTION = ("angle", "cosine", "layer_cosine")
+"""Distances that do not ask for the length of an update, of which a surrogate's says nothing."""
+
 SEVERAL = ("unrolled", "surrogate")
 """Clients that may take several local steps."""
 
@@ -117,6 +120,8 @@ class ComposedMatching(Matching):
             raise ValueError(f"clip_norm must be > 0, and inf without likelihood, got {self.clip_norm} with {self.distance}. Set both.")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be > 0 and ≤ 1, got {self.share}. 1 compares all coordinates.")
+        if self.client == "surrogate" and self.distance not in BY_DIRECTION:
+            raise ValueError(f"distance must be one of {', '.join(BY_DIRECTION)} for a surrogate, got {self.distance}. Use one of them.")
         if self.begin != "uniform" and self.variable != "pixels":
             raise ValueError(f"begin must be 'uniform' unless pixels start there, got {self.begin!r} with {self.variable}. Leave it out.")
 

@@ -32,7 +32,7 @@ import torch
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.clip import clip_to_norm, global_norm, require_clip_norm
 from defenses.client.gaussian_noise import add_gaussian, require_noise_multiplier
-from defenses.server.central_dp import mean_claim, undone
+from defenses.server.central_dp import cramped, mean_claim, undone
 from simulator.defense import Claim, ClientContext, Defense, Role, ServerContext
 from simulator.models.clip_norm import CLIP_NORM, WithClipNorm
 from simulator.registry import register
@@ -91,6 +91,11 @@ class AdaptiveClipping(Defense):
         """z_u: noise on the sum of updates in units of C; a little above z, to pay for the bits."""
         return (self.noise_multiplier**-2 - (2 * self.bit_noise) ** -2) ** -0.5 if self.noise_multiplier else 0.0
 
+    def highest(self, world: World) -> float:
+        """The largest norm that the training can reach: each round the bits may all say that it is too small, and their noise, too."""
+        noise = 8 * self.bit_noise / world.federation.cohort_size
+        return self.clip_norm * math.exp(min(500.0, self.rate * (self.target + noise) * world.federation.rounds))
+
     def refuses(self, world: World) -> str | None:
         """Refuse what undoes the clipping, a second of its kind, BatchNorm in train mode, bits drowned in noise, and what rounds."""
         if (count := sum(type(defense) is AdaptiveClipping for defense in world.defenses)) > 1:
@@ -107,6 +112,8 @@ class AdaptiveClipping(Defense):
                 f"channel must not round for a norm that adapts, got {channel.name} in mode {channel.mode}: its grid stays where the norm "
                 "shrinks, so that noise in units of the norm no longer covers a rounding. Use central_dp, or mode 'plain'."
             )
+        if (reason := cramped(self, self.highest(world), world)) is not None:
+            return reason
         if (got := world.training.upload_dtype) != "float32":
             return f"upload_dtype must be float32 for a norm that adapts, got {got}: it rounds after clipping. Use float32."
         return None

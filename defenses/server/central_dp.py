@@ -108,7 +108,8 @@ def cramped(mechanism: Defense, clip_norm: float, world: World) -> str | None:
     if isinstance(channel, CKKSAggregation):
         what, room, do = "numbers that ckks_aggregation takes", channel.scheme.largest / world.federation.cohort_size, "Lower scale_bits"
     elif isinstance(channel, SecureAggregation) and channel.mode != "plain":
-        what, room, do = "clip_range of secure_aggregation", channel.range_for(world, coordinates_of(world)), f"Set clip_range = {need:.7g}"
+        what, room = "clip_range of secure_aggregation", channel.range_for(world, coordinates_of(world))
+        do = f"Set clip_range = {math.ceil(need * 1e3) / 1e3:.10g}"
     else:
         return None
     if need <= room:

@@ -13,12 +13,9 @@ from experiments.victims import Victim
 from simulator import config
 from simulator.config import Plugin
 from simulator.dataset import Splits
-from simulator.defense import ClientContext, Defense
+from simulator.defense import CLIENT_HOOKS, ClientContext, Defense, overrides
 from simulator.rng import stream
 from simulator.types import Batch
-
-ELSEWHERE = ("on_model", "on_broadcast", "on_batch", "on_gradient", "on_step", "on_buffers")
-"""Hooks of a client's defense that would have to act before the update is there, or on what a claim's victims do not show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,8 @@ class DefendedMeasure(AttackMeasure):
             raise ValueError(f"near must be ≥ 0, and 0 where classes are chosen, got {self.near} with {self.classes}. Leave one out.")
         if self.defense is None:
             return
-        if type(self.defense).on_update is Defense.on_update or any(hooks(self.defense, name) for name in ELSEWHERE):
+        elsewhere = any(overrides(self.defense, hook) for hook in CLIENT_HOOKS if hook != "on_update") or self.defense.looks_again
+        if not overrides(self.defense, "on_update") or elsewhere:
             raise ValueError(f"defense must act by on_update alone, got {self.defense.name}. Use a spec: measure.kind = 'spec'.")
         if self.clients > 1 or self.training.upload_dtype != "float32":
             raise ValueError(f"defense must be that of one client that uploads float32, got {self.clients} clients. Leave one out.")
@@ -56,11 +54,6 @@ class DefendedMeasure(AttackMeasure):
         """The victims, behind the defense."""
         victims = super().build(seed)
         return victims if self.defense is None else [defended(of, self.defense, seed, number) for number, of in enumerate(victims)]
-
-
-def hooks(defense: Defense, name: str) -> bool:
-    """Whether a defense has a hook of its own by this name."""
-    return getattr(type(defense), name) is not getattr(Defense, name)
 
 
 def paired(records: Batch, near: float, rng: torch.Generator) -> Batch:

@@ -77,8 +77,8 @@ GLOSSARY: Sequence[tuple[str, str]] = (
         "Over victims, given the initial models of these seeds: paired bootstrap for scores, with fewer than "
         f"{FEW_CLUSTERS} independent uploads no narrower than Student’s t; Clopper–Pearson for rates, where uploads hold several records "
         "no narrower than the bootstrap over whole uploads. A record that is sent in several rounds is one victim, and the uploads that "
-        "share one count as one. It covers other victims of this data. It does not cover other initial models (the range of the "
-        "seeds’ means beside it shows how far these few differ), other data or other attacks.",
+        "share one count as one. It covers other victims of this data, of whom some come again under another seed. It does not cover other "
+        "initial models (the range of the seeds’ means beside it shows how far these few differ), other data or other attacks.",
     ),
     (
         "ε and δ",

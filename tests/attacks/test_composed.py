@@ -129,6 +129,7 @@ def test_a_likelihood_is_lowest_at_the_truth() -> None:
         ({"share": 1.5}, "share must be > 0 and ≤ 1, got 1.5"),
         ({"share": nan}, "share must be ≥ 0, got nan"),
         ({"begin": "normal", "variable": "spectrum"}, "begin must be 'uniform' unless pixels start there"),
+        ({"client": "surrogate", "distance": "l2"}, "distance must be one of angle, cosine, layer_cosine for a surrogate"),
         ({"tv": 0.0}, "tv must be ≥ tv_final > 0"),
         ({"restarts": 0}, "restarts must be ≥ 1"),
     ],

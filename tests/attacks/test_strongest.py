@@ -337,6 +337,10 @@ def test_matching_that_still_gains_when_time_is_over_is_not_converged(
     assert len(Lucky.asked) == (gains + 1 if converged else pytest.approx(5, abs=1.5))
 
 
+def test_nobody_to_attack_is_no_answer() -> None:
+    assert Strongest().many([], [], rngs=[]) == []
+
+
 def test_the_routers_own_work_is_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """A solver that takes no time and gains each time, judged by one that takes 0.1 s: 0.5 s end it, and the answer says what it took."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from defenses.client.gaussian_noise import GaussianNoise
 from defenses.client.laplace_noise import LaplaceNoise
 from defenses.client.local_dp import LocalDP
 from defenses.privacy_loss import gaussian_mu
+from defenses.server.adaptive_clipping import AdaptiveClipping
 from defenses.server.central_dp import CentralDP, rounding, weighted_noise_multiplier
 from simulator.defense import Defense
 from simulator.errors import ProtocolAbort
@@ -146,3 +148,22 @@ def test_what_rounding_adds_weighs_most_where_weights_are_small() -> None:
     assert weighted_noise_multiplier(1.0, [1, 2, 1], [3], beside=0.1) == pytest.approx(1 / (3 * (2 / 4 + 0.1 / 4)))
     assert weighted_noise_multiplier(1.0, [1, 1], [2], longer=0.5) == pytest.approx(1 / 1.5)
     assert GaussianDpEvent(weighted_noise_multiplier(2.0, [3, 3, 3], [3])) == GaussianDpEvent(pytest.approx(2.0))
+
+
+def test_a_norm_that_adapts_may_grow_out_of_the_channels_room() -> None:
+    """As for central_dp, with the largest norm that so many rounds can reach: C·exp(η·(γ + 8σ/n)·T)."""
+    narrow = CKKSAggregation(degree=4096, modulus_bits=(60, 49), scale_bits=40, flooding_bits=0)
+    adapting = AdaptiveClipping(clip_norm=1.0, noise_multiplier=1.0, bit_noise=1.0)
+    short, long = (world(adapting, narrow, clients=100, rounds=rounds) for rounds in (10, 300))
+    assert adapting.highest(short) == pytest.approx(math.exp(0.2 * (0.5 + 0.08) * 10))
+    assert adapting.refuses(short) is None
+    assert f"must be ≥ {adapting.highest(long):.4g} for adaptive_clipping" in str(adapting.refuses(long))
+
+
+@pytest.mark.parametrize("clip_norm", [0.1, 1.5, 3.0, 7.7, 123.4])
+def test_the_range_that_is_advised_is_enough(clip_norm: float) -> None:
+    mechanism = CentralDP(clip_norm=clip_norm, noise_multiplier=1.0)
+    words = SecureAggregation(clip_range=clip_norm / 2)
+    reason = str(mechanism.refuses(world(mechanism, words, clients=CLIENTS)))
+    advised = float(re.findall(r"Set clip_range = ([\d.]+),", reason)[0])
+    assert mechanism.refuses(world(mechanism, SecureAggregation(clip_range=advised), clients=CLIENTS)) is None

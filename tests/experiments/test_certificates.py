@@ -87,6 +87,8 @@ def test_the_defense_acts_and_is_told() -> None:
     ("settings", "word"),
     [
         ({"defense": {"name": "dp_sgd", "clip_norm": 1.0, "noise_multiplier": 1.0}}, "on_update alone"),
+        ({"defense": {"name": "distributed_dp", "clip_norm": 1.0, "noise_multiplier": 1.0}}, "on_update alone"),  # its noise is integers
+        ({"defense": {"name": "soteria", "pruned": 0.2}}, "on_update alone"),  # it looks at the records again
         ({"defense": "clip", "clients": 2}, "one client"),
         ({"near": 0.1, "classes": 2}, "near must be"),
         ({"near": -1.0}, "near must be"),

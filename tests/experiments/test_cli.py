@@ -240,7 +240,7 @@ def test_a_file_that_is_not_there_is_the_example_of_its_name(spec: Path, tmp_pat
     (tmp_path / "lattice.toml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
     assert load("lattice.toml").name == "tiny", "a file that is there comes first"
-    for wrong in ("specs/latice.toml", "specs/lattice", "specs/lattice.json"):
+    for wrong in ("specs/latice.toml", "specs/lattice", "specs/lattice.json", "results/2026/lattice.toml"):
         with pytest.raises(SpecError, match="must be a TOML file or an example's name"):
             find(wrong)
     tried = ["run", "specs/demo.toml", "--set", "federation.clients=2000"]  # refused, but only after it has said what it would run

@@ -43,7 +43,9 @@ def test_rate_of_records_that_share_an_upload_is_never_the_narrower_one() -> Non
     assert (rate.low, rate.high) == (max(0.0, uploads.low), uploads.high)
     assert rate.high - rate.low > 1.5 * (records.high - records.low)
     even = clustered_rate([True, False] * 40, clusters, rng=rng())  # uploads without any spread
-    assert (even.low, even.high) == (binomial_rate(40, 80).low, binomial_rate(40, 80).high)
+    counted = 80 * (stats.t.ppf(0.975, 79) / stats.t.ppf(0.975, 7)) ** 2  # Korn and Graubard, 1998, section 2: of 80 records in 8 uploads
+    ends = stats.beta.ppf(0.025, counted / 2, counted / 2 + 1), stats.beta.ppf(0.975, counted / 2 + 1, counted / 2)
+    assert (even.low, even.high) == pytest.approx(ends)
     assert clustered_rate([True] * 8, ["only"] * 8, rng=rng()).low == 0.0
 
 
@@ -56,7 +58,16 @@ def test_a_victim_that_is_scored_again_is_no_new_one() -> None:
         assert again.high >= once.high - 1e-12
     assert (again.low, again.high) == pytest.approx((once.low, once.high), abs=0.05)
     assert clustered_rate([True] * 72, of, rng=rng(), victims=of).low == pytest.approx(0.025 ** (1 / 18))  # not the 1/72 of 72 victims
-    assert clustered_rate([True] * 72, of, rng=rng()).low == pytest.approx(0.025 ** (1 / 72))
+    assert 0.025 ** (1 / 18) < clustered_rate([True] * 72, of, rng=rng()).low < 0.025 ** (1 / 72)
+
+
+def test_few_uploads_of_many_records_do_not_show_that_a_rate_is_small() -> None:
+    """384 records, none identified: two clusters say hardly anything, and more clusters ever more, up to Clopper and Pearson's."""
+    highs = [clustered_rate([False] * 384, list(np.arange(384) % groups), rng=rng()).high for groups in (1, 2, 3, 8, 96, 384)]
+    assert highs[0] == 1.0
+    assert highs[1] == pytest.approx(1 - 0.025 ** (1 / (384 * (1.9662 / 12.7062) ** 2)), abs=1e-3)  # tables of t
+    assert highs == sorted(highs, reverse=True)
+    assert highs[-1] == binomial_rate(0, 384).high
 
 
 def test_bootstrap_of_many_single_records_is_the_t_interval() -> None:
