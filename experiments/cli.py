@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -16,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from experiments.bars import progress_bars
 from experiments.listing import Listed, entry, rows
+from experiments.terminal import console, errors, print_table, say, warn
 from simulator.errors import FedpeekError, SpecError
 
 if TYPE_CHECKING:
@@ -53,14 +50,6 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
 
 # Arguments are explained in the docstrings: click 8.5 forgets the help of an Argument of typer < 0.21, which Flower asks for.
 app = typer.Typer(help=HELP, rich_markup_mode="rich", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-WIDTH = 100
-"""Columns where the output is no terminal and the environment names none: what the table is laid out for."""
-UNFOLDED = 1_000_000
-"""Columns of a list that is piped: a path in it must stay one word."""
-
-console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDTH)
-errors = Console(stderr=True)
-
 Assignments = Annotated[
     list[str] | None,
     typer.Option(
@@ -114,7 +103,7 @@ def run(
     if resume and out is None:
         raise SpecError("--resume must come with --out, got none. Name the directory of the run.")
     if spec is not None and (found := specs.find(spec)) != Path(spec) and Path(spec).suffix:
-        _say(f"There is no file {spec}; running the example {found.stem}.")
+        say(f"There is no file {spec}; running the example {found.stem}.")
     experiment, at_once = specs.load(spec, assign or ()), parse(workers)
     if estimate:
         check(experiment)
@@ -123,7 +112,7 @@ def run(
     out = out or Path("fedpeek-out") / f"{slug(experiment.name)}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         with progress_bars(errors, len(experiment.arms) * len(experiment.seeds)) as (notify, advance):
-            failures = run_experiment(experiment, out, workers=at_once, resume=resume, notify=notify, done=advance, begun=_say)
+            failures = run_experiment(experiment, out, workers=at_once, resume=resume, notify=notify, done=advance, begun=say)
     except KeyboardInterrupt:
         errors.print(f"\nInterrupted. Nothing that was finished is lost; go on with the same command and --out {out} --resume")
         raise typer.Exit(INTERRUPTED) from None
@@ -241,14 +230,14 @@ def list_(kind: Listed, name: Annotated[str | None, typer.Argument(show_default=
     NAME: One of them, such as dlg; all in short if left out. A path package.module:Class is allowed, too.
     """
     if name is None:
-        _print_table(kind, ("name", "what it is", "settings and defaults"), rows(kind, _warn))
+        print_table(kind, ("name", "what it is", "settings and defaults"), rows(kind, warn))
         return
     found = entry(kind, name)
     for line in (found.name, found.description, found.note, f"Source: {found.source}" if found.source else ""):
         if line:
             console.print(escape(line), highlight=False, soft_wrap=not console.file.isatty())
     if found.settings:
-        _print_table("", ("setting", "default", "what it means"), ((each.name, each.default, each.meaning) for each in found.settings))
+        print_table("", ("setting", "default", "what it means"), ((each.name, each.default, each.meaning) for each in found.settings))
 
 
 def main() -> None:
@@ -268,40 +257,16 @@ def main() -> None:
         sys.exit(ERROR)
 
 
-def _print_table(title: str, headings: Iterable[str], body: Iterable[tuple[str, ...]]) -> None:
-    """Folded to the terminal; where the output is none, one line a row."""
-    table = Table(title=title or None, title_justify="left", show_lines=False, box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in body:
-        table.add_row(*map(escape, row))
-    if console.file.isatty():
-        console.print(table)
-        return
-    wide = Console(file=io.StringIO(), width=UNFOLDED, color_system=None)
-    wide.print(table)
-    for line in wide.file.getvalue().splitlines():  # type: ignore[attr-defined]
-        typer.echo(line.rstrip())
-
-
-def _warn(sentence: str) -> None:
-    errors.print(f"[yellow]warning[/yellow] {escape(sentence)}", highlight=False, soft_wrap=True)
-
-
-def _say(sentence: str) -> None:
-    errors.print(escape(sentence), highlight=False, soft_wrap=True)
-
-
 def _estimate(experiment: Experiment, workers: int) -> None:
     from experiments.estimate import plan
     from experiments.timing import in_turn, sample
 
     planned = plan(experiment)
-    _say(planned.sentence())
+    say(planned.sentence())
     with progress_bars(errors, len(in_turn(experiment)), unit="kinds of arms timed") as (notify, advance):
         found = sample(experiment, notify, advance)
-    _say(found.sentence(len(experiment.seeds), workers))
-    _say(planned.bound(workers))
+    say(found.sentence(len(experiment.seeds), workers))
+    say(planned.bound(workers))
 
 
 def _audit(directory: Path) -> None:

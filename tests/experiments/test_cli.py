@@ -192,7 +192,7 @@ def test_a_list_that_is_piped_is_not_folded() -> None:
 
 
 def test_a_table_that_is_piped_has_the_columns_of_the_environment() -> None:
-    code = "from experiments.cli import console; print(console.width)"
+    code = "from experiments.terminal import console; print(console.width)"
     for columns, width in ((None, 100), ("60", 60)):
         environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | ({"COLUMNS": columns} if columns else {})
         told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
