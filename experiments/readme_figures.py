@@ -53,7 +53,8 @@ and trained |""",
 | demo, no defense: identified, PSNR gain over the best floor | {demo-none.identified:pct} of 32 victims \
 [{demo-none.identified_low:pct}, {demo-none.identified_high:pct}]; {demo-none.gain_db:+.1f} dB [{demo-none.gain_db_low:.1f}, \
 {demo-none.gain_db_high:.1f}] | `make demo` |
-| demo, secure aggregation (joint batch of 8) | {demo-secure-aggregation.identified:pct}, chance ≤ 8 %; \
+| demo, secure aggregation (joint batch of 8) | {demo-secure-aggregation.identified:pct} \
+[{demo-secure-aggregation.identified_low:pct}, {demo-secure-aggregation.identified_high:pct}], chance ≤ 8 %; \
 {demo-secure-aggregation.gain_db:+.1f} dB [{demo-secure-aggregation.gain_db_low:.1f}, {demo-secure-aggregation.gain_db_high:.1f}]: floor \
 not beaten | `make demo` |
 | demo, DP-SGD with ε = {demo-dp-sgd.epsilon:.1f} | {demo-dp-sgd.identified:pct}, ceiling {demo-dp-sgd.ceiling:pct}; accuracy \
