@@ -1,4 +1,7 @@
-"""The command ``fedpeek``: run an experiment, attack a recorded transcript, list what there is, write the report again."""
+"""The command ``fedpeek``: run an experiment, attack a recorded transcript, list what there is, write the report again.
+
+One module, if a long one: thin commands, each its options, its help and a call, which are read as a list.
+"""
 
 from __future__ import annotations
 

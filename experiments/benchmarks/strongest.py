@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,45 +26,23 @@ import torch
 
 from attacks._choice import LADDER, Choice
 from attacks.strongest import Strongest
+from experiments.benchmarks.strongest_page import PAGE, TIE, Conditions, page, shared, table
 from experiments.controls import best_floor, floors
 from experiments.directory import source_digest
 from experiments.groups import fixed_rng
 from experiments.matching import assign
-from experiments.metrics import PSNR_CAP_DB, evaluate
+from experiments.metrics import evaluate
 from experiments.statistics import bootstrap_mean
 from experiments.victims import Victim, trained, victim
 from simulator import config
 from simulator.dataset import DataSet, take
-from simulator.errors import SpecError
 from simulator.network import network
 from simulator.rng import stream
 from simulator.types import LocalTraining
 
-PAGE = Path(__file__).parents[2] / "docs" / "strongest.md"
-TIE = 0.5
-"""dB; two runs of the same matching differ by as much."""
-
 FEDSGD = LocalTraining(batch_size=0, batch_norm="eval")
 FEDAVG = LocalTraining(algorithm="fedavg", batch_size=4, epochs=2, learning_rate=0.01, batch_norm="eval")
 TRAIN_MODE = replace(FEDSGD, batch_norm="train")
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What rows must share to stand in one table.
-
-    Attributes:
-        budget: CPU seconds for a victim and for each solver alone.
-        victims: uploads of each setting.
-        source: the state of the code (:func:`experiments.directory.source_digest`); ``unknown`` in rows from before it was stored.
-    """
-
-    budget: float
-    victims: int
-    source: str
-
-    def __str__(self) -> str:
-        return f"--seconds {self.budget:g} --victims {self.victims} by source {self.source}"
 
 
 @dataclass(frozen=True)
@@ -183,73 +161,6 @@ def row(setting: Setting, under: Conditions) -> dict[str, Any]:
         "floor_db": floor,
         "gain": asdict(bootstrap_mean(gains, range(len(gains)), rng=fixed_rng())),
     }
-
-
-def shared(rows: Sequence[Mapping[str, Any]], *others: Conditions) -> Conditions:
-    """The conditions under which all rows were measured, and ``others`` are to be.
-
-    Raises:
-        SpecError: there are several, or none.
-    """
-    names = [item.name for item in fields(Conditions)]
-    lacking = [name for name in names if any(name not in entry for entry in rows)]
-    if lacking:
-        raise SpecError(f"rows must say {', '.join(names)}, got some without {', '.join(lacking)}. Measure them again.")
-    found = sorted({*others, *(Conditions(**{name: entry[name] for name in names}) for entry in rows)}, key=str)
-    if len(found) != 1:
-        raise SpecError(
-            f"rows must be measured alike, got {'; '.join(map(str, found)) or 'none'}. Use another --json, or the same options."
-        )
-    return found[0]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| setting | victims | floor dB | `strongest` dB | proven exact | best solver alone dB | matched | gain over floor, 95 % | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in rows:
-        alone = {name: statistics.fmean(found) for name, found in entry["solvers_db"].items() if len(found) == entry["victims"]}
-        winner = max(alone, key=lambda name: alone[name], default="")
-        gains = [ours - floor for ours, floor in zip(entry["strongest_db"], entry["floor_db"], strict=True)]
-        gain = bootstrap_mean(gains, range(len(gains)), rng=fixed_rng())  # not the one in the file, which an older version may have written
-        shown = gain.low > 0 or min(entry["strongest_db"]) >= PSNR_CAP_DB  # records that are back to the last digit need no statistics
-        verdict = "" if shown else " **floor not beaten**" if gain.mean <= 0 else f" **not shown by {len(gains)} victims**"
-        lines.append(
-            f"| {entry['setting']} | {entry['victims']} | {statistics.fmean(entry['floor_db']):.1f} "
-            f"| {statistics.fmean(entry['strongest_db']):.1f} | {entry['proven']} of {entry['records']} "
-            f"| {f'{alone[winner]:.1f} `{winner}`' if winner else 'none applies'} | {entry['matched']} of {entry['victims']} "
-            f"| {gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]{verdict} | {statistics.fmean(entry['seconds']):.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def command(under: Conditions) -> str:
-    """What measures the rows that are committed again, once the file of the old ones is away."""
-    return (
-        f"OMP_NUM_THREADS=1 python -m experiments.benchmarks.strongest --seconds {under.budget:g} --victims {under.victims} "
-        "--json docs/strongest.json --write"
-    )
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    """The generated page."""
-    under = shared(rows)
-    matched, total = sum(entry["matched"] for entry in rows), sum(entry["victims"] for entry in rows)
-    victims = [pair for entry in rows for pair in zip(entry["strongest_db"], entry["best_db"], entry["floor_db"], strict=True)]
-    live = [ours >= best - TIE for ours, best, floor in victims if max(ours, best) > floor]
-    return (
-        "# What `strongest` reaches, and where nothing works\n\n"
-        f"Generated by `{command(under)}`, which measures what docs/strongest.json does not hold yet; do not edit. The rows that it holds "
-        f"were measured by source {under.source}.\n\n"
-        f"32×32 color pieces of photographs, labels not disclosed, {under.budget:g} CPU seconds for a victim and for each solver alone; "
-        "models are freshly drawn for each victim, *trained* means 100 steps. PSNR is capped at 60 dB, which stands for exact. The floor "
-        "is the best guess without the update. "
-        f"`strongest` was within {TIE:g} dB of the best single solver, those that it thinks superfluous among them, on {matched} of "
-        f"{total} victims, and on {sum(live)} of the {len(live)} on which either of them beat the floor.\n\n"
-        f"{table(rows)}\n"
-    )
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ class StrongestMeasure:
 
     def __call__(self) -> Mapping[str, float]:
         """Read the rows."""
-        from experiments.benchmarks.strongest import TIE, shared
+        from experiments.benchmarks.strongest_page import TIE, shared
 
         rows: list[dict[str, Any]] = json.loads(_text("strongest.json", "strongest --json docs/strongest.json"))
         shared(rows)

@@ -1,4 +1,7 @@
-"""What an attack reaches on victims without a federation: the measurement behind most claims."""
+"""What an attack reaches on victims without a federation: the measurement behind most claims.
+
+Long for its one class, whose settings are what a claim's file may say.
+"""
 
 from __future__ import annotations
 

@@ -85,6 +85,7 @@ def verify(command: str) -> None:
 
 @pytest.mark.parametrize("command", UNLIKE)
 def test_shown_commands_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """:func:`verify` raises where one does not."""
     (tmp_path / "my.toml").write_text(find("demo").read_text(encoding="utf-8"))  # the reader's own
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(registered, ("attacks", "my_attack"), lookup.get("attacks", "random_guess"))  # CONTRIBUTING's new file

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from attacks.update.random_guess import RandomGuess
 from clients.private import held_by, private_batches, splits
-from experiments.benchmarks import strongest
+from experiments.benchmarks import strongest, strongest_page
 from experiments.claims import benchmarks
 from experiments.claims import claim as claims_module
 from experiments.claims.__main__ import DOCS, page
@@ -159,20 +159,20 @@ ALIKE: dict[str, Any] = {"budget": 15.0, "victims": 2, "source": "unknown"}
 
 @pytest.mark.parametrize("change", [{"budget": 20.0}, {"victims": 3}, {"source": "0123"}])
 def test_rows_of_strongest_that_were_not_measured_alike_are_refused(change: dict[str, Any]) -> None:
-    assert strongest.shared([ALIKE, ALIKE]) == strongest.Conditions(**ALIKE)
+    assert strongest_page.shared([ALIKE, ALIKE]) == strongest_page.Conditions(**ALIKE)
     with pytest.raises(SpecError, match="must be measured alike"):
-        strongest.shared([ALIKE, ALIKE | change])
+        strongest_page.shared([ALIKE, ALIKE | change])
     with pytest.raises(SpecError, match="must be measured alike"):
-        strongest.shared([ALIKE], strongest.Conditions(**(ALIKE | change)))
+        strongest_page.shared([ALIKE], strongest_page.Conditions(**(ALIKE | change)))
     with pytest.raises(SpecError, match="without source"):
-        strongest.shared([{"budget": 15.0, "victims": 2}])
+        strongest_page.shared([{"budget": 15.0, "victims": 2}])
 
 
 def test_the_page_of_strongest_is_that_of_its_rows_and_names_the_whole_command() -> None:
     rows = json.loads((benchmarks.DOCS / "strongest.json").read_text(encoding="utf-8"))
-    text = strongest.PAGE.read_text(encoding="utf-8")
-    assert text == strongest.page(rows)
-    assert benchmarks.StrongestMeasure.again == strongest.command(strongest.shared(rows))
+    text = strongest_page.PAGE.read_text(encoding="utf-8")
+    assert text == strongest_page.page(rows)
+    assert benchmarks.StrongestMeasure.again == strongest_page.command(strongest_page.shared(rows))
     assert f"`{benchmarks.StrongestMeasure.again}`" in text
     assert "--seconds 15 --victims 2 " in text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scipy import stats
 
-from experiments.benchmarks.strongest import table
+from experiments.benchmarks.strongest_page import table
 
 
 def entry(gains: list[float]) -> dict[str, object]:
