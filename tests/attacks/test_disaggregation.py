@@ -138,8 +138,8 @@ def test_strongest_keeps_what_the_parts_give_where_the_sum_gives_less() -> None:
     batch, model = digits(4), build("cnn", (1, 8, 8), width=8, hidden=8)
     everybody = [Batch(batch.inputs[i : i + 1], batch.labels[i : i + 1]) for i in range(4)]
     view, knowledge = federation([(0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (1, 2, 3)], 1e-4, model, everybody)
-    found = Strongest(seconds=0.3)(view, knowledge, rng=stream(0, "attack"))
-    alone = Strongest(seconds=0.3)(view, replace(knowledge, history=()), rng=stream(0, "attack"))
+    found = Strongest(seconds=1.0)(view, knowledge, rng=stream(0, "attack"))
+    alone = Strongest(seconds=1.0)(view, replace(knowledge, history=()), rng=stream(0, "attack"))
     scores = []
     for guess in (found, alone):
         assert guess.inputs is not None

@@ -300,7 +300,7 @@ def test_run_writes_what_it_promises_and_attack_and_report_go_on_from_there(spec
 
 @pytest.mark.slow
 def test_killed_run_goes_on_and_ends_with_the_same_results(spec: Path, tmp_path: Path) -> None:
-    slow = ["--set", "federation.rounds=200", "--workers", "1"]
+    slow = ["--set", "federation.rounds=200", "--set", "secret=again", "--workers", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "experiments", "run", spec, "--out", killed, *slow], cwd=ROOT, env=environment)
@@ -703,7 +703,7 @@ def test_a_worker_for_each_core_that_may_be_used() -> None:
 
 @pytest.mark.slow
 def test_run_over_ray_gives_the_bits_of_local_workers_and_names_what_failed(spec: Path, tmp_path: Path) -> None:
-    words = ["run", spec, "--set", 'attacks=["linear_leak", "random_guess"]']
+    words = ["run", spec, "--set", 'attacks=["linear_leak", "random_guess"]', "--set", "secret=again"]
     for name, workers in (("local", "2"), ("ray", "ray")):
         done = fedpeek(*words, "--out", tmp_path / name, "--workers", workers)
         assert done.returncode == 0, done.stderr

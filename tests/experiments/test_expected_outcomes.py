@@ -25,6 +25,7 @@ from tests.federations import federate
 BASE: dict[str, Any] = {
     "data": "digits", "model": {"name": "cnn", "width": 8, "hidden": 64}, "federation": {"clients": 12},
     "evaluation": {"candidates": 40, "shuffled_control": False}, "threat": {"candidates": True},
+    "secret": "outcomes",
 }  # fmt: skip
 MATCHING = {"name": "adaptive_matching", "steps": 150}
 NAMING = {"name": "candidate_identification"}
@@ -72,8 +73,8 @@ def test_small_noise_stops_matching_and_not_identification(matched: dict[tuple[s
     assert differences[0]["high"] < -2
     assert differences[1]["high"] < -9
     gains = [matched[arm, "adaptive_matching"]["gain"]["psnr_db"] for arm in ("none", *(f"noise {sigma}" for sigma in NOISE))]
-    assert gains[0]["mean"] > 15 > gains[1]["mean"] > 8
-    assert gains[2]["high"] < 6
+    assert gains[0]["mean"] > 12 > gains[1]["mean"] > 5  # the best floor is the true class's mean
+    assert gains[2]["high"] < 4
     for arm in ("none", *(f"noise {sigma}" for sigma in NOISE)):
         assert matched[arm, "candidate_identification"]["identified"]["low"] > 0.85  # 24 of 24; chance is 1 of 40
 
