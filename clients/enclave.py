@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
 from clients.local import local_upload
+from clients.once import answer_once
 from defenses.channel._enclave import sealing
 from defenses.channel._enclave.policy import measurement
 from defenses.channel._enclave.program import SEED_BYTES
@@ -25,7 +26,7 @@ MEMORY = "simulated enclave"
 """Key of the client's state: the nonce, between asking for a quote and getting it."""
 
 SEALED = "simulated enclave, sealed"
-"""Key of the client's state: the enclave that it seals to, and the last round for which it did."""
+"""Key of the client's state: the enclave that it seals to."""
 
 
 def enclave_reply(world: World, model: nn.Module, client: int, content: RecordDict, state: RecordDict) -> RecordDict:
@@ -51,7 +52,8 @@ def enclave_reply(world: World, model: nn.Module, client: int, content: RecordDi
     allowed = frozenset({measurement(channel.policy(world, *tensors(model)))})
     enclave_key = verified(payload, root=root, allowed=allowed, nonce=memory["nonce"], run=run)
     broadcast = wire.unpack_broadcast(content)
-    _pin(state, run=run, key=enclave_key, round=broadcast.round, rounds=world.federation.rounds)
+    _pin(state, run=run, key=enclave_key)
+    answer_once(world, broadcast.round, state)
     try:
         upload = local_upload(world, model, broadcast, client)
         words = secret_stream(world.seed, world.secret, "enclave noise", client, broadcast.round)
@@ -63,16 +65,13 @@ def enclave_reply(world: World, model: nn.Module, client: int, content: RecordDi
     return wire.pack_stage(stage, blob)
 
 
-def _pin(state: RecordDict, *, run: bytes, key: bytes, round: int, rounds: int) -> None:
-    """Hold the enclave to the first one that this client sealed to, and each round to one upload: a restarted enclave forgets releases.
+def _pin(state: RecordDict, *, run: bytes, key: bytes) -> None:
+    """Hold the enclave to the first one that this client sealed to: a restarted one forgets what it released.
 
     Raises:
-        ProtocolAbort: another run, another enclave, or a round that was sealed already or is none of this federation.
+        ProtocolAbort: another run, or another enclave.
     """
     before = state.config_records.get(SEALED)
     if before is not None and (bytes(before["run"]), bytes(before["key"])) != (run, key):  # type: ignore[arg-type]
         raise ProtocolAbort("enclave must be the one of the first upload, got another: it would have forgotten what it released. Refused.")
-    last = 0 if before is None else int(before["round"])  # type: ignore[arg-type]
-    if not last < round <= rounds:
-        raise ProtocolAbort(f"round must be in {last + 1}..{rounds}, got {round}. Nothing is sealed twice.")
-    state[SEALED] = ConfigRecord({"run": run, "key": key, "round": round})
+    state[SEALED] = ConfigRecord({"run": run, "key": key})

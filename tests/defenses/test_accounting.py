@@ -33,6 +33,7 @@ from defenses.client.gaussian_noise import GaussianNoise
 from defenses.client.local_dp import LocalDP
 from defenses.privacy_loss import epsilon, gaussian_dp_delta, gaussian_dp_epsilon, gaussian_mu, unknown
 from defenses.server.central_dp import CentralDP
+from experiments.claims.privacy import moments_epsilon
 from simulator.defense import Claim, ClientContext, Defense
 from simulator.errors import SpecError
 from simulator.network import network, tensors
@@ -158,6 +159,15 @@ def test_more_noise_fewer_releases_and_larger_delta_cost_less(z: float) -> None:
     assert epsilon(releases(2 * z, 1, 10), 1e-5)[0] < value
     assert epsilon(releases(z, 1, 5), 1e-5)[0] < value
     assert epsilon(releases(z, 1, 10), 1e-3)[0] < value
+
+
+@pytest.mark.parametrize(("rate", "z", "steps"), [(0.01, 4.0, 10_000), (256 / 60_000, 0.7, 16_406), (0.2, 1.0, 50)])
+def test_moments_accountant_is_renyi_dp_over_integer_orders(rate: float, z: float, steps: int) -> None:
+    """Of the claims `dp-sgd-*`, by dp-accounting: Rényi DP of integer orders, turned into ε as in Abadi et al."""
+    orders = list(range(2, 257))
+    accountant = RdpAccountant(orders, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(releases(z, rate, steps))
+    expected = min(rdp + math.log(1e5) / (order - 1) for order, rdp in zip(orders, accountant._rdp, strict=True))
+    assert moments_epsilon(rate, z, steps, 1e-5) == pytest.approx(expected, rel=1e-6)
 
 
 # --- guarantees ---

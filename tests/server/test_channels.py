@@ -342,21 +342,51 @@ def test_run_is_what_the_clients_world_says_and_not_what_the_server_tells(tmp_pa
     assert started
 
 
-def test_nonce_is_good_for_one_quote(tmp_path: Path) -> None:
-    it, state = of(ENCLAVE), RecordDict()
+def asked_to_seal(it: World, enclave: Enclave, state: RecordDict, round: int = 1) -> tuple[Any, RecordDict]:
+    """The model, and what asks client 0 for its sealed upload: its own nonce in a quote of this enclave."""
     model = network(it.model, it.data.load().schema, it.training, it.seed)
     assert isinstance(it.channel, SimulatedEnclave)
-    key, run = hardware_key(it.seed, it.secret), it.channel.run(it)
-    enclave = Enclave(it.channel.policy(it, *tensors(model)), run)
     nonce = wire.unpack_stage(enclave_reply(it, model, 0, wire.pack_stage("nonce", b""), state))[1]
     quote = Quote(
         debug=False, tcb=TCB, measurement=measurement(it.channel.policy(it, *tensors(model))), enclave_key=enclave.public_key,
-        nonce=nonce, run=run,
+        nonce=nonce, run=it.channel.run(it),
     )  # fmt: skip
-    asked = wire.pack_stage("seal", signed(quote, key), Broadcast(1, *tensors(model), it.training))
+    payload = signed(quote, hardware_key(it.seed, it.secret))
+    return model, wire.pack_stage("seal", payload, Broadcast(round, *tensors(model), it.training))
+
+
+def launched(it: World) -> Enclave:
+    """An enclave of this federation, with keys of its own."""
+    assert isinstance(it.channel, SimulatedEnclave)
+    return Enclave(it.channel.policy(it, *tensors(network(it.model, it.data.load().schema, it.training, it.seed))), it.channel.run(it))
+
+
+def test_nonce_is_good_for_one_quote() -> None:
+    it, state = of(ENCLAVE), RecordDict()
+    enclave = launched(it)
+    model, asked = asked_to_seal(it, enclave, state)
     enclave.receive(1, 0, wire.unpack_stage(enclave_reply(it, model, 0, asked, state))[1])
     with pytest.raises(ProtocolAbort, match="stage must be nonce, then seal"):
         enclave_reply(it, model, 0, asked, state)
+
+
+def test_client_seals_to_one_enclave_and_once_for_each_round() -> None:
+    """A restarted enclave has forgotten what it released."""
+    it, state = of(ENCLAVE, federation={"clients": 4, "rounds": 3}), RecordDict()
+    first, other = launched(it), launched(it)
+
+    def seal(enclave: Enclave, round: int) -> bytes:
+        model, asked = asked_to_seal(it, enclave, state, round)
+        return wire.unpack_stage(enclave_reply(it, model, 0, asked, state))[1]
+
+    first.receive(1, 0, seal(first, 1))
+    with pytest.raises(ProtocolAbort, match=r"round must be in 2\.\.3, each answered once, got 1"):
+        seal(first, 1)
+    with pytest.raises(ProtocolAbort, match="enclave must be the one of the first upload"):
+        seal(other, 2)
+    first.receive(2, 0, seal(first, 2))
+    with pytest.raises(ProtocolAbort, match=r"round must be in 3\.\.3, each answered once, got 4"):
+        seal(first, 4)
 
 
 def test_quote_is_good_for_one_client_and_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,22 +553,3 @@ def test_rays_workers_see_the_same(channel: dict[str, Any], tmp_path: Path) -> N
     for one, other in zip(mine.observations, read(tmp_path / "ray").observations, strict=True):
         assert channel == CKKS or equal(one, other)  # ciphertexts are random
         assert all(torch.allclose(one.upload.update.tensors[n], t, atol=1e-6) for n, t in other.upload.update.tensors.items())
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [("key", "enclave must be the one"), ("run", "enclave must be the one"), ("round", "round must be in 3..4, got 2")],
-)
-def test_client_seals_to_one_enclave_and_once_for_each_round(changed: str, reason: str) -> None:
-    """A restarted enclave has forgotten what it released."""
-    from clients.enclave import _pin
-
-    state = RecordDict()
-    for round in (1, 2):
-        _pin(state, run=b"run", key=b"key", round=round, rounds=4)
-    again = {"run": b"run", "key": b"key", "round": 3, "rounds": 4} | {changed: 2 if changed == "round" else b"other"}
-    with pytest.raises(ProtocolAbort, match=reason):
-        _pin(state, **again)
-    _pin(state, run=b"run", key=b"key", round=4, rounds=4)
-    with pytest.raises(ProtocolAbort, match=r"round must be in 5\.\.4"):
-        _pin(state, run=b"run", key=b"key", round=5, rounds=4)
