@@ -36,8 +36,8 @@ FIRST = 32
 
 CHUNK_MB = 128
 
-SECONDS_PER_PRODUCT, SECONDS_PER_CUBE = 4e-11, 5e-10
-"""CPU time at a nominal rate for each product of pairs² and coordinates, and of pairs³, that goes into an estimate.
+SECONDS_PER_PRODUCT, SECONDS_PER_TARGET, SECONDS_PER_CUBE = 4e-11, 8e-10, 5e-10
+"""CPU time at a nominal rate for each product of pairs² and coordinates, of pairs² and pixels, and of pairs³, that goes into an estimate.
 Nominal, so that the same budget gives the same answer on every machine."""
 
 DRAWN = ((1.0, 0.0), (1.0, 1.0), (0.0, 0.5), (0.0, 0.5))
@@ -124,13 +124,16 @@ def compression(view: Observation, knowledge: Knowledge) -> dict[str, Compressed
 def simulated(
     of: Sender, images: Tensor, labels: Int[Tensor, "pairs batch"], shorten: Shortened, until: float, rng: torch.Generator
 ) -> Stack:
-    """Shortened updates of these batches, as many as there is CPU time for until this reading of the clock."""
-    size, out = max(1, CHUNK_MB * 2**20 // (4 * sum(of.numels))), list[Tensor]()
-    for rows in torch.split(torch.arange(len(images)), size):
+    """Shortened updates of these batches, as many as there is CPU time for until this reading of the clock; at least :data:`FIRST`."""
+    fitting, out, done, wanted = max(1, CHUNK_MB * 2**20 // (4 * sum(of.numels))), list[Tensor](), 0, FIRST
+    while done < len(images) and wanted > 0:
+        rows, began = slice(done, done + min(wanted, fitting)), time.process_time()
         out.append(shorten(updates(of, images[rows], labels[rows], rng)))
-        tick("learning_to_invert", int(rows[-1]) + 1, len(images))
-        if time.process_time() > until and len(out) * size >= FIRST:
-            break
+        done += len(out[-1])
+        tick("learning_to_invert", done, len(images))
+        now = time.process_time()
+        more = int((until - now) / max(now - began, 1e-9) * len(out[-1]))
+        wanted = FIRST - done if now >= until else max(FIRST, min(done, more))  # twice as many each time: the first are the slowest
     return torch.cat(out)
 
 
@@ -140,17 +143,17 @@ def shortening(of: Sender, images: Tensor, labels: Int[Tensor, "pairs batch"], r
     return shortened(updates(of, images[:FIRST], labels[:FIRST], rng), shapes)
 
 
-def affordable(plan: Plan, coordinates: int) -> int:
+def affordable(plan: Plan, coordinates: int, targets: int) -> int:
     """Simulated updates of this length that fit into memory, where the stack is there twice, and whose estimate fits into the time."""
     most = min(plan.pairs, plan.memory_mb * 2**20 // (8 * coordinates))
-    while most > 2 * FIRST and estimate_seconds(most, coordinates) > plan.seconds / 2:
+    while most > 2 * FIRST and estimate_seconds(most, coordinates, targets) > plan.seconds / 2:
         most = most * 9 // 10
     return max(2 * FIRST, most)
 
 
-def estimate_seconds(pairs: int, coordinates: int) -> float:
+def estimate_seconds(pairs: int, coordinates: int, targets: int) -> float:
     """CPU time that learning from so many pairs takes, about."""
-    return SECONDS_PER_PRODUCT * pairs**2 * coordinates + SECONDS_PER_CUBE * pairs**3
+    return pairs**2 * (SECONDS_PER_PRODUCT * coordinates + SECONDS_PER_TARGET * targets + SECONDS_PER_CUBE * pairs)
 
 
 def train(view: Observation, knowledge: Knowledge, labels: Int[Tensor, " batch"], seen: dict[str, Compressed], plan: Plan) -> Inverter:
@@ -159,7 +162,7 @@ def train(view: Observation, knowledge: Knowledge, labels: Int[Tensor, " batch"]
     Half of the pairs are of records of the labels' own classes, half of any; what these count is chosen on held-out records.
     """
     assert knowledge.public is not None
-    until, rng = time.process_time() + plan.seconds / 2, torch.Generator().manual_seed(0)
+    now, rng = time.process_time(), torch.Generator().manual_seed(0)
     of, (learned, chosen) = sender(view, knowledge, seen), parts(knowledge.public, rng)
     quarter = max(FIRST, plan.pairs // 4)
     sets = [drawn(learned, labels, quarter, rng, own=own, altered=altered) for own, altered in DRAWN]
@@ -167,9 +170,9 @@ def train(view: Observation, knowledge: Knowledge, labels: Int[Tensor, " batch"]
     held = drawn(chosen, labels, min(CHECKS, 2 * quarter), rng, own=1.0, altered=0.0)
     targets = labels.expand(len(images), -1)
     shorten = shortening(of, held, targets, rng)
-    checks = simulated(of, held, targets[: len(held)], shorten, until, rng)
-    images = images[: affordable(plan, checks.shape[1])]
-    stack = simulated(of, images, targets[: len(images)], shorten, until, rng)
+    checks = simulated(of, held, targets[: len(held)], shorten, now + plan.seconds / 8, rng)
+    images = images[: affordable(plan, checks.shape[1], images[0].numel())]
+    stack = simulated(of, images, targets[: len(images)], shorten, now + plan.seconds / 2, rng)
     found = basis(stack, shorten.sizes, of.noise)
     estimator = learn(
         Pairs(found(stack), images[: len(stack)].flatten(1), kinds[: len(stack)]),
@@ -196,7 +199,7 @@ def reader(view: Observation, knowledge: Knowledge, seen: dict[str, Compressed],
         sets.append((source.public.inputs[rows], source.public.labels[rows]))
     (images, labels), (shown, truth) = sets
     shorten = shortening(of, images, labels, rng)
-    most = affordable(plan, sum(shorten.sizes))
+    most = affordable(plan, sum(shorten.sizes), knowledge.schema.num_classes)
     stack = simulated(of, images[:most], labels[:most], shorten, until, rng)
     found = basis(stack, shorten.sizes, of.noise)
     classes = knowledge.schema.num_classes

@@ -29,8 +29,9 @@ from attacks._gradient import maybe_clipped, mean_gradient, unusable
 from attacks._labels import published
 from attacks._labels.counts import Posterior, posterior, to_counts
 from attacks._labels.embeddings import around, embedding_counts
-from attacks._labels.moments import Belief, likelihood, moments, most_credible, statistics
+from attacks._labels.moments import likelihood
 from attacks._labels.runs import along_the_way, bias_from, reference, weights
+from attacks._labels.taught import taught
 from attacks._labels.visible import nearest_label
 from attacks._layers import Call, last_linear
 from simulator.adversary import Knowledge, Reconstruction
@@ -118,31 +119,11 @@ def count_posterior(view: Observation, knowledge: Knowledge) -> Posterior:
 
 
 def _from_public(view: Observation, knowledge: Knowledge, head: Call, rng: torch.Generator) -> Posterior:
-    assert knowledge.public is not None
-    gradient, records, classes = mean_gradient(view, knowledge), knowledge.num_examples, knowledge.schema.num_classes
-    public = reference(knowledge)
-    runs = along_the_way(view, knowledge, public.inputs)
-    labels, biased = public.labels[: len(runs[0].softmax)], head.bias in gradient
-    middle = runs[0].head.inputs.double().mean(0) if biased else torch.zeros(head.inputs.shape[1], dtype=torch.float64)
-    rows = weights(view.broadcast.parameters, head)[0]
-    seen = rows.T / rows.norm(dim=1).clamp(min=1e-12)
-
-    def columns(features: Tensor) -> Tensor:
-        projected = (features.double() - middle) @ seen
-        return torch.cat([torch.ones(len(features), 1, dtype=torch.float64), projected], 1) if biased else projected
-
-    each = [statistics(run.softmax, columns(run.head.inputs), labels, knowledge.training) for run in runs]
-    statistic = torch.stack(each).mean(0)
-    weight = gradient[head.weight].double()
-    observed = weight @ seen
-    if biased:
-        bias = gradient[head.bias].double()
-        observed = torch.cat([bias[:, None], observed - torch.outer(bias, middle @ seen)], 1)
-    observed = records * observed.flatten()
-    belief = most_credible(statistic, labels, classes, records) if biased else Belief(True, 0.3, 0.5, 1.0)
-    model = moments(statistic, labels, classes, belief)
+    gradient, records = mean_gradient(view, knowledge), knowledge.num_examples
+    known = taught(view, knowledge, head, biased=head.bias in gradient)
+    observed = records * known.statistic(gradient, head)
     scales = torch.tensor(_scales(view, knowledge), dtype=torch.float64)
-    expected, gaussian = likelihood(observed / scales[:, None], model, belief, records, scales).best()
+    expected, gaussian = likelihood(observed / scales[:, None], known.moments, known.belief, records, scales).best()
     return _decided(posterior(gaussian, records, expected, rng=rng), expected)
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import nn
 
 from attacks._labels import counts as counts_module
+from attacks._labels import taught
 from attacks._labels.counts import Gaussian, all_counts, log_prior, posterior
 from attacks._labels.moments import BELIEFS, likelihood, moments, most_credible
 from attacks.update.labels import LabelRecovery, count_posterior, recovered_counts, to_counts
@@ -46,6 +47,21 @@ def test_one_image_many_times_gives_every_count(name: str, smoothing: float) -> 
         batch = Batch(image.expand(20, -1, -1, -1), labels)
         recipe = LocalTraining(batch_size=0, label_smoothing=smoothing)
         assert torch.equal(recovered_counts(*attack_surface(build(name, (1, 8, 8), seed=seed), [batch], recipe)), tally(batch))
+
+
+def test_public_records_teach_once_a_round_what_they_would_teach_each_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, public, asked = build("cnn", (1, 8, 8), width=4, hidden=16), digits(200, offset=100), list[object]()
+    view, knowledge = attack_surface(model, [digits(4)])
+    other, _ = attack_surface(model, [digits(4, offset=4)])
+    pairs = [(each, replace(knowledge, public=public)) for each in (view, replace(view, uploads=other.uploads))]
+    alone = [count_posterior(seen, replace(known, public=Batch(public.inputs, public.labels))).mean for seen, known in pairs]
+    monkeypatch.setattr(taught, "most_credible", lambda *told: asked.append(told) or most_credible(*told))  # type: ignore[func-returns-value]
+    together = [count_posterior(seen, known).mean for seen, known in pairs]
+    assert len(asked) == 1
+    assert all(torch.equal(one, both) for one, both in zip(alone, together, strict=True))
+    more = replace(pairs[0][1], num_examples=5)
+    count_posterior(view, more)
+    assert len(asked) == 2
 
 
 def test_public_copies_of_the_records_give_every_count() -> None:

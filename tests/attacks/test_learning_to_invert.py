@@ -14,10 +14,10 @@ from torch import Tensor
 from attacks._gradient import noise_level
 from attacks._learned.batches import drawn, pool
 from attacks._learned.estimate import PURE, Affine, Estimator, Pairs, affine
-from attacks._learned.features import LONG, shortened
-from attacks._learned.mechanisms import Compressed, chain, compressed, grid, visible
+from attacks._learned.features import LONG, Shortened, shortened
+from attacks._learned.mechanisms import Compressed, Step, chain, compressed, grid, visible
 from attacks._learned.pairs import sender, updates
-from attacks._learned.train import Plan, affordable, compression, reader, train
+from attacks._learned.train import FIRST, Plan, affordable, compression, reader, simulated, train
 from attacks._matching.simulate import flat
 from attacks._matching.stack import known_stack
 from attacks.update.inverting_gradients import InvertingGradients
@@ -186,6 +186,37 @@ def test_an_aggregate_is_the_mean_of_its_senders_and_averages_their_noise() -> N
     row = updates(of, everything.inputs[None], everything.labels[None], stream(0))[0]
     assert torch.allclose(row, flat(view.upload.update.tensors, of.names), atol=1e-6)
     assert of.noise == pytest.approx(0.1 / 2**0.5)
+
+
+@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+def test_senders_are_simulated_at_once_where_nothing_acts_on_each(model: str) -> None:
+    """Batch statistics act on each sender's records; else one gradient of all records is the mean of the senders'."""
+    view, knowledge = surface(model, [private(1), private(1, 1), private(1, 2)])
+    of, batch = sender(view, knowledge, {}), private(3, 5)
+    assert of.adds_up == (model == "lenet")
+    assert not replace(of, chain=replace(of.chain, steps=(Step(clip_norm=1.0),))).adds_up
+    assert not sender(*surface(model, [private(3)]), {}).adds_up
+    together = updates(of, batch.inputs[None], batch.labels[None], stream(0))
+    alone = replace(of, sizes=(1,))
+    each = [updates(alone, batch.inputs[None, i : i + 1], batch.labels[None, i : i + 1], stream(0)) for i in range(3)]
+    assert torch.allclose(together, torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_simulation_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each simulated upload takes 10 ms of the clock: 0.5 s pay for about 50, and no time at all for the fewest."""
+    now = [0.0]
+
+    def slow(of: object, images: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+        now[0] += 0.01 * len(images)
+        return torch.zeros(len(images), 4)
+
+    monkeypatch.setattr("attacks._learned.train.updates", slow)
+    monkeypatch.setattr("attacks._learned.train.time.process_time", lambda: now[0])
+    of = sender(*surface("lenet", [private(1)]), {})
+    images, labels, shorten = torch.zeros(1000, 1, *SHAPE), torch.zeros(1000, 1).long(), Shortened(((4,),), (None,))
+    assert FIRST < len(simulated(of, images, labels, shorten, 0.5, stream(0))) <= 50 + FIRST
+    assert len(simulated(of, images, labels, shorten, now[0] - 1, stream(0))) == FIRST
+    assert len(simulated(of, images, labels, shorten, now[0] + 60, stream(0))) == 1000
 
 
 def test_unknown_defenses_are_named_and_harmless_ones_are_not() -> None:
@@ -404,9 +435,9 @@ def test_a_bottleneck_draws_noise_of_its_own_for_every_pair() -> None:
 def test_a_short_budget_learns_from_fewer_pairs_and_says_that_it_is_not_whole() -> None:
     view, known = attack_surface(build("cnn", SHAPE, width=8, hidden=64), [private(1)])
     known = replace(known, public=public())
-    assert affordable(Plan(1024, 30.0, 1024), 9698) == 1024
+    assert affordable(Plan(1024, 30.0, 1024), 9698, 64) == 1024
     inverter = train(view, known, private(1).labels, {}, Plan(1024, 0.3, 1024))
-    assert inverter.estimator.curve[-1][0] == affordable(Plan(1024, 0.3, 1024), 9698) < 512
+    assert FIRST < inverter.estimator.curve[-1][0] <= affordable(Plan(1024, 0.3, 1024), 9698, 64) < 512
     assert not inverter.whole
 
 
