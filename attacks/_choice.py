@@ -13,8 +13,9 @@ from attacks._intact import changed, lossy
 from attacks._layers import first_linear
 from attacks._learned.train import compression
 from attacks._matching.coarse import kind_of
+from attacks._rounds import same_sender
 from attacks._second_order.smoothness import is_smooth
-from attacks.modeled import LOSSY, NOISY
+from attacks.modeled import LOSSY, NOISY, NOISY_SUMS, PER_RECORD
 from attacks.update.adaptive_matching import AdaptiveMatching
 from attacks.update.april import April
 from attacks.update.cocktail_party import CocktailParty
@@ -59,7 +60,7 @@ ALGEBRAIC = (SupportLeak, CocktailParty, SparseFactorization, LinearLeak, April,
 """Those of them that solve equations first: where these have no solution they have no guess, or one that explains nothing. Only what they
 leave is worth a rehearsal."""
 
-MATCHING = (InvertingGradients, SME, FedAvgMatching)
+MATCHING = (AdaptiveMatching, MultiRoundMatching, InvertingGradients, SME, FedAvgMatching)
 """Solvers that start by chance and end where descent ends: another start may end elsewhere."""
 
 BLUNT = (DLG, LevenbergMarquardt, Hybrid, MultiRoundMatching, InvertingGradients, SME, FedAvgMatching)
@@ -86,8 +87,9 @@ BITS = 32
 
 ADAPTED = (*LOSSY, "precode")
 """Defenses against which matching in defense space finds far more than matching of the update as it is, on digits by 3 dB to 30:
-``pytest --slow tests/attacks/test_adaptive.py -k "found_by_sampling or no_protection"``. It does so against :data:`NOISY` ones
-above :data:`NOISE`, too, by 4 dB in that test, where public digits help; photographs gained nothing in a trial that no command repeats."""
+``pytest --slow tests/attacks/test_adaptive.py -k "found_by_sampling or no_protection"``. It does so against noise
+above :data:`NOISE`, too, by 4 dB in that test, where public digits help; photographs gained nothing in a trial that no command repeats.
+It alone knows of records that were clipped one by one."""
 
 BLIND = 32
 """Records up to which linear_leak and sparse_factorization, which start by chance, need no help; beyond, cocktail_party takes the place
@@ -127,15 +129,23 @@ class Choice:
         return self.knowledge.num_examples * prod(self.knowledge.schema.shape)
 
     @cached_property
+    def rounds(self) -> int:
+        """Rounds that show the same records, each under noise of its own, which averages out."""
+        if not self.applies(MultiRoundMatching):
+            return 1
+        return min(MultiRoundMatching().rounds, 1 + len(same_sender(self.view, self.knowledge)))
+
+    @cached_property
     def hidden(self) -> bool:
         """Whether public records say more than the update: under strong noise, or where signs or few coordinates are all that is left."""
-        if not self.applies(LearningToInvert) or self.applies(MultiRoundMatching) or kind_of(self.view, self.knowledge):
+        if not self.applies(LearningToInvert) or kind_of(self.view, self.knowledge):
             return False
-        size = sum(tensor.numel() for tensor in self.view.upload.update.tensors.values())
-        if self.noise**2 * self.unknowns / size > HIDDEN**2 * max(0.0, 1 - self.noise**2):
+        size, noise = sum(tensor.numel() for tensor in self.view.upload.update.tensors.values()), self.noise**2 / self.rounds
+        if noise * self.unknowns / size > HIDDEN**2 * max(0.0, 1 - noise):
             return True
+        unknowns = self.unknowns / self.rounds
         for name, settings in self.knowledge.defenses:
-            if name == "qsgd" and size * log2(2 * int(str(settings["levels"])) + 1) / BITS <= COARSE * self.unknowns:
+            if name == "qsgd" and size * log2(2 * int(str(settings["levels"])) + 1) / BITS <= COARSE * unknowns:
                 return True
         tensors, seen = self.view.upload.update.tensors, compression(self.view, self.knowledge)
         if len(seen) < len(tensors):
@@ -143,13 +153,13 @@ class Choice:
         left = {name: tensor.numel() if seen[name].kept is None else int(seen[name].kept or 0) for name, tensor in tensors.items()}
         rounded = all(how.levels for how in seen.values())
         told = sum(count * (log2(2 * seen[name].levels + 1) / BITS if seen[name].levels else 1.0) for name, count in left.items())
-        return told <= (COARSE if rounded else FEW) * self.unknowns
+        return told <= (COARSE if rounded else FEW) * unknowns
 
     @property
     def adapted(self) -> tuple[str, ...]:
         """The known defenses that matching in defense space gains on."""
-        known = (*self.lossy, "precode", *NOISY) if self.noise > NOISE else (*self.lossy, "precode")
-        return tuple(name for name, _ in self.knowledge.defenses if name in known)
+        noisy = (*NOISY, *NOISY_SUMS) if self.noise > NOISE else PER_RECORD if self.knowledge.num_examples > 1 else ()
+        return tuple(name for name, _ in self.knowledge.defenses if name in (*self.lossy, "precode", *noisy))
 
     @cached_property
     def lossy(self) -> tuple[str, ...]:
@@ -195,7 +205,7 @@ class Choice:
             return f"a known defense must be {', '.join(ADAPTED)} or noise to be adapted to, got none. inverting_gradients does the same"
         if solver is AdaptiveMatching and self.hidden:
             return "the update must not be hidden by noise, signs or pruning where public records are held. learning_to_invert uses them"
-        unharmed = solver is Hybrid and set(adapted) <= set(self.lossy)  # what it reads was asked for before
+        unharmed = solver is Hybrid and set(adapted) <= {*self.lossy, *PER_RECORD}  # what it reads was asked for before
         if solver in BLUNT and not unharmed and adapted and self.applies(AdaptiveMatching):
             return f"no known defense must be one that can be adapted to, got {' and '.join(adapted)}. adaptive_matching does"
         if (solver is LearningToInvert) != self.hidden:

@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from attacks._apart import inseparable
 from attacks._learned.mechanisms import chain
 from attacks._rehearsal import psnr_db, rehearsal
 from attacks._solving import State, charged, clocks, merged, taken
+from attacks.update.adaptive_matching import AdaptiveMatching
 from attacks.update.learning_to_invert import FEWEST, LearningToInvert, kinds
+from attacks.update.multi_round_matching import MultiRoundMatching
+from attacks.update.support_leak import SupportLeak
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.types import Observation
 
@@ -41,9 +45,20 @@ def may_rehearse(state: State) -> bool:
     """Whether public records suffice to learn from some and rehearse on others, for a client that can be imitated."""
     view, knowledge = state.view, state.knowledge
     held = 0 if knowledge.public is None else len(knowledge.public)
-    if held < FEWEST + REHEARSALS * knowledge.num_examples or view.upload.buffers or knowledge.history or LearningToInvert in state.able:
+    if held < FEWEST + REHEARSALS * knowledge.num_examples or view.upload.buffers or rounds_count(state) or LearningToInvert in state.able:
         return False
-    return LearningToInvert().supports(view, knowledge) is None and not chain(view, knowledge).unknown
+    known = chain(view, knowledge)
+    imitated = not known.unknown and all(step.heuristic != "soteria" for step in known.steps)  # which is only simulated for an inverter
+    return imitated and LearningToInvert().supports(view, knowledge) is None
+
+
+def rounds_count(state: State) -> bool:
+    """Whether other rounds say something of this one's records, which no rehearsal of one round imitates."""
+    view, knowledge = state.view, state.knowledge
+    if not knowledge.history:
+        return False
+    alone = {MultiRoundMatching, SupportLeak}.isdisjoint(state.able) and not AdaptiveMatching().others(view, knowledge)
+    return not alone or inseparable(view, knowledge) is None
 
 
 def contested(states: Sequence[State], rngs: Sequence[torch.Generator], climb: Climb, left: Callable[[State], float]) -> list[State]:

@@ -43,6 +43,7 @@ def rehearsal(view: Observation, knowledge: Knowledge, count: int) -> Rehearsed:
         replace(
             knowledge,
             public=rest,
+            history=(),
             labels=None if knowledge.labels is None else batch.labels,
             label_counts=None if knowledge.label_counts is None else torch.bincount(batch.labels, minlength=knowledge.schema.num_classes),
         )

@@ -172,7 +172,9 @@ class Strongest:
             longer = all(states[i].longer for i, wish in wanted.items() if wish is solver)
             able = [i for i, wish in wanted.items() if wish is solver and states[i].longer == longer]
             tick("solvers", LADDER.index(solver), len(LADDER), solver.name)
-            budget = min(self._budget(states[i], solver) * (SHARE if i in whole else 1) for i in able)
+            budgets = {i: self._budget(states[i], solver) * (SHARE if i in whole else 1) for i in able}
+            able = [i for i in able if 2 * budgets[i] >= max(budgets.values())]  # the others, who have less left, are asked next
+            budget = min(budgets[i] for i in able)
             answers = ask(with_budget(solver, budget, longer=longer), [states[i] for i in able], [rngs[i] for i in able])
             for i, (answer, cpu, wall) in zip(able, answers, strict=True):
                 began = clocks()

@@ -45,7 +45,7 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
   fedpeek run my.toml --out my-run            your own experiment; copy one of `fedpeek list specs` to start
   fedpeek attack my-run/transcript/none-seed0 --attack dlg
   fedpeek audit my-run                        does any attack beat a guarantee's ceiling? then the guarantee is wrong
-  fedpeek claims --list                       every number that README and docs print; `fedpeek claims ID` measures it again
+  fedpeek claims --list                       every figure that is filed with its bar; `fedpeek claims ID` measures it again
 
 [bold]Exit codes[/bold]  0 all well · 1 error, or a claim or guarantee that does not hold · 2 bad input, nothing written
 3 finished, but something was lost · 130 Ctrl-C

@@ -1,7 +1,8 @@
-"""Calls attacks in a process of their own, which never holds the truth.
+"""Calls attacks in a process of their own, which is told no more than the threat model discloses.
 
 The trust boundary in one place. To the process go, as data, views, knowledge, the attack's class and settings, the model's name and
-settings, and the states of the generators; never a record, a seed, a secret, a world or a path of the run. What comes back is
+settings, and the states of the generators; never a seed, a secret, a world or a path of the run, and no record but those that the
+knowledge holds: public ones and, where the threat model says so, candidates, among whom the true ones are. What comes back is
 untrusted: it is read without running code, up to a size that the question sets, and checked like any user's input. A process that
 dies takes the victim under way with it, as a failed trial with the reason; the others are asked again of a new process.
 

@@ -33,7 +33,7 @@ BLOCKS = {
 {B16-against.cpu_ratio:.2f} of its time | {B15b.psnr_db:.1f} dB | {B15b.cpu_seconds:.0f} | B15b, B16-against |""",
     "misses": "**{missed} of {bars} bars are not met**: [docs/claims.md](docs/claims.md) begins with them and the reasons.",
     "noise": """\
-One setting, digits behind the LeNet under gradient noise of 0.1: {learned-noise.psnr_db:.1f} dB, against
+Digits behind the LeNet under gradient noise of 0.1: `learning_to_invert` gives {learned-noise.psnr_db:.1f} dB, against
 {learned-noise-adaptive.psnr_db:.1f} by `adaptive_matching`, which is told of the noise and uses no public records: paired,
 {learned-noise.difference_db:+.1f} dB in {learned-noise.cpu_ratio:.2f} of its CPU seconds
 (claims learned-noise, learned-noise-adaptive).""",
@@ -57,8 +57,9 @@ and trained |""",
 [{demo-secure-aggregation.identified_low:pct}, {demo-secure-aggregation.identified_high:pct}], chance ≤ 8 %; \
 {demo-secure-aggregation.gain_db:+.1f} dB [{demo-secure-aggregation.gain_db_low:.1f}, {demo-secure-aggregation.gain_db_high:.1f}]: floor \
 not beaten | `make demo` |
-| demo, DP-SGD with ε = {demo-dp-sgd.epsilon:.1f} | {demo-dp-sgd.identified:pct}, ceiling {demo-dp-sgd.ceiling:pct}; accuracy \
-{demo-dp-sgd.accuracy:pct} against {demo-accuracy.accuracy:pct} | `make demo` |
+| demo, DP-SGD with z = 1.5: ε = {demo-dp-sgd.epsilon:.1f} at δ = 1e-5 for each record (zero-out) against the server, over 40 rounds | \
+{demo-dp-sgd.identified:pct} in rounds 1 and 2, ceiling {demo-dp-sgd.ceiling:pct} for these, {demo-dp-sgd.training_ceiling:pct} for all; \
+accuracy {demo-dp-sgd.accuracy:pct} against {demo-accuracy.accuracy:pct}, guessing 50 % | `make demo` |
 | `linear_leak`, one image | mean squared error < 1e-10 (about 1e-16) | `pytest tests/attacks -k linear_leak_is_exact` |
 | `dlg`, lenet, 20 digits; 20 faces | {dlg-digits.exact:pct} and {dlg-faces.exact:pct} exact | `fedpeek claims 'dlg-*'` |
 | `inverting_gradients`, convnet of width 16, 20 CIFAR-10 pictures, initial weights | {B14.psnr_db_0:.1f}, {B14.psnr_db_1:.1f}, \

@@ -24,6 +24,9 @@ SWEEPS = 5
 """Passes over the named candidates in which each is exchanged for a likelier one, at most."""
 
 Owners = Int[Tensor, " versions"]
+Told = tuple[Int[Tensor, " versions"], Int[Tensor, " classes"]]
+"""Labels of the versions, and how many records of each class there are."""
+
 """The candidate that each version is one of."""
 
 
@@ -89,7 +92,9 @@ def by_candidate(surprise: Float[Tensor, " versions"], owner: Owners, nats: bool
     return least - (total / torch.bincount(owner, minlength=candidates)).log().nan_to_num(neginf=0.0)
 
 
-def named(each: Sequence[Evidence], owner: Owners, records: int, *, deadline: float = math.inf) -> tuple[Int[Tensor, " records"], float]:
+def named(
+    each: Sequence[Evidence], owner: Owners, records: int, *, deadline: float = math.inf, told: Told | None = None
+) -> tuple[Int[Tensor, " records"], float]:
     """The set of versions, of different candidates, that explains all rounds best, and its surprise.
 
     Args:
@@ -97,8 +102,10 @@ def named(each: Sequence[Evidence], owner: Owners, records: int, *, deadline: fl
         owner: of each version.
         records: how many there are.
         deadline: ``time.process_time()`` after which no more exchanges are tried.
+        told: labels of the versions and counts of the classes, which the set then has, if there are enough candidates of each.
     """
-    best = start(each, owner, records)
+    best = start(each, owner, records, told)
+    labels = torch.zeros_like(owner) if told is None else told[0]
     lowest = float(sum(float(one.surprise(best[None])[0]) for one in each))
     for _ in range(SWEEPS):
         before = lowest
@@ -106,7 +113,7 @@ def named(each: Sequence[Evidence], owner: Owners, records: int, *, deadline: fl
             if time.process_time() > deadline:
                 return best, lowest
             taken = torch.cat([owner[best[:place]], owner[best[place + 1 :]]])
-            others = (~torch.isin(owner, taken)).nonzero().flatten()
+            others = (~torch.isin(owner, taken) & (labels == labels[best[place]])).nonzero().flatten()
             found = torch.stack([one.exchanged(best, place, others) for one in each]).sum(0)
             if float(found.min()) < lowest:
                 lowest, best = float(found.min()), best.index_put((torch.tensor([place]),), others[found.argmin()])
@@ -115,7 +122,7 @@ def named(each: Sequence[Evidence], owner: Owners, records: int, *, deadline: fl
     return best, lowest
 
 
-def start(each: Sequence[Evidence], owner: Owners, records: int) -> Int[Tensor, " records"]:
+def start(each: Sequence[Evidence], owner: Owners, records: int, told: Told | None = None) -> Int[Tensor, " records"]:
     """The versions with the largest weights in the nonnegative combination of updates that is nearest to the observed ones.
 
     Where an update has zeros, all are compared on the rest; the problem is reduced to one of as many equations as versions.
@@ -131,7 +138,12 @@ def start(each: Sequence[Evidence], owner: Owners, records: int) -> Int[Tensor, 
     values, vectors = torch.linalg.eigh(gram)
     root = values.clamp(min=1e-12 * float(values.max())).sqrt()
     weights, _ = nnls((root[:, None] * vectors.T).numpy(), ((vectors.T @ seen) / root).numpy(), maxiter=30 * len(gram))
-    chosen: dict[int, int] = {}
-    for version in torch.tensor(weights).argsort(descending=True, stable=True).tolist():
+    order, chosen = torch.tensor(weights).argsort(descending=True, stable=True).tolist(), dict[int, int]()
+    labels, left = ([0] * count, [records]) if told is None else (told[0].tolist(), told[1].tolist())
+    for version in order:
+        if int(owner[version]) not in chosen and left[labels[version]] > 0:
+            chosen[int(owner[version])] = version
+            left[labels[version]] -= 1
+    for version in order:  # too few candidates of a class
         chosen.setdefault(int(owner[version]), version)
     return torch.tensor(list(chosen.values())[:records])

@@ -25,6 +25,9 @@ STEPS = 4
 TRIALS = 24
 """Batches of held-out public records on which each belief is tried."""
 
+DIRECTIONS = 256
+"""In which a statistic is read, at most: those in which public records differ most."""
+
 AT_ONCE_MB = 64
 """Memory for the covariances of updates that are fitted at once."""
 
@@ -64,12 +67,14 @@ class Moments:
         mean: of the whitened statistic.
         covariance: of the whitened statistic.
         records: public records behind each class's moments.
+        noise: covariance of what defenses add to the whitened statistic of an update.
     """
 
     whiten: Float[Tensor, "raw white"]
     mean: Float[Tensor, "classes white"]
     covariance: Float[Tensor, "classes white white"]
     records: Float[Tensor, " classes"]
+    noise: Float[Tensor, "white white"]
 
 
 def statistics(
@@ -83,8 +88,18 @@ def statistics(
     return ((softmax - targets)[:, :, None] * features[:, None, :]).flatten(1)
 
 
-def moments(statistic: Float[Tensor, "records statistic"], labels: Int[Tensor, " records"], classes: int, belief: Belief) -> Moments:
-    """The moments of each class. A class without records has the moments of all, and counts as known from one record."""
+def moments(
+    statistic: Float[Tensor, "records statistic"],
+    labels: Int[Tensor, " records"],
+    classes: int,
+    belief: Belief,
+    noise: Float[Tensor, "columns columns"] | None = None,
+) -> Moments:
+    """The moments of each class. A class without records has the moments of all, and counts as known from one record.
+
+    Args:
+        noise: covariance of what known defenses add to each class's part of an update's statistic, independent of the others' parts.
+    """
     if not belief.features:
         statistic = only_bias(statistic, classes)
     size = torch.bincount(labels, minlength=classes).double()
@@ -92,15 +107,26 @@ def moments(statistic: Float[Tensor, "records statistic"], labels: Int[Tensor, "
     away = statistic - mean[labels]
     whole = torch.cat([away, mean - mean.mean(0)])
     scale = whole.square().mean(0).sqrt().clamp(min=1e-30)
-    variance, axes = torch.linalg.eigh((whole / scale).T @ (whole / scale) / len(whole))
-    kept = variance > 1e-9 * variance.max()
-    whiten = axes[:, kept] / variance[kept].sqrt() / scale[:, None]
+    variance, axes = principal(whole / scale)
+    whiten = axes / variance.sqrt() / scale[:, None]
     away = away @ whiten
     pooled = away.T @ away / len(away)
     own = torch.stack([away[labels == c].T @ away[labels == c] / size[c] if size[c] else pooled for c in range(classes)])
     covariance = (1 - belief.pulled) * own + belief.pulled * pooled
     covariance = (1 - belief.shrunk) * covariance + belief.shrunk * pooled.diagonal().diag()
-    return Moments(whiten, mean @ whiten, covariance + 1e-6 * torch.eye(int(kept.sum()), dtype=torch.float64), size.clamp(min=1))
+    rows, eye = whiten.view(classes, -1, whiten.shape[1]), torch.eye(whiten.shape[1], dtype=torch.float64)
+    added = 0 * eye if noise is None else torch.einsum("cka,kl,clb->ab", rows, noise[: rows.shape[1], : rows.shape[1]], rows)
+    return Moments(whiten, mean @ whiten, covariance + 1e-6 * eye, size.clamp(min=1), added)
+
+
+def principal(rows: Float[Tensor, "rows columns"]) -> tuple[Float[Tensor, " kept"], Float[Tensor, "columns kept"]]:
+    """Variances and directions of these centred rows, by the smaller of the two Gram matrices; at most :data:`DIRECTIONS`, the widest."""
+    if tall := len(rows) >= rows.shape[1]:
+        variance, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
+    else:
+        variance, axes = torch.linalg.eigh(rows @ rows.T / len(rows))
+    kept = (variance > 1e-9 * variance.max()).nonzero().flatten()[-DIRECTIONS:]
+    return variance[kept], axes[:, kept] if tall else rows.T @ axes[:, kept] / (variance[kept] * len(rows)).sqrt()
 
 
 def only_bias(statistic: Float[Tensor, "*records statistic"], classes: int) -> Float[Tensor, "*records classes"]:
@@ -166,8 +192,8 @@ def _pieces(white: Tensor, concentration: Tensor) -> Iterator[tuple[Tensor, Tens
     yield from zip(torch.split(white, rows), torch.split(concentration, rows), strict=True)
 
 
-def most_credible(statistic: Tensor, labels: Int[Tensor, " records"], classes: int, records: int) -> Belief:
-    """The belief whose counts are nearest to the truth on batches of public records that the moments have not seen.
+def most_credible(statistic: Tensor, labels: Int[Tensor, " records"], classes: int, records: int, noise: Tensor | None = None) -> Belief:
+    """The belief whose counts are nearest to the truth on batches of public records that the moments have not seen, under the known noise.
 
     With too few records for that it is the most cautious one.
     """
@@ -176,6 +202,7 @@ def most_credible(statistic: Tensor, labels: Int[Tensor, " records"], classes: i
     rng = torch.Generator().manual_seed(records)
     half = torch.rand(len(labels), generator=rng).argsort() % 2 == 0
     error = dict.fromkeys(BELIEFS, 0.0)
+    root = None if noise is None else torch.linalg.cholesky(noise + 1e-9 * noise.diagonal().max() * torch.eye(len(noise)).double())
     for seen in (half, ~half):
         there = torch.bincount(labels[~seen], minlength=classes) > 0
         truth, observed = list[Tensor](), list[Tensor]()
@@ -185,9 +212,12 @@ def most_credible(statistic: Tensor, labels: Int[Tensor, " records"], classes: i
             label = torch.multinomial(odds, records, replacement=True, generator=rng)
             drawn = torch.multinomial(F.one_hot(labels[~seen], classes).double().T[label], 1, generator=rng).flatten()
             truth.append(torch.bincount(label, minlength=classes))
-            observed.append(statistic[~seen][drawn].sum(0))
+            seen_sum = statistic[~seen][drawn].sum(0)
+            if root is not None:
+                seen_sum += (torch.randn(classes, len(root), dtype=torch.float64, generator=rng) @ root.T).flatten()
+            observed.append(seen_sum)
         for belief in BELIEFS:
-            model = moments(statistic[seen], labels[seen], classes, belief)
+            model = moments(statistic[seen], labels[seen], classes, belief, noise)
             counts = likelihood(torch.stack(observed), model, belief, records).counts
             error[belief] += float((counts - torch.stack(truth)).abs().sum())
     return min(error, key=lambda belief: error[belief])
@@ -215,7 +245,7 @@ def _fit(white: Tensor, concentration: Tensor, model: Moments, records: int, wei
 def _given(white: Tensor, model: Moments, counts: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """What each update says of its counts, as slope and curvature, with the covariance of these counts, and its log-density at them."""
     scatter = counts + counts.square() / model.records
-    factor = torch.linalg.cholesky(torch.einsum("rc,cij->rij", scatter, model.covariance))
+    factor = torch.linalg.cholesky(torch.einsum("rc,cij->rij", scatter, model.covariance) + model.noise)
     both = torch.cat([model.mean.expand(len(white), -1, -1), white[:, None]], 1).mT
     parts = torch.linalg.solve_triangular(factor, both, upper=False)
     mean, seen = parts[..., :-1], parts[..., -1:]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attacks._gradient import mean_gradient, noise_level, norm
 from attacks._labels.moments import Belief, Moments, moments, most_credible, statistics
 from attacks._labels.runs import along_the_way, reference, weights
 from attacks._layers import Call
@@ -52,7 +53,7 @@ def taught(view: Observation, knowledge: Knowledge, head: Call, *, biased: bool)
     """What the public records teach about uploads like this one. Of several local steps it depends on the upload, too."""
     assert knowledge.public is not None
     known, records = _MADE.get(knowledge.model), knowledge.num_examples
-    alike = (knowledge.training, records, len(view.upload.senders), biased)
+    alike = (knowledge.training, str(knowledge.defenses), records, len(view.upload.senders), biased)
     if known is not None and known[0] is view.broadcast and known[1] is knowledge.public and known[2] == alike:
         return known[3]
     public, classes = reference(knowledge), knowledge.schema.num_classes
@@ -68,8 +69,33 @@ def taught(view: Observation, knowledge: Knowledge, head: Call, *, biased: bool)
 
     each = [statistics(run.softmax, columns(run.head.inputs), labels, knowledge.training) for run in runs]
     statistic = torch.stack(each).mean(0)
-    belief = most_credible(statistic, labels, classes, records) if biased else UNTRIED
-    found = Taught(seen, middle, biased, belief, moments(statistic, labels, classes, belief))
+    added = noise_of(view, knowledge, seen, middle, biased=biased)
+    belief = most_credible(statistic, labels, classes, records, added) if biased else UNTRIED
+    found = Taught(seen, middle, biased, belief, moments(statistic, labels, classes, belief, added))
     if len(runs) == 1:
         _MADE[knowledge.model] = (view.broadcast, knowledge.public, alike, found)
     return found
+
+
+def noise_deviation(view: Observation, knowledge: Knowledge) -> float:
+    """Deviation of the known noise on each coordinate of the mean gradient."""
+    gradient = mean_gradient(view, knowledge)
+    return noise_level(view, knowledge) * norm(gradient) / float(sum(tensor.numel() for tensor in gradient.values()) ** 0.5)
+
+
+def noise_of(
+    view: Observation, knowledge: Knowledge, seen: Float[Tensor, "inputs classes"], middle: Float[Tensor, " inputs"], *, biased: bool
+) -> Float[Tensor, "columns columns"] | None:
+    """Covariance of what known defenses add to each class's part of :meth:`Taught.statistic` of the records together; None for nothing.
+
+    Independent noise e on a class's weights and f on its bias is f beside e·seen − f·middle·seen.
+    """
+    deviation = knowledge.num_examples * noise_deviation(view, knowledge)
+    if not deviation:
+        return None
+    gram = seen.T @ seen
+    if biased:
+        corner = (middle @ seen)[None]
+        top = torch.cat([torch.ones(1, 1, dtype=torch.float64), -corner], 1)
+        gram = torch.cat([top, torch.cat([-corner.T, gram + corner.T @ corner], 1)])
+    return deviation**2 * gram

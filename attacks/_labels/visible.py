@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from attacks._gradient import mean_gradient, several_steps
 from attacks._intact import lossy
-from attacks._labels.runs import reference
+from attacks._labels.runs import PUBLIC, reference
 from attacks._layers import all_buffers
 from attacks.modeled import PRUNING
 from simulator.adversary import Knowledge
@@ -43,7 +43,8 @@ def nearest_label(view: Observation, knowledge: Knowledge, bias: Float[Tensor, "
     if not lossy(view, knowledge) or public is None or knowledge.num_examples != 1 or several_steps(view, knowledge) is not None:
         return None
     size = sum(tensor.numel() for tensor in view.upload.update.tensors.values())
-    if int(torch.bincount(public.labels, minlength=knowledge.schema.num_classes).min()) < 2 or 4 * size * len(public) > MOST_MB * 2**20:
+    enough = int(torch.bincount(public.labels, minlength=knowledge.schema.num_classes).min()) > 1
+    if not enough or 4 * size * min(len(public), PUBLIC) > MOST_MB * 2**20:
         return None
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.Dropout) for layer in knowledge.model.modules()):
         return None

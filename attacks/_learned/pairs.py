@@ -16,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from attacks._gradient import steps_taken
 from attacks._layers import all_buffers
 from attacks._learned.batches import Images, shuffled
-from attacks._learned.latents import in_turn, latent_values
+from attacks._learned.latents import drawn_values, in_turn, masks_in_turn
 from attacks._learned.mechanisms import Chain, Compressed, PerRecord, Stack, applied, chain, compressed, unit_signs
 from attacks._matching.defended import struck
 from attacks._matching.simulate import flat
 from simulator.adversary import Knowledge
+from simulator.models.dropout import masks_from
 from simulator.models.latent import noise_from
 from simulator.training import GradientRule, batch_indices, local_update, per_example_gradients
 from simulator.types import Batch, Observation, Tensors
@@ -104,7 +105,7 @@ def sender(view: Observation, knowledge: Knowledge, seen: Mapping[str, Compresse
     count = len(view.upload.senders)
     least, more = divmod(knowledge.num_examples, count)
     known = chain(view, knowledge)
-    if steps_taken(view, knowledge) > 1 or not struck(view.upload.update.tensors, knowledge.num_examples):  # no telling, or left alone
+    if spared(view, knowledge):
         known = replace(known, steps=tuple(step for step in known.steps if step.heuristic != "outpost"))
     return Sender(
         knowledge,
@@ -115,6 +116,12 @@ def sender(view: Observation, knowledge: Knowledge, seen: Mapping[str, Compresse
         known,
         seen,
     )
+
+
+def spared(view: Observation, knowledge: Knowledge) -> bool:
+    """Whether Outpost, if it is known of, left this upload alone, or there is no telling."""
+    told = any(name == "outpost" for name, _ in knowledge.defenses)
+    return told and (steps_taken(view, knowledge) > 1 or not struck(view.upload.update.tensors, knowledge.num_examples))
 
 
 def updates(of: Sender, images: Images, labels: Int[Tensor, "pairs batch"], rng: torch.Generator) -> Stack:
@@ -158,12 +165,12 @@ def trained(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) ->
     noisy = of.chain.record if of.chain.record and of.chain.record.sigma and (of.draws_all or not of.late(of.chain.record)) else None
     coordinates = sum(of.numels)
 
-    latents = latent_values(of.knowledge, of.parameters, of.buffers, sizes)
+    latents, kept = drawn_values(of.knowledge, of.parameters, of.buffers, sizes)
 
-    def one(inputs: Tensor, targets: Tensor, noise: Tensor, latent: Tensor) -> Tensor:
+    def one(inputs: Tensor, targets: Tensor, noise: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
         batches = [Batch(x, y) for x, y in zip(torch.split(inputs, sizes), torch.split(targets, sizes), strict=True)]
         rule = None if of.chain.record is None else clipping(of, of.chain.record, sizes, noise)
-        with noise_from(in_turn(latent)) if latents else nullcontext():
+        with noise_from(in_turn(latent)) if latents else nullcontext(), masks_from(masks_in_turn(mask)) if len(kept) else nullcontext():
             update, _ = local_update(of.knowledge.model, of.parameters, of.buffers, batches, recipe, rule)
         return flat(update.tensors, of.names)
 
@@ -174,7 +181,9 @@ def trained(of: Sender, images: Images, labels: Tensor, rng: torch.Generator) ->
         for rows in torch.split(torch.arange(len(images)), at_once):
             inputs, targets = shuffled(images[rows], orders[rows]), shuffled(labels[rows], orders[rows])
             noise = torch.randn(len(rows), drawn, generator=rng) * (noisy.sigma if noisy else 0.0)
-            out.append(vmap(one)(inputs, targets, noise, torch.randn(len(rows), latents, generator=rng)))
+            latent = torch.randn(len(rows), latents, generator=rng)
+            masks = (torch.rand(len(rows), len(kept), generator=rng) < kept).to(inputs.dtype)
+            out.append(vmap(one)(inputs, targets, noise, latent, masks))
     return torch.cat(out)
 
 

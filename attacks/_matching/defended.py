@@ -148,7 +148,8 @@ def struck(update: Tensors, records: int = 0) -> bool:
         if tensor.ndim > 1:
             there = (tensor.flatten(2) if tensor.ndim > 2 else tensor[..., None]) != 0
             alive = there.any(2).any(1)[:, None, None] & there.any(2).any(0)[None, :, None]
-            live, zeros = live + int(alive.sum()) * there.shape[2] // alive.shape[2], zeros + int((alive & ~there).sum())
+            alive = alive & there.flatten(0, 1).any(0)  # a kernel's corner may never meet a picture
+            live, zeros = live + int(alive.sum()), zeros + int((alive & ~there).sum())
     return zeros > STRUCK * live
 
 

@@ -35,13 +35,14 @@ from torch import Tensor
 
 from attacks._gradient import clip_limit, unusable
 from attacks._identify.alone import clipped, each_alone, prepared, rows_of
-from attacks._identify.choice import Evidence, by_candidate, named, surprises
+from attacks._identify.choice import Evidence, Told, by_candidate, named, surprises
 from attacks._identify.encoding import read, targets_of, unreadable, without_targets
 from attacks._identify.mixture import Population, weigh
 from attacks._identify.versions import drawn, drawn_given, mixing, transformed
 from attacks._matching.stack import known_stack
 from attacks._rest import in_order
 from attacks._rounds import of_round, redraws, same_sender
+from attacks.modeled import NOISY_LATER
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.progress import tick
 from simulator.registry import register
@@ -141,7 +142,7 @@ class CandidateIdentification:
         for place, (seen, known) in enumerate(rounds):
             tick("candidate_identification", place, len(rounds))
             each.append(self.evidence(seen, known, versions, rng))
-        best, surprise = named(each, owner, knowledge.num_examples, deadline=deadline)
+        best, surprise = named(each, owner, knowledge.num_examples, deadline=deadline, told=told_of(versions, knowledge))
         return owner[best], surprise
 
     def shortlist(self, view: Observation, knowledge: Knowledge, versions: Batch, most: int, rng: torch.Generator) -> Int[Tensor, " rows"]:
@@ -178,11 +179,21 @@ def possible(candidates: Batch, knowledge: Knowledge) -> Batch:
     return Batch(candidates.inputs[fitting], candidates.labels[fitting])
 
 
+def told_of(versions: Batch, knowledge: Knowledge) -> Told | None:
+    """Labels of the versions, and how many of each class were disclosed; None where none were, or the candidates cannot be those."""
+    counts = knowledge.label_counts
+    if knowledge.labels is not None:
+        counts = torch.bincount(knowledge.labels, minlength=knowledge.schema.num_classes)
+    if counts is None or not set(counts.nonzero().flatten().tolist()) <= set(versions.labels.tolist()):
+        return None
+    return versions.labels, counts
+
+
 def clipping_of(view: Observation, knowledge: Knowledge, stated: float) -> tuple[int, float]:
     """Of an aggregate, its senders and the norm to which each one's update was clipped; of one sender the distance knows of it."""
     senders = len(view.upload.senders)
     if senders == 1 or knowledge.num_examples % senders:
         return 1, math.inf
-    told = [clip_limit(view, name, settings) for name, settings in knowledge.defenses if name in ("adaptive_clipping", "simulated_enclave")]
+    told = [clip_limit(view, name, settings) for name, settings in knowledge.defenses if name in (*NOISY_LATER, "simulated_enclave")]
     limit = min([stated, *told])
     return (senders, limit) if limit < math.inf else (1, math.inf)

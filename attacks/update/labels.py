@@ -31,7 +31,7 @@ from attacks._labels.counts import Posterior, posterior, to_counts
 from attacks._labels.embeddings import around, embedding_counts
 from attacks._labels.moments import likelihood
 from attacks._labels.runs import along_the_way, bias_from, reference, weights
-from attacks._labels.taught import taught
+from attacks._labels.taught import noise_deviation, taught
 from attacks._labels.visible import nearest_label
 from attacks._layers import Call, last_linear
 from simulator.adversary import Knowledge, Reconstruction
@@ -44,6 +44,9 @@ Estimate = Literal["auto", "posterior", "idlg", "ilrg", "rlu", "uniform", "dummy
 
 SCALES = torch.logspace(-2, 0, 81, dtype=torch.float64)
 """Factors of an unknown clipping that are tried, 6 % apart."""
+
+BLURRED = 0.1
+"""Deviation of the known noise on a count beyond which a class's mean feature ∂W_c/∂b_c is not read off the gradient any more."""
 
 DIFFUSE = 0.3
 """Where the most probable counts are less probable than this, the expected ones, rounded, have more labels right."""
@@ -103,9 +106,10 @@ def count_posterior(view: Observation, knowledge: Knowledge) -> Posterior:
     gradient, rng = mean_gradient(view, knowledge), torch.Generator().manual_seed(records)
     if knowledge.public is not None and int(torch.bincount(knowledge.public.labels, minlength=len(gradient[head.weight])).min()) > 1:
         return _from_public(view, knowledge, head, rng)
-    if head.bias not in gradient:
+    noise = records * noise_deviation(view, knowledge)
+    if head.bias not in gradient or noise > BLURRED:
         raw = estimate_counts(view, knowledge, "dummy")
-        return _decided(posterior(around(raw, raw.abs().mean() * torch.eye(len(raw)).double()), records, raw, rng=rng), raw)
+        return _decided(posterior(around(raw, (raw.abs().mean() + noise**2) * torch.eye(len(raw)).double()), records, raw, rng=rng), raw)
     weight, bias = gradient[head.weight].double(), gradient[head.bias].double()
     runs = along_the_way(view, knowledge, torch.full((2, *knowledge.schema.shape), 0.5))
     scales = torch.tensor(_scales(view, knowledge), dtype=torch.float64)[:, None]
@@ -114,7 +118,8 @@ def count_posterior(view: Observation, knowledge: Knowledge) -> Posterior:
     raws, covariances = (torch.stack(parts).mean(0) for parts in zip(*each, strict=True))
     misses = [float((raw - to_counts(raw, records)).abs().sum()) for raw in raws]
     best = min(range(len(misses)), key=lambda place: misses[place] if math.isfinite(misses[place]) else math.inf)
-    raw, covariance = raws[best], covariances[best]
+    unread = 0.0 if bool(weight.any()) else float(raws[best].mean())  # zeros hold no mean feature, so that nothing bounds its error
+    raw, covariance = raws[best], covariances[best] + (noise**2 + unread) * torch.eye(len(raws[best]), dtype=torch.float64)
     return _decided(posterior(around(raw, covariance), records, raw, rng=rng), raw)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from attacks._gradient import unusable
 from attacks._learned.mechanisms import Compressed
+from attacks._learned.pairs import spared
 from attacks._learned.train import Inverter, Plan, Reader, compression, reader, train
 from attacks._matching.objective import equal
 from attacks._settings import must_be_positive
@@ -85,18 +86,21 @@ class LearningToInvert:
         seen = [compression(view, known) for view, known in zip(views, knowledge, strict=True)]
         found: dict[int, Reconstruction] = {}
         for members in kinds(views, knowledge, seen):
-            began, plan = time.perf_counter(), Plan(self.pairs, self.seconds * len(members), self.memory_mb)
+            began, clock, plan = time.perf_counter(), time.process_time(), Plan(self.pairs, self.seconds * len(members), self.memory_mb)
             first, inverters = members[0], dict[tuple[int, ...], Inverter]()
             told = knowledge[first].labels is not None or knowledge[first].label_counts is not None
             read = None if told else reader(views[first], knowledge[first], seen[first], plan)
             labels_of = {i: told_labels(views[i], knowledge[i], read) for i in members}
             wanted = {i: tuple(labels.sort().values.tolist()) for i, labels in labels_of.items()}
-            own = Plan(self.pairs, self.seconds * len(members) / len(set(wanted.values())), self.memory_mb)
+            left = max(plan.seconds - (time.process_time() - clock), plan.seconds / 2)
+            own = Plan(self.pairs, left / len(set(wanted.values())), self.memory_mb)
             for i, labels in labels_of.items():
                 ascending = wanted[i]
                 if ascending not in inverters:
                     inverters[ascending] = train(views[i], knowledge[i], torch.tensor(ascending), seen[i], own)
-                found[i] = answered(views[i], knowledge[i], labels, inverters[ascending], (time.perf_counter() - began) / len(members))
+                found[i] = answered(views[i], knowledge[i], labels, inverters[ascending])
+            share = (time.perf_counter() - began) / len(members)
+            found |= {i: replace(found[i], seconds=share) for i in members}
         return [found[i] for i in range(len(views))]
 
 
@@ -107,7 +111,7 @@ def told_labels(view: Observation, knowledge: Knowledge, read: Reader | None) ->
     return read(view)
 
 
-def answered(view: Observation, knowledge: Knowledge, labels: Int[Tensor, " batch"], inverter: Inverter, seconds: float) -> Reconstruction:
+def answered(view: Observation, knowledge: Knowledge, labels: Int[Tensor, " batch"], inverter: Inverter) -> Reconstruction:
     """What the inverter makes of an upload, in the order of the labels."""
     images = inverter(view).view(-1, *knowledge.schema.shape)
     order, estimator = labels.argsort(stable=True), inverter.estimator
@@ -118,7 +122,6 @@ def answered(view: Observation, knowledge: Knowledge, labels: Int[Tensor, " batc
         objective=estimator.error,
         trace=estimator.curve,
         certificate=("",) * len(labels),
-        seconds=seconds,
         converged=inverter.whole and whole > FLAT * half,
     )
 
@@ -129,7 +132,7 @@ def kinds(views: Sequence[Observation], knowledge: Sequence[Knowledge], seen: Se
     for i, (view, known) in enumerate(zip(views, knowledge, strict=True)):
         upload = view.upload
         same = (id(known.model), id(known.public), known.training, known.num_examples, len(upload.senders), str(known.defenses))
-        key = (*same, tuple(sorted(seen[i].items(), key=str)), known.labels is None, known.label_counts is None)
+        key = (*same, tuple(sorted(seen[i].items(), key=str)), known.labels is None, known.label_counts is None, spared(view, known))
         for group in (alike := groups.setdefault(key, [])):
             other = views[group[0]].broadcast
             if equal(view.broadcast.parameters, other.parameters) and equal(view.broadcast.buffers, other.buffers):

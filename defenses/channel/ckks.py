@@ -33,7 +33,9 @@ client that makes keys for other parameters than the world's, or such as nobody 
 seals garbage to some and not to all makes those leave.
 
 What it protects: each client's own update, from the server, which adds ciphertexts that it cannot read and is told the sum: by the
-hardness of lattice problems, at 128 bits, if no client colludes and flooding is on. No differential privacy: the sum is told as it is.
+hardness of lattice problems, if no client colludes: at 128 bits as long as no sum is told; once sums are told, what is shown is b =
+``flooding_bits`` bits (30) against finding the key, and a gain of at most 2^(−(b + 1)/2) in telling two sets of uploads apart. No
+differential privacy: the sum is told as it is.
 
 What it does not protect: the mean itself, as under secure aggregation; who takes part and when; Σ n_i; **anything at all once a single
 client colludes**: all clients hold the one secret key, and the server holds all ciphertexts, of this and of all earlier rounds.

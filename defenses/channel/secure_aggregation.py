@@ -38,14 +38,15 @@ What it protects: each client's own update, from the server and up to t − 1 co
 that lies within the protocol, too): they learn the sum over those who answered, and by the proof of Bonawitz et al. nothing else that can
 be computed. It hides who of the cohort contributed what, the better the more honest clients are in the sum, and has no ε.
 
-What it does not protect: the mean itself, which is a large-batch update and can be attacked as one; a client whose n − 1 peers
-collude, or which several means over different cohorts single out; who takes part, who drops out and when; Σ n_i; coordinates that one
-client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one that sends different
-clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector or share of the right
-form spoils the sum, undetected, and who seals garbage for its peers makes them leave. Python erases no keys, nor has constant time.
+What it does not protect: the mean itself, which is a large-batch update and can be attacked as one; anybody from t colluders on, whose
+shares open every upload; a client which several means over different cohorts single out; who takes part, who drops out and when; Σ n_i;
+coordinates that one client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one
+that sends different clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector
+or share of the right form spoils the sum, undetected, and who seals garbage for its peers makes them leave. Python erases no keys, nor
+has constant time.
 Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
-gradient_disaggregation, support_leak and label_owners over rounds; n − 1 colluding clients (``colluding`` of the threat model); imprint
-and trap_weights.
+gradient_disaggregation, support_leak and label_owners over rounds; t colluding clients on the complete
+graph, more than ``corrupt`` on a k-regular one (``colluding`` of the threat model shows fewer, and n − 1); imprint and trap_weights.
 
 Cost: per client (k + 1)·d words of keystream, d·bits/8 + 131·k + about 200 bytes of upload (k = n − 1 on the complete graph); on the server
 (senders + dropped · k) · d words. ``quantized`` shows the attacker the same view as ``protocol`` at no cost.

@@ -19,15 +19,15 @@ noisy gradients (momentum, local steps, the difference of parameters) is post-pr
   drawn, which q does not make rarer: its ceiling counts that round's local steps in full, as if its batches had held the record.
 
 What it protects: each single record, from the server and from everybody behind it, without trust in either: within ε and δ the client's
-uploads could as well have been computed with that record's gradients left out. The ceiling in a report is the success that this leaves to
-any attack.
+uploads could as well have been computed with that record's gradients left out. The ceiling in a report is how often this lets any attack
+name the record among N equally likely ones; it does not bound PSNR.
 
 What it does not protect: the number of records held (zero-out leaves it as it is), which client takes part, a person with several
 records (their ε adds up), and statistics of the population; under Poisson sampling, how long a step takes, which tells of its batch.
 Noise is float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012), and drawn from the
 world's seed and secret, which the drivers hand to both apps: a deployment must draw it at the client instead.
-Broken by: nothing that it claims to stop; with z below about 0.1 a guess among known candidates still names the record (its ceiling
-is then near 1), though reconstruction from nothing fails.
+Broken by: nothing that it claims to stop; with z of about 0.1 a guess among known candidates still names the record (its ceiling is then
+near 1), and with less of it pictures come back, too.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ shapes.
 What it does not protect: d bits of the update are exact, which is more than what a record holds wherever the model has more
 parameters than the record has bits. With scale = "mean" also every tensor's mean magnitude. It makes no differential-privacy claim
 (ε = ∞).
-Broken by: gradient matching against smoothed signs of the trial, only in part: inverting_gradients gets 4.9 dB, 14.2 dB against
+Broken by: gradient matching against smoothed signs of the guess, only in part: inverting_gradients gets 4.9 dB, 14.2 dB against
 tanh(u/rms(u)), which shows shapes, not shades; 21.4 dB without a defense, 13.5 dB for the mean picture
 (``pytest --slow -s tests/defenses/test_heuristics_matched.py``: photos in 16×16, ConvNet at its initial weights, batches of one, labels
 disclosed, mean of 8). Learned inverters (Wu et al., 2023) need no derivative. Where the first layer is linear, the signs of a

@@ -14,8 +14,9 @@ Hooks: ``on_model`` (the number travels with the model), ``on_update`` and ``on_
 What it protects: all that one client holds, from outsiders who see the released models and clipping norms alone: within ε and δ these
 could as well have come about without its update and bit.
 
-What it does not protect: **anything against this server** (ε = ∞), which has seen clipped updates and bits before it adds noise. The
-claim holds for outsiders who see the released models and norms. Noise is float32 from torch's generator: simulation grade, not safe
+What it does not protect: **anything against this server** (ε = ∞), which has seen clipped updates and bits before it adds noise. From
+outsiders: that a client took part and how many records it holds (zero-out); one client's data in the place of another's, at the same
+ε. Noise is float32 from torch's generator: simulation grade, not safe
 against floating-point attacks (Mironov, 2012).
 Broken by: every attack, at the server: clipping changes the length of an update and not its direction.
 """

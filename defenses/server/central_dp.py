@@ -17,7 +17,8 @@ What it protects: all that one client holds, from outsiders who see the released
 come about without its update. It trusts the server, which is the adversary here.
 
 What it does not protect: **anything against this server** (ε = ∞), which has recorded the uploads before it adds noise; secure
-aggregation does not help, the exact sum is no noisier. The claim holds for outsiders who see the released models only. Noise is
+aggregation does not help, the exact sum is no noisier. From outsiders: that a client took part and how many records it holds, which the
+weights and ε itself use (zero-out); one client's data in the place of another's, at the same ε. Noise is
 float32 from torch's generator: simulation grade, not safe against floating-point attacks (Mironov, 2012).
 Broken by: every attack, at this server: what it recorded is clipped, which changes the length of an update and not its direction.
 """

@@ -16,12 +16,12 @@ from attacks._learned.batches import drawn, pool
 from attacks._learned.estimate import PURE, Affine, Estimator, Pairs, affine
 from attacks._learned.features import LONG, Shortened, shortened
 from attacks._learned.mechanisms import Compressed, Step, chain, compressed, grid, visible
-from attacks._learned.pairs import sender, updates
+from attacks._learned.pairs import sender, spared, updates
 from attacks._learned.train import FIRST, Plan, affordable, compression, reader, simulated, train
 from attacks._matching.simulate import flat
 from attacks._matching.stack import known_stack
 from attacks.update.inverting_gradients import InvertingGradients
-from attacks.update.learning_to_invert import LearningToInvert
+from attacks.update.learning_to_invert import LearningToInvert, kinds
 from clients.local import gradient_rule
 from clients.local import told as handed
 from defenses.client.censor import Censor
@@ -217,6 +217,30 @@ def test_simulation_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FIRST < len(simulated(of, images, labels, shorten, 0.5, stream(0))) <= 50 + FIRST
     assert len(simulated(of, images, labels, shorten, now[0] - 1, stream(0))) == FIRST
     assert len(simulated(of, images, labels, shorten, now[0] + 60, stream(0))) == 1000
+
+
+def test_victims_that_outpost_struck_and_spared_ones_learn_apart() -> None:
+    """What is simulated for them differs, and the first of a group is simulated for all."""
+    settings: dict[str, object] = {"pruned": 0.4, "noised": 0.4, "scale": 0.1, "decay": 0.1, "gamma": 1.0}
+    view, knowledge = surface("lenet", [private(1)])
+    knowledge = replace(knowledge, defenses=(("outpost", settings),))
+    holes = {name: tensor * (torch.rand(tensor.shape, generator=stream(0)) > 0.4) for name, tensor in view.upload.update.tensors.items()}
+    struck = replace(view, uploads=(replace(view.upload, update=Update("gradient", holes)),))
+    assert spared(view, knowledge)
+    assert not spared(struck, knowledge)
+    assert kinds([view, struck, view], [knowledge] * 3, [{}] * 3) == [[0, 2], [1]]
+
+
+def test_victims_share_the_time_that_their_kind_took() -> None:
+    pairs = [surface("linear", [private(1, place)]) for place in range(4)]
+    model, pool = pairs[0][1].model, public()
+    told = [replace(known, model=model, public=pool) for _, known in pairs]
+    views = [replace(view, broadcast=pairs[0][0].broadcast) for view, _ in pairs]
+    began = time.perf_counter()
+    found = LearningToInvert(pairs=64, seconds=0.2).many(views, told, rngs=[stream(0)] * 4)
+    took = time.perf_counter() - began
+    assert len({guess.seconds for guess in found}) == 1
+    assert 0.5 * took < sum(guess.seconds for guess in found) <= took
 
 
 def test_unknown_defenses_are_named_and_harmless_ones_are_not() -> None:
@@ -419,9 +443,16 @@ def test_what_cannot_be_simulated_by_value_is_compared_alike(name: str) -> None:
     assert float(row.norm()) > 0.1
 
 
-def test_a_bottleneck_draws_noise_of_its_own_for_every_pair() -> None:
+DRAWING = {
+    "bottleneck": lambda: lookup.get("models", "precode")(lookup.get("models", "linear")(), 4),
+    "dropout": lambda: lookup.get("models", "mlp")(hidden=(32,), dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("layer", DRAWING)
+def test_layers_that_draw_do_so_anew_for_every_pair(layer: str) -> None:
     """The simulated updates of one batch spread as the real ones do."""
-    family = lookup.get("models", "precode")(lookup.get("models", "linear")(), 4)
+    family = DRAWING[layer]()
     batch, draws = private(2), 60
     model = family.build(Schema(tuple(batch.inputs.shape[1:]), CLASSES), stream(0, "model"))  # type: ignore[arg-type]
     shown = [attack_surface(model, [batch], seed=seed) for seed in range(draws)]

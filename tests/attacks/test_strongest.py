@@ -14,10 +14,12 @@ from torch import nn
 from attacks import _blend, _solving, strongest
 from attacks._blend import blended
 from attacks._choice import Choice
+from attacks._contest import may_rehearse
 from attacks._gradient import mean_gradient, noise_level, unusable
 from attacks._rest import farthest, in_order, labels_left, mismatch, separable, without
 from attacks._solving import Proven, after, merged, united
 from attacks.strongest import Strongest
+from attacks.update.adaptive_matching import AdaptiveMatching
 from attacks.update.linear_leak import LinearLeak
 from attacks.update.sparse_factorization import SparseFactorization
 from simulator.adversary import Knowledge, Reconstruction
@@ -335,6 +337,86 @@ def test_matching_that_still_gains_when_time_is_over_is_not_converged(
     guess = Strongest(seconds=0.4 / 6)(*attack_surface(build("mlp", (1, 8, 8)), [TRUTH]), rng=stream(0))
     assert guess.converged == converged
     assert len(Lucky.asked) == (gains + 1 if converged else pytest.approx(5, abs=1.5))
+
+
+NOISES: dict[str, dict[str, object]] = {
+    "gaussian_noise": {"sigma": 0.1 * 2**0.5},
+    "client_dp": {"clip_norm": 1e6, "noise_multiplier": 1e-7 * 2**0.5},
+    "distributed_dp": {"clip_norm": 1e6, "noise_multiplier": 1e-7 * 2},
+    "simulated_enclave": {"clip_norm": 1e6, "noise_multiplier": 1e-7 * 2},
+}
+
+
+@pytest.mark.parametrize("public", [None, digits(80, offset=100)], ids=["alone", "public"])
+def test_equal_noise_on_a_sum_gets_equal_solvers_whatever_it_is_called(public: Batch | None) -> None:
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8), width=4, hidden=16), [digits(1), digits(1, offset=1)])
+    levels, chosen = set(), set()
+    for name, settings in NOISES.items():
+        told = replace(knowledge, public=public, defenses=((name, settings),))
+        levels.add(round(noise_level(view, told), 4))
+        chosen.add(tuple(solver.name for solver in strongest.applicable(view, told)))
+    assert len(levels) == 1
+    assert levels.pop() > 0.01
+    assert len(chosen) == 1
+    assert {"adaptive_matching", "learning_to_invert"} & set(chosen.pop())
+
+
+def test_a_history_that_nothing_uses_changes_nothing() -> None:
+    """Of a client that draws its records anew each round, another round tells nothing; who is told more must not ask less."""
+    recipe = LocalTraining(algorithm="fedavg", batch_size=1, steps=1, learning_rate=0.1)
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8), width=4, hidden=16), [digits(1)], recipe)
+    known = replace(knowledge, public=digits(80, offset=100))
+    other = replace(view, broadcast=replace(view.broadcast, round=2), uploads=(replace(view.upload, senders=frozenset({7})),))
+    states = [strongest.begun([view], [each])[0] for each in (known, replace(known, history=(other,)))]
+    assert states[0].able == states[1].able
+    assert [may_rehearse(state) for state in states] == [True, True]
+
+
+@pytest.mark.parametrize(("noise", "rounds", "learned"), [(20.0, 1, True), (20.0, 2, True), (0.6, 1, True), (0.6, 8, False), (0.1, 1, False)])
+def test_rounds_are_worth_what_averaging_takes_off_the_noise(noise: float, rounds: int, learned: bool) -> None:
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8), width=4, hidden=16), [digits(2)])
+    history = tuple(replace(view, broadcast=replace(view.broadcast, round=number)) for number in range(1, rounds))
+    sigma = noise / noise_level(view, replace(knowledge, defenses=(("gaussian_noise", {"sigma": 1.0}),)))
+    told = replace(knowledge, public=digits(80, offset=100), history=history, defenses=(("gaussian_noise", {"sigma": sigma}),))
+    assert Choice(view, told).rounds == rounds
+    assert ("learning_to_invert" in {solver.name for solver in strongest.applicable(view, told)}) == learned
+
+
+def test_matching_that_knows_the_defense_starts_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An undefended victim gets every start that gains; one behind pruning no fewer."""
+    starts: list[int] = []
+
+    def gaining(self: AdaptiveMatching, views: Sequence[Observation], *_: object, **__: object) -> list[Reconstruction]:
+        starts.append(1)
+        share = 0.5**len(starts) if len(starts) < 4 else 0.125
+        image = share * torch.full_like(TRUTH.inputs[:1], 0.5) + (1 - share) * TRUTH.inputs[:1]
+        return [Reconstruction(image, TRUTH.labels[:1].clone(), converged=True) for _ in views]
+
+    monkeypatch.setattr(AdaptiveMatching, "many", gaining)
+    view, knowledge = attack_surface(build("cnn", (1, 8, 8), width=4, hidden=16), [Batch(TRUTH.inputs[:1], TRUTH.labels[:1])])
+    Strongest(seconds=20.0)(view, replace(knowledge, defenses=(("top_k", {"pruned": 0.5}),)), rng=stream(0))
+    assert len(starts) == 4
+
+
+def test_a_victim_that_has_little_time_left_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: dict[int, float] = {}
+
+    @dataclass(frozen=True)
+    class Timed(Gray):
+        name: ClassVar[str] = "timed"
+        seconds: float = 1.0
+
+        def __call__(self, view: Observation, knowledge: Knowledge, *, rng: torch.Generator) -> Reconstruction:
+            budgets[knowledge.num_examples] = self.seconds
+            return super().__call__(view, knowledge, rng=rng)
+
+    monkeypatch.setattr(strongest, "LADDER", (Timed,))
+    model = build("mlp", (1, 8, 8))
+    pairs = [attack_surface(model, [Batch(TRUTH.inputs[:count], TRUTH.labels[:count])]) for count in (2, 3)]
+    fresh = strongest.begun([view for view, _ in pairs], [known for _, known in pairs])
+    Strongest(seconds=10.0)._climbed([replace(fresh[0], cpu=19.0), fresh[1]], [stream(0), stream(1)])
+    assert budgets[2] == pytest.approx(2.0, abs=0.5)  # its reserve
+    assert budgets[3] == pytest.approx(30.0, abs=0.5)
 
 
 def test_nobody_to_attack_is_no_answer() -> None:
