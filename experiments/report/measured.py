@@ -83,10 +83,13 @@ def _notes(shown: Sequence[Row], rows: Sequence[Row], letters: Mapping[str, str]
     arms = {name(row, "defense") for row in shown}
     blind = [row for row in rows if name(row, "defense") in arms and row.get("attack") != BEST and beside.prior(row)]
     named = beside.senders(row for row in rows if name(row, "defense") in arms)
+    said = {name(row, "defense"): str(row["epsilon_for"]) for row in shown if row.get("epsilon_for")}
     return [
         f"Brackets are 95 % intervals. Each victim counts with its strongest attack: which, how often.{paired}{rounding}{ceilings}",
         *([""] if blind else []),
         *(f"- {name(row, 'attack')} under {name(row, 'defense')}: {beside.prior(row)} {OVER}" for row in blind),
+        *(["", "What each ε says:", ""] if said else []),
+        *(f"- {', '.join(arm for arm in said if said[arm] == sentence)}: {sentence}" for sentence in dict.fromkeys(said.values())),
         *(["", f"{NAMED}:", ""] if named else []),
         *(f"- {attack} under {arm}: {said}" for arm, attack, said in named),
         *(["", "Flags:", ""] if letters else []),

@@ -87,6 +87,8 @@ def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) 
         parts.append(f"Below an accuracy: its difference to the arm's control, paired by seed ({values.join(over)}), in points ± 95 %.")
     if any(line.over_training for line in rows):
         parts.append("Ceiling: for what the attack saw; (all …) for whoever has every upload of the training.")
+    if certified := [f"{line.defense}: {line.sentence}" for line in rows if line.epsilon not in ("", values.INFINITY) and line.sentence]:
+        parts.append(f"What each ε says. {_first(certified)}")
     parts += _beside(rows, details)
     if named := [f"{line.attack}, {line.defense}: {line.sender}" for line in details if line.sender]:
         parts.append(f"Senders named rightly: {_first(named)}.")

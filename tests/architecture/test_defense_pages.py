@@ -65,10 +65,11 @@ def test_paragraphs_become_sections_and_formulas_stay_as_they_are() -> None:
 
 def test_measurements_stand_on_the_pages_of_the_defenses_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "defenses.json"
-    path.write_text(json.dumps([row("none", stack=[], control=True), row("top-k 90 %", stack=["top_k"], accuracy=0.5, seeds=2)]))
+    path.write_text(json.dumps([row("none", stack=[], control=True), row("top-k 90 %", stack=["top_k"], accuracy=0.5, seeds=2, epsilon_for="ε = ∞.")]))
     monkeypatch.setattr(measurements, "MEASURED", path)
     found = pages()
     assert "## Measured on our data" in found["top_k.md"]
     assert "| top-k 90 % | inverting_gradients | 32, 2 | 97\u00a0% [84–99.9\u00a0%], 1\u00a0% |" in found["top_k.md"]
     assert "| none |" in found["top_k.md"]
+    assert "What each ε says:\n\n- none: No guarantee for this server.\n- top-k 90 %: ε = ∞.\n" in found["top_k.md"]
     assert "## Measured on our data" not in found["clip.md"]

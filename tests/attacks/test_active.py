@@ -62,6 +62,7 @@ def attacked(method: str, data: Batch, **settings: Any) -> Reconstruction:
     return METHODS[method](view, knowledge, rng=stream(0, "attack"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("neurons", [64, 256])
 def test_imprint_recovers_most_of_eight_digits_with_public_brightness(neurons: int) -> None:
     public = digits(360, offset=1400)
@@ -98,6 +99,7 @@ def test_told_labels_stay_with_their_records(method: str) -> None:
     assert torch.equal(guess.labels[sure], data.labels[errors(guess, data)[sure].argmin(1)])
 
 
+@pytest.mark.slow
 def test_imprint_certifies_what_is_alone_in_its_gap_and_nothing_else() -> None:
     certified = shared = 0
     for seed in range(20):

@@ -132,6 +132,7 @@ def clipped(surface: tuple[Observation, Knowledge], factor: float) -> tuple[Obse
     return view, replace(knowledge, defenses=(("clip", {"clip_norm": factor * norm}),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "model", "shape", "size"),
     [

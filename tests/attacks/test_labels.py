@@ -40,6 +40,7 @@ def test_a_head_of_zeros_gives_every_count(estimate: str, smoothing: float) -> N
     assert torch.equal(recovered_counts(*surface, estimate), tally(batch))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["linear", "mlp", "lenet"])
 def test_one_image_many_times_gives_every_count(name: str, smoothing: float) -> None:
@@ -66,6 +67,7 @@ def test_public_records_teach_once_a_round_what_they_would_teach_each_upload(mon
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "least"), [(0.02, 0.98), (0.05, 0.85)])
 def test_known_noise_is_allowed_for(sigma: float, least: float) -> None:
     """No worse than counts from dummy inputs alone and, with public records, nearly all right: 10 batches of 8 digits behind a LeNet."""
@@ -278,6 +280,7 @@ def exact_counts(name: str, size: int, data: Batch, shape: tuple[int, int, int])
     return exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "least"),
     [

@@ -152,6 +152,7 @@ def run_digits(attack: Matching, count: int = 4) -> list[Reconstruction]:
     return attack.many([v for v, _ in pairs], [k for _, k in pairs], rngs=[stream(0, "victim", i) for i in range(count)])
 
 
+@pytest.mark.slow
 def test_dlg_with_a_line_search_beats_the_published_one() -> None:
     data = digits(4)
     ours, published = run_digits(DLG(evaluations=150)), run_digits(DLGPaper(iterations=8))

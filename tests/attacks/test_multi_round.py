@@ -177,6 +177,7 @@ def run_of_three_rounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exper
     return experiment, experiment.world(experiment.arms[0], 31337), read(place / "out" / "transcript" / "none-seed31337")
 
 
+@pytest.mark.slow
 def test_history_is_withheld_unless_all_rounds_are_granted(run_of_three_rounds: tuple[Experiment, World, Record]) -> None:
     experiment, world, record = run_of_three_rounds
     assert [seen.broadcast.round for seen in record.observations] == [1, 2, 3]

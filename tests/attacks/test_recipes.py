@@ -302,6 +302,7 @@ def test_every_attack_gives_the_reason(name: str, surface: Surface) -> None:
         assert "the model's tensors" in reason or not applies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

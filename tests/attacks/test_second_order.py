@@ -220,6 +220,7 @@ def test_nothing_is_certified_without_its_own_update() -> None:
     assert error_bound(few, drawn(20, 0).inputs, rng=rng) == float("inf"), "fewer equations than unknowns"
 
 
+@pytest.mark.slow
 def test_error_bound_holds() -> None:
     for seed in range(3):
         batch = drawn(2, seed)

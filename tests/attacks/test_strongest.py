@@ -604,6 +604,7 @@ def test_what_is_left_counts_against_the_unknowns_and_not_as_a_share(share: floa
     assert ("adaptive_matching" in names) != hidden
 
 
+@pytest.mark.slow
 def test_no_proof_under_masks_that_are_not_known() -> None:
     """Dropout on the pixels: what explains the update to its last digit is the picture with its holes."""
     for activation in (nn.Sigmoid, nn.ReLU):

@@ -113,6 +113,7 @@ def test_decoder_may_be_entered_at_any_block_and_treats_records_apart() -> None:
     assert torch.allclose(decoded(plan, layers, entering(plan, layers, codes[1:2])), whole[1:2])
 
 
+@pytest.mark.slow
 def test_generator_learns_its_public_records_and_repeats_itself() -> None:
     data, plan = digits(60, (1, 16, 16)).inputs, Plan(16, (16, 16, 16), (1, 16, 16))
     one, same = (learn(plan, data, seconds=0.5, rng=stream(0)) for _ in range(2))

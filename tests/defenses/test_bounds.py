@@ -169,6 +169,7 @@ def network(clip_norm: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], t
     return lambda z: clipped_gradient(*of, z, torch.tensor(3), clip_norm=clip_norm, label_smoothing=0.0), (*of, x, torch.tensor(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clip_norm", "exact"), [(1.0, 0.1758), (math.inf, 1.4771)])
 def test_probes_estimate_the_trace_of_the_whole_jacobian(clip_norm: float, exact: float) -> None:
     gradient, of = network(clip_norm)
@@ -180,6 +181,7 @@ def test_probes_estimate_the_trace_of_the_whole_jacobian(clip_norm: float, exact
     assert found.pixels == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 3, 40, 400])
 def test_the_upper_end_of_twenty_probes_is_below_the_truth_once_in_600_whatever_the_rank(rank: int) -> None:
     """Squares of a Jacobian of rank r are about χ²_r/r, with mean 1: the lower r, the longer their tail above, which twenty may miss."""

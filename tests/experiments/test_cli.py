@@ -493,6 +493,7 @@ def test_interrupted_deployment_is_taken_down_by_its_workers(stop: signal.Signal
     assert _marked(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_recovered_labels_are_judged_as_labels(spec: Path, tmp_path: Path) -> None:
     words = ["run", spec, "--out", tmp_path / "out", "--set", 'attacks=["label_recovery"]', "--set", "federation.clients=40", "--workers", 1]
     done = CliRunner().invoke(app, list(map(str, words)))
@@ -738,6 +739,7 @@ def test_estimate_times_a_sample_says_how_long_and_writes_nothing(spec: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_may_be_audited_at_once(spec: Path, tmp_path: Path) -> None:
     noise = 'arms.1.defenses=[{name="dp_sgd", clip_norm=1.0, noise_multiplier=1.0}]'
     words = ["run", str(spec), "--out", str(tmp_path / "out"), "--workers", "1", "--audit", "--set", noise, "--set", "training.batch_size=1"]

@@ -80,6 +80,7 @@ def test_no_label_of_a_crowd_covers_another_and_every_arm_has_one(arms: int) -> 
     assert max(right for _, _, right, _ in there.values()) <= below.get_window_extent(renderer).x1
 
 
+@pytest.mark.slow
 def test_a_number_in_a_comb_has_a_line_to_its_own_point() -> None:
     """A line begins at the arm's point and ends at its number, above it at the top and below it at the floor, and crosses no other."""
     figure = pareto.pareto(crowd())

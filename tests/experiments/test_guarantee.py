@@ -181,3 +181,15 @@ def test_what_an_adversary_of_released_models_may_know_is_no_ceiling_of_a_view()
 def test_there_is_no_view_beyond_the_training() -> None:
     with pytest.raises(ValueError, match=r"last must be a round in 1\.\.2, got 3"):
         until(world(), 3)
+
+
+def test_noise_that_comes_after_the_server_saw_is_said_to_be_for_outsiders() -> None:
+    of = world(federation={"rounds": 3}, defenses=[{"name": "central_dp", "noise_multiplier": 2.0}])
+    outside = guarantee(of, records_held=records_held(of), delta=1e-5, adversary="outsider")
+    found = guarantee_of(of, delta=1e-5, candidates=10).guarantee
+    assert math.isinf(found.epsilon)
+    assert found.sentence.startswith("ε = ∞ against the honest-but-curious server")
+    assert found.sentence.endswith(outside.sentence)
+    assert f"ε = {outside.epsilon:.5g}" in outside.sentence
+    for quiet in (world(), world(training={"batch_size": 1}, defenses=[{"name": "dp_sgd", "noise_multiplier": 1.0}])):
+        assert "outsider" not in guarantee_of(quiet, delta=1e-5, candidates=10).guarantee.sentence

@@ -166,6 +166,7 @@ def test_attack_that_kills_its_process_fails_on_that_victim_alone(
     assert (answers[1].status, reason in answers[1].reason) == ("failed", True), answers[1].reason
 
 
+@pytest.mark.slow
 def test_attack_that_dies_on_many_at_once_is_asked_one_by_one(done: tuple[Experiment, World, list[Victim], Path]) -> None:
     assert all(isinstance(answer, Reconstruction) for answer in ask(plugin("DyingTogether"), done))
 
@@ -284,6 +285,7 @@ Host().ask(parcel.unpack(Path("job").read_bytes()), print, 1 << 30)
 RUN = ["-m", "experiments", "run", "spec.toml", "--out", "out", "--workers", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "stop"),
     [

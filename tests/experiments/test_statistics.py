@@ -104,6 +104,7 @@ def test_few_clusters_have_students_interval_of_their_means(clusters: int) -> No
     assert (interval.low, interval.high) == pytest.approx(want, abs=0.3 * (want[1] - want[0]))  # nor much wider
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [(3,) * 2, (3,) * 3, (3,) * 4, (3,) * 5, (3,) * 6, (1, 3), (1, 2, 4), (1, 2, 4, 8), (1, 1, 8), (1, 1, 1, 1, 12)], ids=str
 )

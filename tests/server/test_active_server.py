@@ -142,6 +142,7 @@ def test_knowledge_says_what_the_threat_model_says(tmp_path: Path) -> None:
         assert told.adversary == adversary
 
 
+@pytest.mark.slow
 def test_every_row_and_the_report_say_active(tmp_path: Path) -> None:
     small = load("active", ["seeds=[0]", "federation.clients=2", "evaluation.victims=1"])
     out = tmp_path / "run"

@@ -100,6 +100,7 @@ def test_images_are_those_of_the_packages() -> None:
     assert np.array_equal(load("faces").records.inputs[:, 0], lfw_subset().astype(np.float32))
 
 
+@pytest.mark.slow
 def test_no_package_is_imported_for_its_files() -> None:
     script = f"""
         import sys
