@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from experiments.matching import EXACT_MSE, UNMATCHED, Images, assign_labels, pairwise_mse
 from experiments.perceptual import LPIPS_VARIABLE, Lpips
@@ -160,6 +159,8 @@ def ssim(guess: Images, truth: Images) -> Float[Tensor, " batch"]:
     Raises:
         ValueError: a side is shorter than 3 pixels.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # here: it imports for seconds, in every process
+
     side = min(truth.shape[-2:])
     if side < 3:
         raise ValueError(f"images must be at least 3 × 3 pixels for SSIM, got {tuple(truth.shape[-2:])}. Use larger records.")
