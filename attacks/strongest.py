@@ -1,10 +1,11 @@
 """The router: asks every solver whether it applies, runs the strongest per second first, and hands on only what is not yet proven.
 
-A solver that proves some records of a batch exact takes them out of it: their gradients are subtracted, and the next solver sees the
-mean gradient of the others alone. Of guesses without a proof the one is kept whose own simulated update comes nearest to the observed
-one. A solver that fails is logged; unless others solve the victim, it then counts as not converged. Where public records are held, what
-algebra leaves unsolved is contested (:mod:`attacks._contest`): by the learned inverter, if it is better on uploads of some of those
-records. Time that is left when all were asked goes into further starts of matching, as long as they gain. Nothing here sees the truth.
+A solver that proves some records of a batch exact takes them out of it: their gradients are subtracted, and the next solver sees the mean
+gradient of the others alone. Of guesses without a proof the one is kept whose own simulated update comes nearest to the observed one. A
+solver that fails is logged; unless others solve the victim, it then counts as not converged. Where public records are held, what algebra
+leaves unsolved is contested (:mod:`attacks._contest`), unless BatchNorm's statistics, other rounds or a defense that cannot be imitated
+say more than a rehearsal would: by the learned inverter, if it is better on uploads of some of those records. Time that is left when all
+were asked goes into further starts of matching, as long as they gain. Nothing here sees the truth.
 
 Source: this project; every solver names its paper.
 Deviations: weights of total variation are the solvers' own. tuned_inverting_gradients chooses its weight in a rehearsal and is not asked:

@@ -23,7 +23,7 @@ ENUMERATED = 30_000
 """Up to so many possible counts are all weighed, which is exact; of more, the best is searched and the others are sampled."""
 
 SAMPLES = 10_000
-"""Steps of the Metropolis chain; the probability of the best counts is then good to about 0.02."""
+"""Steps of the Metropolis chain: the probability of the best counts has an error of at most 0.005 times √(autocorrelation time)."""
 
 SECOND_MOVES = 24
 """Best single exchanges after each of which a second one is tried, where no single one improves."""

@@ -15,7 +15,7 @@ ROUNDS = 60
 """Half-steps of the alternation."""
 
 RIDGE = 0.03
-"""Records added to each class, so that the trust in absent ones stays bounded: 0.01 to 0.1 give the same counts within noise."""
+"""Records added to each class, so that the trust in absent ones stays bounded. A choice."""
 
 SMOOTHEST = 0.05
 """Least variance of the error in any direction, as a share of the mean one."""

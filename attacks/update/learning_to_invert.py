@@ -14,7 +14,8 @@ Deviations: the paper trains a perceptron of three layers of 3000 units; this is
     The uploaded buffers (BatchNorm statistics) are not used. No polish by gradient matching.
 Measured: 20 digits, lenet, labels recovered: claims learned-digits (no defense) and learned-noise beside learned-noise-matching
     (noise of 0.1). Behind noise, signs and pruning of 99 % it is at least 5 dB above matching at equal CPU seconds (``pytest --slow
-    tests/attacks/test_learning_to_invert.py``). Which of the two serves a victim better ``strongest`` rehearses on public records.
+    tests/attacks/test_learning_to_invert.py``). Which of the two serves a victim better ``strongest`` rehearses on public records,
+    but where it takes the update for hidden: there it is asked alone.
 """
 
 from __future__ import annotations
