@@ -15,6 +15,7 @@ from attacks._intact import lossy
 from attacks._layers import all_buffers
 from attacks._matching.latents import bottlenecks, prepare_told
 from attacks._matching.priors import roughness
+from attacks._matching.records import clipping
 from attacks._matching.simulate import simulate
 from attacks._matching.stack import known_stack
 from simulator.adversary import Knowledge
@@ -28,15 +29,19 @@ PRIOR = 0.02
 def mismatch(view: Observation, knowledge: Knowledge, guess: Batch) -> tuple[float, float]:
     """How badly a guess explains the update, and how unlikely it is: (angle in radians, angle plus weighted roughness).
 
-    The angle is that between the observed update and the one that the client's recipe makes of the guess; it is blind to scale, so
-    that a clipped update is judged like any other, and to what known defenses left out. Dropout whose masks are not read off is
-    simulated without them: the angle is then only a rough judge, and no longer small at the truth.
+    The angle is that between the observed update and the one that the client's recipe makes of the guess; it is blind to scale, so that
+    a clipped update is judged like any other, and to what known defenses left out; records that were clipped one by one are so here.
+    Dropout whose masks are not read off is simulated without them: the angle is then only a rough judge, and no longer small at the
+    truth.
     """
     told = replace(knowledge, labels=guess.labels)
-    victim, defended = prepare_told(view, told), known_stack(view, told).distance
+    victim, stack = prepare_told(view, told), known_stack(view, told)
+    defended, rule = stack.distance, None
+    if knowledge.num_examples > 1 and stack.record_clip < torch.inf:
+        rule = clipping(stack.record_clip, victim.recipe.label_smoothing)
     trial = simulate(
         victim.model, victim.parameters, victim.buffers, guess.inputs, guess.labels,
-        recipe=victim.recipe, order=victim.order, names=victim.names,
+        recipe=victim.recipe, order=victim.order, names=victim.names, rule=rule,
     ).double()  # fmt: skip
     target = victim.target.double()
     trial, target = defended.compared(trial, target, victim.spans)

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attacks._matching.client import Recipe, Trial
-from attacks._matching.simulate import flat
-from simulator.training import GradientRule, local_update, per_example_gradients, root
+from attacks._matching.simulate import run_recipe
+from simulator.training import GradientRule, per_example_gradients, root
 from simulator.types import Batch, Tensors
 
 
@@ -39,7 +39,7 @@ class PerRecord(Recipe):
     def simulate(self, trial: Trial) -> tuple[Float[Tensor, " coordinates"], Tensors]:
         """Run the recipe."""
         kin = trial.kin
-        batches = [Batch(trial.inputs[first:end], trial.labels[first:end]) for first, end in kin.order]
-        rule = clipping(self.clip_norm, kin.recipe.label_smoothing)
-        update, after = local_update(kin.model, trial.parameters, trial.buffers, batches, kin.recipe, rule)
-        return flat(update.tensors, kin.names), after
+        return run_recipe(
+            kin.model, trial.parameters, trial.buffers, trial.inputs, trial.labels,
+            recipe=kin.recipe, order=kin.order, names=kin.names, rule=clipping(self.clip_norm, kin.recipe.label_smoothing),
+        )  # fmt: skip

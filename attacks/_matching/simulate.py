@@ -15,7 +15,7 @@ from attacks._dropout import with_read_mask
 from attacks._gradient import records_per_sender
 from attacks.update.labels import known_or_recovered
 from simulator.adversary import Knowledge
-from simulator.training import local_update, loss
+from simulator.training import GradientRule, local_update, loss
 from simulator.types import Batch, LocalTraining, Observation, Tensors
 
 Span = tuple[int, int]
@@ -129,14 +129,17 @@ def run_recipe(
     recipe: LocalTraining,
     order: Sequence[Span],
     names: Sequence[str],
+    rule: GradientRule | None = None,
 ) -> tuple[Float[Tensor, " coordinates"], Tensors]:
     """The update that the recipe makes of these records, flat, and the buffers afterwards; differentiable in inputs and soft labels.
 
-    Parameters that require gradients ask for plain autograd inside, which has less overhead than torch.func but cannot be batched.
+    What ``rule`` does to the gradient of each step is done, if there is one. Parameters that require gradients ask for plain autograd
+    inside, which has less overhead than torch.func but cannot be batched.
     """
     batches = [Batch(inputs[first:end], labels[first:end]) for first, end in order]
     tracked = all(tensor.requires_grad for tensor in parameters.values())
-    update, after = local_update(model, parameters, buffers, batches, recipe, partial(tracked_gradient, recipe=recipe) if tracked else None)
+    rule = rule or (partial(tracked_gradient, recipe=recipe) if tracked else None)
+    update, after = local_update(model, parameters, buffers, batches, recipe, rule)
     return flat(update.tensors, names), after
 
 
@@ -150,9 +153,10 @@ def simulate(
     recipe: LocalTraining,
     order: Sequence[Span],
     names: Sequence[str],
+    rule: GradientRule | None = None,
 ) -> Float[Tensor, " coordinates"]:
     """The update alone of :func:`run_recipe`."""
-    return run_recipe(model, parameters, buffers, inputs, labels, recipe=recipe, order=order, names=names)[0]
+    return run_recipe(model, parameters, buffers, inputs, labels, recipe=recipe, order=order, names=names, rule=rule)[0]
 
 
 def unroll_length(view: Observation, knowledge: Knowledge) -> int:

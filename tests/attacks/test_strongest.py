@@ -339,6 +339,25 @@ def test_matching_that_still_gains_when_time_is_over_is_not_converged(
     assert len(Lucky.asked) == (gains + 1 if converged else pytest.approx(5, abs=1.5))
 
 
+def test_records_that_were_clipped_one_by_one_are_explained_by_themselves() -> None:
+    model = build("cnn", (1, 8, 8), width=4, hidden=16)
+    batch = digits(3)
+    singles = [attack_surface(model, [Batch(batch.inputs[i : i + 1], batch.labels[i : i + 1])])[0] for i in range(3)]
+    view, knowledge = attack_surface(model, [batch])
+    norms = [float(torch.cat([t.flatten() for t in single.upload.update.tensors.values()]).norm()) for single in singles]
+    limit = sorted(norms)[1]
+    scales = [min(1.0, limit / size) for size in norms]
+    names = view.upload.update.tensors
+    mean = {n: sum(s * one.upload.update.tensors[n] for s, one in zip(scales, singles, strict=True)) / 3 for n in names}
+    view = replace(view, uploads=(replace(view.upload, update=Update("gradient", mean)),))  # type: ignore[arg-type]
+    told = replace(knowledge, labels=batch.labels, defenses=(("dp_sgd", {"clip_norm": limit, "noise_multiplier": 0.0}),))
+    assert mismatch(view, told, batch)[0] < 1e-4
+    assert mismatch(view, replace(told, defenses=()), batch)[0] > 0.01
+    able = [solver.name for solver in strongest.applicable(view, told)]
+    assert "adaptive_matching" in able
+    assert "inverting_gradients" not in able
+
+
 NOISES: dict[str, dict[str, object]] = {
     "gaussian_noise": {"sigma": 0.1 * 2**0.5},
     "client_dp": {"clip_norm": 1e6, "noise_multiplier": 1e-7 * 2**0.5},
