@@ -223,10 +223,10 @@ def test_a_wide_choice_of_beliefs_is_tried_on_held_out_records() -> None:
     assert not most_credible(columns.flatten(1), labels, 4, 16).features
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["convnet", "cnn"])
 def test_public_records_at_half_the_accuracy(name: str) -> None:
-    """B3: 32 records of a model at 50 % accuracy, 400 public ones."""
+    """Claim B3, and the same for cnn: 32 records of a model at 50 % accuracy, 400 public ones."""
     rows = {(row["estimate"], row["public"], row["classes"]): row for row in measure(name, 32, 0.5, 20, 100)}
     for kind in ("all", "two"):
         ours, rlu, equal = (rows[key] for key in (("auto", True, kind), ("rlu", True, kind), ("equal counts", False, kind)))
