@@ -87,13 +87,22 @@ def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) 
         parts.append(f"Below an accuracy: its difference to the arm's control, paired by seed ({values.join(over)}), in points ± 95 %.")
     if any(line.over_training for line in rows):
         parts.append("Ceiling: for what the attack saw; (all …) for whoever has every upload of the training.")
-    if certified := [f"{line.defense}: {line.sentence}" for line in rows if line.epsilon not in ("", values.INFINITY) and line.sentence]:
-        parts.append(f"What each ε says. {_first(certified)}")
+    parts += _certified(rows)
     parts += _beside(rows, details)
     if named := [f"{line.attack}, {line.defense}: {line.sender}" for line in details if line.sender]:
         parts.append(f"Senders named rightly: {_first(named)}.")
     parts += [f"{letter}: {flag.replace('_', ' ')}. {explain(flag)}".strip() for flag, letter in letters.items()]
     return Text("\n".join(parts + _unmeasured(details)))
+
+
+def _certified(rows: list[Line]) -> list[str]:
+    """What each finite ε says, in words; arms that say the same together."""
+    arms: dict[str, list[str]] = {}
+    for line in rows:
+        if line.sentence and line.epsilon not in ("", values.INFINITY):
+            arms.setdefault(line.sentence, []).append(line.defense)
+    said = [f"{values.join(names)}: {sentence}" for sentence, names in arms.items()]
+    return said if len(said) <= MOST else [*said[:MOST], f"What {len(said) - MOST} more ε say stands in report.html."]
 
 
 def _beside(rows: list[Line], details: list[Line]) -> list[str]:

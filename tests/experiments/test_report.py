@@ -497,7 +497,7 @@ def test_terminal_table_holds_the_numbers_in_100_columns() -> None:
     assert "a: floor not beaten." in text
     assert re.search(r"dp_sgd ε=1 .* a b", text)
     assert "(all" not in text
-    assert "What each ε says. dp_sgd ε=8: One record, add or remove one." in " ".join(text.split())
+    assert "dp_sgd ε=8: One record, add or remove one." in " ".join(text.split())
 
 
 def test_beside_the_ceiling_for_what_the_attack_saw_stands_that_of_the_whole_training() -> None:
