@@ -24,10 +24,10 @@ SWEEPS = 5
 """Passes over the named candidates in which each is exchanged for a likelier one, at most."""
 
 Owners = Int[Tensor, " versions"]
+"""The candidate that each version is one of."""
+
 Told = tuple[Int[Tensor, " versions"], Int[Tensor, " classes"]]
 """Labels of the versions, and how many records of each class there are."""
-
-"""The candidate that each version is one of."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,6 @@ from simulator.types import LocalTraining
 STEPS = 4
 """Turns of the counts and of the covariance that they imply."""
 
-TRIALS = 24
-"""Batches of held-out public records on which each belief is tried."""
-
 DIRECTIONS = 256
 """In which a statistic is read, at most: those in which public records differ most."""
 
@@ -47,15 +44,6 @@ class Belief:
     pulled: float
     shrunk: float
     weight: float
-
-
-BELIEFS = tuple(
-    Belief(features, *trust, weight)
-    for features in (True, False)
-    for trust in ((0.3, 0.1), (0.3, 0.5), (1.0, 0.5))
-    for weight in (1.0, 0.2)
-)
-"""What :func:`most_credible` chooses from."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +156,13 @@ def likelihood(
 
     Args:
         observed: statistics of updates, each divided by its scale.
-        scales: factors of clipping, 1 if not given; the density is that of the update as it was uploaded.
+        scales: factors of clipping, 1 if not given, by which the noise grew; the density is that of the update as it was uploaded.
     """
     white = (observed if belief.features else only_bias(observed, len(model.mean))) @ model.whiten
     prior = torch.tensor(CONCENTRATIONS, dtype=torch.float64).repeat(len(white))
-    fits = [_fit(*part, model, records, belief.weight) for part in _pieces(white.repeat_interleave(len(CONCENTRATIONS), 0), prior)]
+    blur = (torch.ones(len(white), dtype=torch.float64) if scales is None else scales**-2).repeat_interleave(len(CONCENTRATIONS))
+    rows = white.repeat_interleave(len(CONCENTRATIONS), 0)
+    fits = [_fit(*part, model, records, belief.weight) for part in _pieces(rows, prior, blur)]
     counts, slope, curvature, evidence = (_by_update(torch.cat(each), len(white)) for each in zip(*fits, strict=True))
     most = torch.arange(len(white)), evidence.argmax(1)
     density = evidence.logsumexp(1)
@@ -186,66 +176,37 @@ def _by_update(rows: Tensor, updates: int) -> Tensor:
     return rows.view(updates, -1, *rows.shape[1:])
 
 
-def _pieces(white: Tensor, concentration: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(white: Tensor, concentration: Tensor, blur: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows in pieces whose covariances fit into :data:`AT_ONCE_MB`."""
     rows = max(1, AT_ONCE_MB * 2**20 // (8 * white.shape[1] ** 2))
-    yield from zip(torch.split(white, rows), torch.split(concentration, rows), strict=True)
+    yield from zip(*(torch.split(each, rows) for each in (white, concentration, blur)), strict=True)
 
 
-def most_credible(statistic: Tensor, labels: Int[Tensor, " records"], classes: int, records: int, noise: Tensor | None = None) -> Belief:
-    """The belief whose counts are nearest to the truth on batches of public records that the moments have not seen, under the known noise.
-
-    With too few records for that it is the most cautious one.
-    """
-    if len(labels) < 4 * classes:
-        return BELIEFS[-1]
-    rng = torch.Generator().manual_seed(records)
-    half = torch.rand(len(labels), generator=rng).argsort() % 2 == 0
-    error = dict.fromkeys(BELIEFS, 0.0)
-    root = None if noise is None else torch.linalg.cholesky(noise + 1e-9 * noise.diagonal().max() * torch.eye(len(noise)).double())
-    for seen in (half, ~half):
-        there = torch.bincount(labels[~seen], minlength=classes) > 0
-        truth, observed = list[Tensor](), list[Tensor]()
-        for trial in range(TRIALS // 2):
-            concentration = CONCENTRATIONS[trial % len(CONCENTRATIONS)]
-            odds = torch._standard_gamma(torch.full((classes,), concentration, dtype=torch.float64), generator=rng) * there + 1e-30 * there
-            label = torch.multinomial(odds, records, replacement=True, generator=rng)
-            drawn = torch.multinomial(F.one_hot(labels[~seen], classes).double().T[label], 1, generator=rng).flatten()
-            truth.append(torch.bincount(label, minlength=classes))
-            seen_sum = statistic[~seen][drawn].sum(0)
-            if root is not None:
-                seen_sum += (torch.randn(classes, len(root), dtype=torch.float64, generator=rng) @ root.T).flatten()
-            observed.append(seen_sum)
-        for belief in BELIEFS:
-            model = moments(statistic[seen], labels[seen], classes, belief, noise)
-            counts = likelihood(torch.stack(observed), model, belief, records).counts
-            error[belief] += float((counts - torch.stack(truth)).abs().sum())
-    return min(error, key=lambda belief: error[belief])
-
-
-def _fit(white: Tensor, concentration: Tensor, model: Moments, records: int, weight: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts, slope, curvature and evidence for each row: an update under one concentration of the prior."""
+def _fit(
+    white: Tensor, concentration: Tensor, blur: Tensor, model: Moments, records: int, weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts, slope, curvature and evidence for each row: an update under one concentration of the prior, with so much of the noise."""
     classes = len(model.mean)
     prior = (records / classes * (1 - 1 / classes) * (records + classes * concentration) / (1 + classes * concentration))[:, None]
     even, eye = torch.full((classes,), records / classes, dtype=torch.float64), torch.eye(classes, dtype=torch.float64)
     counts = even.expand(len(white), -1)
     for _ in range(STEPS):
-        slope, curvature, _ = _given(white, model, counts, weight)
+        slope, curvature, _ = _given(white, blur, model, counts, weight)
         right = torch.stack([slope + even / prior, torch.ones_like(slope)], 2)
         solved = torch.linalg.solve(curvature + eye / prior[..., None], right)
         free, along = solved[..., 0], solved[..., 1]
         counts = free + along * ((records - free.sum(1)) / along.sum(1))[:, None]
         counts = counts.clamp(min=0.05)
         counts = counts * records / counts.sum(1, keepdim=True)
-    slope, curvature, density = _given(white, model, counts, weight)
+    slope, curvature, density = _given(white, blur, model, counts, weight)
     spread = torch.logdet(eye + prior[..., None] * curvature)
     return counts, slope, curvature, density - 0.5 * ((counts - even).square().sum(1) / prior[:, 0] + spread)
 
 
-def _given(white: Tensor, model: Moments, counts: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def _given(white: Tensor, blur: Tensor, model: Moments, counts: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """What each update says of its counts, as slope and curvature, with the covariance of these counts, and its log-density at them."""
     scatter = counts + counts.square() / model.records
-    factor = torch.linalg.cholesky(torch.einsum("rc,cij->rij", scatter, model.covariance) + model.noise)
+    factor = torch.linalg.cholesky(torch.einsum("rc,cij->rij", scatter, model.covariance) + blur[:, None, None] * model.noise)
     both = torch.cat([model.mean.expand(len(white), -1, -1), white[:, None]], 1).mT
     parts = torch.linalg.solve_triangular(factor, both, upper=False)
     mean, seen = parts[..., :-1], parts[..., -1:]

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attacks._gradient import mean_gradient, noise_level, norm
-from attacks._labels.moments import Belief, Moments, moments, most_credible, statistics
+from attacks._labels.credible import most_credible
+from attacks._labels.moments import Belief, Moments, moments, statistics
 from attacks._labels.runs import along_the_way, reference, weights
 from attacks._layers import Call
 from simulator.adversary import Knowledge
@@ -53,7 +54,7 @@ def taught(view: Observation, knowledge: Knowledge, head: Call, *, biased: bool)
     """What the public records teach about uploads like this one. Of several local steps it depends on the upload, too."""
     assert knowledge.public is not None
     known, records = _MADE.get(knowledge.model), knowledge.num_examples
-    alike = (knowledge.training, str(knowledge.defenses), records, len(view.upload.senders), biased)
+    alike = (knowledge.training, f"{noise_deviation(view, knowledge):.3g}", records, len(view.upload.senders), biased)
     if known is not None and known[0] is view.broadcast and known[1] is knowledge.public and known[2] == alike:
         return known[3]
     public, classes = reference(knowledge), knowledge.schema.num_classes

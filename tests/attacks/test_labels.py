@@ -10,10 +10,12 @@ import torch
 from scipy import stats
 from torch import nn
 
+from attacks._gradient import mean_gradient
 from attacks._labels import counts as counts_module
 from attacks._labels import taught, visible
 from attacks._labels.counts import Gaussian, all_counts, log_prior, posterior
-from attacks._labels.moments import BELIEFS, likelihood, moments, most_credible, principal
+from attacks._labels.credible import BELIEFS, most_credible
+from attacks._labels.moments import likelihood, moments, principal
 from attacks._layers import last_linear
 from attacks.update.labels import LabelRecovery, count_posterior, recovered_counts, to_counts
 from experiments.benchmarks.labels import measure
@@ -98,6 +100,21 @@ def test_what_noise_adds_to_what_is_read_is_what_it_adds() -> None:
     expected = taught.noise_of(view, knowledge, known.seen, known.middle, biased=True)
     assert expected is not None
     assert torch.allclose(torch.stack(drawn).T.cov(), expected, atol=0.1 * float(expected.diagonal().max()))
+
+
+def test_noise_after_clipping_grows_as_the_scale_is_taken_back() -> None:
+    model, public = build("lenet", (1, 8, 8)), digits(200, offset=300)
+    view, knowledge = attack_surface(model, [digits(4)])
+    told = replace(knowledge, public=public, defenses=(("gaussian_noise", {"sigma": 0.05}),))
+    head = last_linear(told, view.broadcast)
+    assert head is not None
+    known = taught.taught(view, told, head, biased=True)
+    seen = 4 * known.statistic(mean_gradient(view, told), head)[None]
+    louder = replace(known.moments, noise=4 * known.moments.noise)
+    halved = likelihood(seen, known.moments, known.belief, 4, torch.tensor([0.5], dtype=torch.float64))
+    by_hand, plain = (likelihood(seen, each, known.belief, 4) for each in (louder, known.moments))
+    assert torch.allclose(halved.given.curvature, by_hand.given.curvature)
+    assert not torch.allclose(halved.given.curvature, plain.given.curvature, rtol=0.05)
 
 
 def test_principal_directions_are_those_of_either_gram_matrix() -> None:
