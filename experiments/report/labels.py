@@ -52,7 +52,8 @@ def label_points(
         x, y = axes.transData.transform((point.x, point.y))
         boxes = {(dx, dy): _box(x + dx * near, y + dy * near, extent.width, extent.height, dx) for dx, dy in OFFSETS}
         dx, dy = min(boxes, key=lambda at: _cost(boxes[at], written, drawn, frame) + near * math.hypot(*at))
-        written.append(boxes[dx, dy])
+        left, bottom, right, top = boxes[dx, dy]
+        written.append((left - SPACE * near, bottom, right + SPACE * near, top))  # two names on a line are not read as one
         offset = (dx * near / unit, dy * near / unit)
         text.set_position(offset)
         text.set_horizontalalignment(_side(dx))
@@ -125,6 +126,7 @@ OFFSETS = [
     for far in (9, 13, 18, 24, 32, 42, 54, 68, 84)
     for angle in range(16)
 ]
+SPACE = 6  # points between names on one line, for letters of 9
 FAR = 17  # points, for letters of 9; from here on a name needs a line to its point
 
 

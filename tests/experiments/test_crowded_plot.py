@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import key, labels, pareto
 from experiments.report.front import PANELS
+from experiments.report.theme import LIGHT
 from tests.experiments.test_ladder_report import gain, ladder, rate
 from tests.experiments.test_report import Page, row, write
 
@@ -78,6 +79,25 @@ def test_no_label_of_a_crowd_covers_another_and_every_arm_has_one(arms: int) -> 
     there = boxes(below, renderer)
     assert covering(there) == []
     assert max(right for _, _, right, _ in there.values()) <= below.get_window_extent(renderer).x1
+
+
+def test_two_names_on_a_line_are_not_read_as_one() -> None:
+    """In the demo's plot one name began where another ended: each on its point's free side, with just the room for both between them."""
+    figure = Figure(figsize=(4, 2), dpi=72)
+    axes, canvas = figure.add_axes((0, 0, 1, 1)), FigureCanvasAgg(figure)
+    axes.set(xlim=(0, 288), ylim=(0, 144))  # a unit is a point
+    name, other = "DP-SGD, z = 1.5", "DP-SGD, z = 0.3"
+    width = axes.text(0, 0, name, fontsize=9).get_window_extent(canvas.get_renderer()).width  # type: ignore[no-untyped-call]
+    axes.texts[0].remove()
+    right = 280.0
+    at = {name: right - 2 * width - 19, other: right}
+    points = [labels.Point(arm=arm, view="", level="floor", x=x, y=72.0, low=72.0, high=72.0) for arm, x in at.items()]
+    labels.label_points(axes, points, [], canvas, LIGHT)
+    _, renderer = drawn(figure)
+    there = boxes(axes, renderer)
+    assert set(there) == set(at)
+    wider = {arm: (x0 - 2, y0, x1 + 2, y1) for arm, (x0, y0, x1, y1) in there.items()}
+    assert covering(wider) == []
 
 
 @pytest.mark.slow
