@@ -25,7 +25,6 @@ from defenses.privacy_loss import (
     Accountant,
     epsilon,
     gaussian_dp_epsilon,
-    gaussian_mu,
     integer_curve,
     leaves,
     noise_multiplier,
@@ -55,9 +54,8 @@ class Guarantee:
         unit: what one neighbor changes; ``none`` where nothing is certified, as in the next three.
         adjacency: how neighbors differ.
         sampling: what the adversary does not know of who took part.
-        accountant: how ε was computed: ``PLD`` (tight upper bound), ``RDP`` (looser upper bound), ``pure`` (sum of pure ε), ``none``.
+        accountant: how ε was computed, see :data:`defenses.privacy_loss.Accountant`; ``none`` where it was not.
         sentence: the guarantee, or why there is none, in words.
-        closed_form: exact Gaussian-DP ε as a cross-check of the accountant; None where the event is not a plain Gaussian.
         claim: the claim that was certified: what ``bounds.reconstruction_ceiling`` takes.
         others: the best guarantees for another unit, another kind of neighbor, or against who sees more, whose ε say something else; the
             sentence names them.
@@ -72,7 +70,6 @@ class Guarantee:
     sampling: str
     accountant: Accountant | Literal["none"]
     sentence: str
-    closed_form: float | None = None
     claim: Claim | None = None
     others: tuple[Guarantee, ...] = ()
 
@@ -212,13 +209,11 @@ def objection(claim: Claim, world: World, place: int, adversary: Adversary) -> s
 def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
     """Turn a claim that has no objection into numbers and a sentence."""
     value, accountant = epsilon(claim.event, delta)
-    mu = gaussian_mu(claim.event)
-    exact = None if mu is None else gaussian_dp_epsilon(mu, delta)
-    check = "" if exact is None else f"; closed form {exact:.5g}"
+    how: str = "closed form of Gaussian DP, exact" if accountant == "exact" else accountant
     if integer_curve(claim.event) is not None:
         twin = math.sqrt(sum(count / noise_multiplier(leaf) ** 2 for leaf, count in leaves(claim.event)))
         by_rdp, exactly = epsilon_of(gaussian_curve(1 / twin), delta), gaussian_dp_epsilon(twin, delta)
-        check = f"; Gaussian noise of that size {by_rdp:.5g} by RDP, {exactly:.5g} exactly"
+        how += f"; Gaussian noise of that size {by_rdp:.5g} by RDP, {exactly:.5g} exactly"
     viewer = claim.viewer if claim.viewer and adversary == "server" else VIEWER[adversary]
     return Guarantee(
         epsilon=value,
@@ -231,9 +226,8 @@ def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
         accountant=accountant,
         sentence=(
             f"ε = {value:.5g} at δ = {delta:g} for each {claim.unit} against {viewer}, over the whole training. "
-            f"Adjacency: {claim.adjacency}. Sampling: {claim.sampling}. Accountant: {accountant}{check}. Simulation-grade noise."
+            f"Adjacency: {claim.adjacency}. Sampling: {claim.sampling}. Accountant: {how}. Simulation-grade noise."
         ),
-        closed_form=exact,
         claim=claim,
     )
 

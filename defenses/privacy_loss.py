@@ -35,11 +35,11 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # an order at which dp-accoun
 DISCRETIZATION = 1e-3  # of the privacy loss; 1e-4 gives the same ε to 0.4 % or better and takes about ten times longer
 SMALLEST_PLD_NOISE = 0.1  # noise multiplier of the whole composition below which the grid of privacy losses gets too long
 LARGEST_PLD_EPSILON = 2000.0  # RDP bound above which it does; either limit keeps PLD under about three seconds
-RDP_ORDERS = (*(1 + i / 1000 for i in range(1, 100)), *(1 + i / 10 for i in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)
 
 
-Accountant = Literal["PLD", "RDP", "pure"]
-"""How ε was computed: ``PLD`` is tight, ``RDP`` looser, both upper bounds; ``pure`` sums the releases' ε, for any δ."""
+Accountant = Literal["exact", "PLD", "RDP", "pure"]
+"""How ε was computed: ``exact`` by the closed form of Gaussian DP, where all releases have plain Gaussian noise; ``PLD`` is tight,
+``RDP`` looser, both upper bounds; ``pure`` sums the releases' ε, for any δ."""
 
 
 def epsilon(event: DpEvent, delta: float) -> tuple[float, Accountant]:
@@ -50,8 +50,9 @@ def epsilon(event: DpEvent, delta: float) -> tuple[float, Accountant]:
     curve = integer_curve(event)
     if curve is not None:
         return epsilon_of(curve, delta), "RDP"
-    orders = RDP_ORDERS if gaussian_mu(event) else None  # the many low ones matter for little noise, and are slow for sampled events
-    bound = float(RdpAccountant(orders, NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event).get_epsilon(delta))
+    if (mu := gaussian_mu(event)) is not None:
+        return gaussian_dp_epsilon(mu, delta), "exact"
+    bound = float(RdpAccountant(None, NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event).get_epsilon(delta))
     if too_long_for_pld(event) or bound > LARGEST_PLD_EPSILON:
         pure = pure_epsilon(event)
         return (bound, "RDP") if bound <= pure else (pure, "pure")

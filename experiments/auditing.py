@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean
 
 from defenses.audit import Measured, Verdict, audit
-from experiments.conclude import candidates, in_order
+from experiments import candidates as candidate_sets
+from experiments.conclude import in_order
 from experiments.directory import SPEC, read_facts, read_trials
 from experiments.facts import ceiling_of
 from experiments.groups import independent, told_apart
@@ -39,14 +40,15 @@ def audit_run(out: Path) -> tuple[list[Verdict], list[str]]:
     experiment = config.build(Experiment, tomllib.loads((out / SPEC).read_text(encoding="utf-8")))
     if not (facts := read_facts(out)):
         raise FedpeekError(f"run must have at least one finished task, got none in {out}. Run it again with --resume.")
-    among = {arm.name: candidates(experiment, experiment.judged(arm)) for arm in experiment.arms}
+    among = {arm.name: candidate_sets.number(experiment, experiment.judged(arm)) for arm in experiment.arms}
     trials = in_order(experiment, read_trials(out))
-    rows, skipped = measured(trials, facts, one_round=experiment.threat.rounds == "one", candidates=among)
+    skewed = experiment.federation.partition == "dirichlet"
+    rows, skipped = measured(trials, facts, one_round=experiment.threat.rounds == "one", candidates=among, skewed=skewed)
     return audit(rows), skipped
 
 
 def measured(
-    trials: Sequence[Trial], facts: Sequence[ArmFacts], *, one_round: bool, candidates: int | Mapping[str, int]
+    trials: Sequence[Trial], facts: Sequence[ArmFacts], *, one_round: bool, candidates: int | Mapping[str, int], skewed: bool = False
 ) -> tuple[list[Measured], list[str]]:
     """Count what each attack identified under each arm whose guarantee allows less than everything; say what is left out.
 
@@ -55,6 +57,7 @@ def measured(
         facts: of its arms; an attack's ceiling is the highest over the seeds and rounds in which it counts.
         one_round: whether an attack used one round alone, so that each attacked round is a trial of its own.
         candidates: N, of all arms or of each.
+        skewed: whether clients hold classes of their own.
     """
     rows, skipped = [], []
     for arm, attack in dict.fromkeys((trial.arm, trial.attack) for trial in trials):
@@ -67,8 +70,10 @@ def measured(
             certified = all(math.isfinite(fact.epsilon) for fact in of)
             why = "(ε, δ) lets everybody be named by what an attack saw" if certified else "nothing is certified against this adversary"
             skipped.append(f"{arm}: not audited: {why}.")
-        elif told_apart(counted):
-            skipped.append(f"{arm}, {attack}: not audited: labels that were told rule candidates out, which the ceiling does not know of.")
+        elif told_apart(counted, skewed=skewed):
+            why = "the classes of the records beside it tell of each, where clients hold classes of their own"
+            why = why if skewed else "labels that were told rule candidates out"
+            skipped.append(f"{arm}, {attack}: not audited: {why}, which the ceiling does not know of.")
         elif not counted:
             skipped.append(f"{arm}, {attack}: not audited: it named nobody; see results.jsonl for the reason.")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from defenses.audit import NO_TEST
-from experiments.statistics import Interval, Rate
+from experiments.statistics import Interval
 
 FEW_RECORDS, FEW_SEEDS, FEW_UPLOADS = 16, 2, 6
 """Below these numbers of distinct records, seeds and independent uploads an interval is only indicative."""
@@ -20,7 +20,8 @@ EQUIVALENCE_DB = 3.0
 """Margin in dB of the paired difference to the undefended run: a factor of two in squared error, which no eye would call a defense."""
 
 FLAGS: dict[str, str] = {
-    "not_converged": f"more than {TOLERATED_UNCONVERGED:.0%} of the attacks stopped while still improving: the leakage may be larger",
+    "not_converged": f"more than {TOLERATED_UNCONVERGED:.0%} of the attacks were stopped while still improving: the leakage may be larger; "
+    "where it was their budget of CPU seconds that ended, a faster machine finds more",
     "floor_not_beaten": "the interval of the gain over the best floor reaches 0 or below: no leakage was shown, which is not its absence",
     "prior_only": "on the same victims the attack did no better than on shuffled updates (the interval reaches 0 or below): what it shows "
     "may be its prior",
@@ -35,7 +36,8 @@ FLAGS: dict[str, str] = {
     "colluding_clients": "clients told the server what they sent: the leakage holds for a server with these accomplices",
     "few_victims": f"fewer than {FEW_RECORDS} records (each once a seed) or {FEW_SEEDS} seeds: read the numbers as an example",
     "few_uploads": f"fewer than {FEW_UPLOADS} uploads without a common record: the intervals are only indicative",
-    "ceiling_exceeded": "more records were identified than (ε, δ) allows, beyond chance: the defense or its accounting is broken",
+    "ceiling_exceeded": "more records were identified than (ε, δ) allows, beyond chance and allowing for all rows, as in `fedpeek "
+    "audit`: the defense or its accounting is broken",
     "ceiling_vacuous": f"(ε, δ) allows more than {VACUOUS_CEILING:.0%} of the records to be identified by what this attack saw: the "
     "guarantee excludes nothing",
     "no_test": f"guessing alone names {NO_TEST:.0%} of the records or more: that they were named is no test of the defense",
@@ -64,7 +66,7 @@ def flags_for(
     controlled: bool,
     control_gain: Interval | None,
     difference: Interval | None,
-    identified: Rate | None,
+    exceeded: bool,
     epsilon: float,
     ceiling: float,
     oracle: bool,
@@ -90,9 +92,9 @@ def flags_for(
         controlled: whether the undefended arm, or this row as such, has scores under this attack on the same victims.
         control_gain: ``gain`` of the undefended arm under this attack; None without a control.
         difference: PSNR minus that of the undefended arm in dB, paired; None for the control itself, and where none is left.
-        identified: share of uploads whose first record was named, as the audit counts; None where no ceiling bounds it.
+        exceeded: whether the audit of all rows refutes the claim by this one.
         epsilon: ∞ without a claim.
-        ceiling: the most that ``identified`` can be under the claim, for what the attack saw.
+        ceiling: the largest share of records that can be named under the claim, for what the attack saw.
         oracle: whether the attack was told labels.
         certified_wrong: whether a record with a certificate is not exact.
         active: whether the server tampered with the model.
@@ -120,7 +122,7 @@ def flags_for(
         "colluding_clients": colluding,
         "few_victims": records < FEW_RECORDS or seeds < FEW_SEEDS,
         "few_uploads": uploads < FEW_UPLOADS,
-        "ceiling_exceeded": identified is not None and identified.low > ceiling,
+        "ceiling_exceeded": exceeded,
         "ceiling_vacuous": math.isfinite(epsilon) and ceiling > VACUOUS_CEILING,
         "no_test": chance is not None and chance >= NO_TEST,
         "clients_lost": clients_lost,

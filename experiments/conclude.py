@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from experiments import candidates
 from experiments.arms import Arm
 from experiments.directory import FACTS, HOW, SPEC, TRANSCRIPTS, mixed, read_facts, read_trials
 from experiments.gallery import gallery
@@ -21,7 +22,7 @@ from experiments.marginals import table as layers_table
 from experiments.report import html
 from experiments.report.table import table as terminal_table
 from experiments.result import Trial
-from experiments.spec import Evaluation, Experiment
+from experiments.spec import Experiment
 from experiments.summary import summarize
 from experiments.unmodeled import sentence, unmodeled
 from simulator import config
@@ -52,11 +53,11 @@ def conclude(out: Path) -> tuple[RenderableType, Path, list[str]]:
     control = experiment.control
     absent = {arm.name: found for arm in experiment.arms if (found := unmodeled(names(arm)))}
     summary = summarize(
-        trials, facts, candidates=candidates(experiment), control_arm=control.name if control else None,
+        trials, facts, candidates=candidates.number(experiment), control_arm=control.name if control else None,
         controls=experiment.controls, environment=how["environment"], version=version("fedpeek"), by_round=experiment.evaluation.by_round,
         stacks=stacks(experiment), colluding=experiment.threat.colluding > 0,
-        one_round=experiment.threat.rounds == "one",
-        candidates_of={arm.name: candidates(experiment, experiment.judged(arm)) for arm in experiment.arms},
+        one_round=experiment.threat.rounds == "one", skewed=experiment.federation.partition == "dirichlet",
+        candidates_of={arm.name: candidates.number(experiment, experiment.judged(arm)) for arm in experiment.arms},
         not_modeled=absent,
     )  # fmt: skip
     if experiment.layers:
@@ -105,12 +106,6 @@ def in_order(experiment: Experiment, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (arms[trial.arm], attacks[trial.attack], trial.seed, trial.round, trial.senders))
 
 
-def candidates(experiment: Experiment, evaluation: Evaluation | None = None) -> int:
-    """N of the identification: as many as were asked for, or all records that there are."""
-    records = len(experiment.data.load().records)
-    return min((evaluation or experiment.evaluation).candidates or records, records)
-
-
 def stacks(experiment: Experiment) -> dict[str, tuple[str, ...]]:
     """The names of each arm's defenses; what it changes of the world and its control does not counts as one.
 
@@ -153,6 +148,7 @@ def provenance(experiment: Experiment, how: Mapping[str, Any], spec: str, out: P
         "started": str(how["started"]),
         "seeds": ", ".join(map(str, experiment.seeds)),
         "driver": experiment.driver,
+        "CPU": str(how["environment"].get("cpu", "not noted")),
         "SHA-256 of the spec": hashlib.sha256(spec.encode()).hexdigest(),
         "SHA-256 of the transcripts": digest,
     }

@@ -59,6 +59,11 @@ class Scored:
         """Whether a picture was rebuilt that is nearer than any floor; the mid-gray image of a failure never counts as one."""
         return self.trial.status == "ok" and self.trial.answered == "inputs" and self.gain_db > 0
 
+    @property
+    def leak_db(self) -> float:
+        """The gain where the floor is beaten, else 0: what misses the floor tells nothing, by however much it misses."""
+        return self.gain_db if self.beats_floor else 0.0
+
 
 @dataclass(frozen=True)
 class Group:
@@ -98,23 +103,31 @@ def independent(trials: Sequence[Trial], *, one_round: bool) -> list[Trial]:
 
     Args:
         trials: that named or could have named somebody.
-        one_round: whether the attack used one round alone; else the rounds of a client are one trial.
+        one_round: whether the attack used one round alone; else all uploads that a client had a part in are one trial.
     """
     counted: list[Trial] = []
-    taken: set[tuple[object, ...]] = set()
+    taken: set[tuple[int, ...]] = set()
     for trial in trials:
         if not trial.records or trial.answered == "labels":
             continue
-        units = {(trial.seed, record.client, record.record) for record in trial.records} if one_round else {(trial.seed, trial.senders)}
+        whole: set[tuple[int, ...]] = {(trial.seed, client) for client in trial.senders}
+        units = {(trial.seed, record.client, record.record) for record in trial.records} if one_round else whole
         if units.isdisjoint(taken):
             counted.append(trial)
         taken |= units
     return counted
 
 
-def told_apart(trials: Sequence[Trial]) -> bool:
-    """Whether labels that were told rule candidates out, which a ceiling does not know of."""
-    return any("oracle_used" in trial.flags and len(trial.records) > 1 for trial in trials)
+def told_apart(trials: Sequence[Trial], *, skewed: bool) -> bool:
+    """Whether more than the upload tells candidates apart, which a ceiling does not know of: the other records beside the counted one.
+
+    Their labels, where these are told; and where each client holds classes of its own, their pictures.
+
+    Args:
+        trials: those that count.
+        skewed: whether clients hold classes of their own.
+    """
+    return any(("oracle_used" in trial.flags or skewed) and len(trial.records) > 1 for trial in trials)
 
 
 def clusters(scored: Sequence[Scored], others: Sequence[Scored] = ()) -> list[int]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from clients.private import partition, records_held, splits
 from defenses.accounting import guarantee
 from defenses.channel.ckks import CKKSAggregation
 from defenses.client.distributed_dp import DistributedDP
 from experiments.arms import Arm
+from experiments.candidates import available
 from experiments.collude import understated
 from experiments.metadata import cannot_be_withheld
 from experiments.spec import Evaluation, Experiment
@@ -166,12 +165,11 @@ def _check_knowledge(experiment: Experiment) -> None:
             raise SpecError(f"arm {arm.name!r}: threat.metadata {reason}.")
     if threat.public_data and not len(parts.public):
         raise SpecError(f"split.public must give the public at least 1 record, got {experiment.split.public}. Raise it.")
-    labels = torch.cat([part.labels for part in ([parts.private, parts.test] if threat.public_data else parts.all)])
-    available = int(labels.bincount().min()) if threat.labels != "none" else len(labels)
-    if wanted > available:
+    possible = available(experiment)
+    if max(wanted, 2) > possible:
         raise SpecError(
-            f"evaluation.candidates must be ≤ {available}, the records that are neither public nor told apart by disclosed labels, "
-            f"got {wanted}. Lower it, or use 0 for all."
+            f"evaluation.candidates must be ≤ {possible}, the records that are neither public nor told apart by disclosed labels, "
+            f"and at least 2, got {wanted}. Lower it, or use 0 for all."
         )
 
 

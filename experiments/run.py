@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from clients.app import app as client_app
-from experiments import cluster, estimate, isolated, parts
+from experiments import candidates, cluster, estimate, isolated, parts
 from experiments.directory import (
     FACTS,
     PICTURES,
@@ -160,7 +160,7 @@ def run_task(experiment: Experiment, task: Task, out: Path) -> Finished:
     try:
         isolated.warm(experiment.rungs)  # it gets ready while the federation trains
         record, spent, earlier = _federate(experiment, world, out / TRANSCRIPTS / slug, partial(parts.forget, out, slug))
-        evaluation = experiment.judged(arm)
+        evaluation = replace(experiment.judged(arm), candidates=candidates.number(experiment, experiment.judged(arm)))
         victims = foreseen(find_victims(experiment, world, record, evaluation), task.seed)
         if not victims:
             return Finished(task, failure="attacked uploads must hold records, got empty Poisson samples only. Attack more rounds.")

@@ -36,7 +36,8 @@ class Evaluation:
     Attributes:
         rounds: the rounds under attack; round 1 attacks the initial model, later rounds the trained one.
         victims: at most this many clients' uploads are attacked in each round; 0 means all.
-        candidates: records among which the true one must be the nearest to count as identified; 0 means all there are.
+        candidates: records among which the true one must be the nearest to count as identified; 0 means all that the threat
+            model does not rule out, as many for each victim.
         shuffled_control: also run each attack on a shuffled update, as a floor; doubles the cost of attacking.
         shuffled_attacks: names of the attacks that this is done with; none means all. Of one that was trained on public records it
             shows what these alone say.

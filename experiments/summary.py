@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from defenses.audit import Measured, audit
 from experiments.checks import flags_for
 from experiments.comparison import compare, correct
 from experiments.facts import accuracy_difference, ceiling_of, columns
-from experiments.groups import Group, Row, Scored, bounds, clusters, independent, interval_of, mean, rate_of, seed_means, told_apart
+from experiments.groups import Group, Row, bounds, clusters, independent, interval_of, mean, rate_of, seed_means, told_apart
 from experiments.json_lines import plain
 from experiments.ladder import BEST, best_per_victim
 from experiments.result import ArmFacts, Trial
@@ -37,6 +38,7 @@ def summarize(
     stacks: Mapping[str, Sequence[str]] | None = None,
     colluding: bool = False,
     one_round: bool = True,
+    skewed: bool = False,
     candidates_of: Mapping[str, int] | None = None,
     not_modeled: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def summarize(
         stacks: the names of each arm's defenses, by which the report finds arms of one family.
         colluding: whether clients told the server what they sent.
         one_round: whether attacks used one round alone, so that each round's upload counts against a ceiling.
+        skewed: whether clients hold classes of their own.
         candidates_of: N of the arms that have one of their own.
         not_modeled: the names of each arm's defenses that no attack knows.
 
@@ -63,6 +66,8 @@ def summarize(
     judges = {group.arm: (controls or {}).get(group.arm, control_arm) for group in groups}
     of_arm = {name: [fact for fact in facts if fact.arm == name] for name in {*judges, *judges.values()}}
     undefended = {arm: of_arm[control] if control != arm else [] for arm, control in judges.items()}
+    held = [_held_to_ceiling(group, of_arm[group.arm], one_round=one_round, skewed=skewed) for group in groups]
+    verdicts = iter(audit([one for one in held if one is not None]))
     rows = [
         _row(
             group,
@@ -70,7 +75,7 @@ def summarize(
             of_arm[group.arm],
             candidates=(candidates_of or {}).get(group.arm, candidates),
             colluding=colluding,
-            one_round=one_round,
+            exceeded=one is not None and next(verdicts).failed,
             not_modeled=bool((not_modeled or {}).get(group.arm)),
         )
         | {
@@ -78,10 +83,20 @@ def summarize(
             "stack": list((stacks or {}).get(group.arm, ())),
             "accuracy_difference": accuracy_difference(of_arm[group.arm], undefended[group.arm]),
         }
-        for group in groups
+        for group, one in zip(groups, held, strict=True)
     ]
     correct(rows)
+    for row in rows:
+        if row["attack"] == BEST and all("prior_only" in other["flags"] for other in _sources(row, rows)):
+            row["flags"].append("prior_only")
     return {"schema": SCHEMA, "fedpeek": version, "environment": plain(environment), "rows": plain(rows)}
+
+
+def _sources(best: Row, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the attacks from which the best of each victim was taken."""
+    place = best["defense"], best["view"], best["rounds"]
+    found = [row for row in rows if (row["defense"], row["view"], row["rounds"]) == place and row["attack"] in best["solvers"]]
+    return found or [best]
 
 
 def _groups(trials: Sequence[Trial], by_round: bool) -> list[Group]:
@@ -108,6 +123,16 @@ def _control(group: Group, groups: Sequence[Group], control_arm: str | None) -> 
     return next((other for other in groups if (other.arm, other.attack, other.round) == wanted), None)
 
 
+def _held_to_ceiling(group: Group, facts: Sequence[ArmFacts], *, one_round: bool, skewed: bool) -> Measured | None:
+    """What the audit counts of a row: None where there is no ceiling, or it is not for this row's guess."""
+    counted = independent(group.trials, one_round=one_round)
+    if group.attack == BEST or not counted or not facts or told_apart(counted, skewed=skewed):
+        return None  # the ceiling is for one guess, the best of several attacks had several
+    ceiling = max(ceiling_of(fact, trial.round) for fact in facts for trial in counted)
+    hits = sum(trial.records[0].identified for trial in counted)
+    return Measured(f"{group.arm}, {group.attack}", hits, len(counted), ceiling) if ceiling < 1 else None
+
+
 def _row(
     group: Group,
     control: Group | None,
@@ -115,7 +140,7 @@ def _row(
     *,
     candidates: int,
     colluding: bool,
-    one_round: bool,
+    exceeded: bool,
     not_modeled: bool,
 ) -> Row:
     scored, seeds = group.scored, {trial.seed for trial in group.trials}
@@ -132,10 +157,6 @@ def _row(
     certified_wrong += sum(trial.surplus_proofs for trial in group.trials)
     foreseen = [trial for trial in group.trials if trial.predicted is not None and trial.answered == "inputs"]
     exact_there = sum(record.exact for trial in foreseen for record in trial.records)
-    counted = independent(group.trials, one_round=one_round)  # as in the audit
-    judged = group.attack != BEST and not told_apart(counted)  # the ceiling is for one guess, the best of several attacks had several
-    firsts = [Scored(trial, trial.records[0]) for trial in counted] if judged else []
-    against_ceiling = rate_of([item.record.identified for item in firsts], firsts) if firsts else None
     chances = {"chance": guessed(group, candidates), "chance_in_class": guessed_in_class(group), "candidates": candidates}
     flags = flags_for(
         statuses=statuses,
@@ -148,7 +169,7 @@ def _row(
         controlled=control is not None and not {item.key for item in scored}.isdisjoint(item.key for item in control.scored),
         control_gain=above_floor(control, candidates) if control else None,
         difference=comparison.interval if comparison else None,
-        identified=against_ceiling,
+        exceeded=exceeded,
         chance=chances["chance"] if identified else None,
         epsilon=max((fact.epsilon for fact in facts), default=math.inf),
         ceiling=max((ceiling_of(fact, trial.round) for fact in facts for trial in group.trials), default=1.0),

@@ -105,8 +105,8 @@ class Claim:
         unit: what one neighbor changes: a record, or all that a client holds.
         adjacency: how neighbors differ, in words.
         sampling: what the adversary does not know of who took part, in words.
-        attacked: what was released of a unit that took part in one round for certain, the attacked one; None where ``event`` says that
-            too, because it counts every round in full. The other rounds stay as they are in ``event``.
+        attacked: what a guess among candidates is bounded by, where that is another event: one that tells the releases of a unit which took
+            part in the attacked round for certain, under zero-out, the other rounds as in ``event``; None where ``event`` says that.
         viewer: the adversary in words, where it sees less than every upload; empty for the usual ones.
     """
 

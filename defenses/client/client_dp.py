@@ -4,7 +4,7 @@
 
 Source: clipping of McMahan et al., 2018, arXiv:1710.06963; the Gaussian mechanism of Dwork and Roth, 2014, appendix A, applied by each
 client to its own upload.
-Deviations: ε comes from an exact accountant, not from the textbook σ = S·√(2 ln(1.25/δ))/ε, which does not hold for ε > 1.
+Deviations: ε comes from the exact curve of Gaussian noise, not from the textbook σ = S·√(2 ln(1.25/δ))/ε, which does not hold for ε > 1.
 Hook: ``on_update``.
 
 The claim, against the server and everybody behind it: unit client, adjacency zero-out, sensitivity S, one release a round. The server

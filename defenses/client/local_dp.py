@@ -1,10 +1,11 @@
-"""Local differential privacy: whatever a client's data are, its upload could as well have come from any other data.
+"""Local differential privacy: whatever a client's data are, its update could as well have come from any other data.
 
     Gaussian:  ũ = clip₂(u, S) + N(0, (z·2S)²·I)        Laplace:  ũ = clip₁(u, S) + Lap(z·2S)^d
 
 Source: the local model of Kasiviswanathan et al., 2011, arXiv:0803.0924, definition 2.2; the mechanisms of Dwork and Roth, 2014,
 theorem 3.6 and appendix A, at the sensitivity 2S of replacing one clipped update by another.
-Deviations: the whole model is one release, no coordinates are sampled; ε comes from an exact accountant over all rounds.
+Deviations: the whole model is one release, no coordinates are sampled; ε is over all rounds, by the exact curve of Gaussian
+    noise or an upper bound for Laplace's.
 Hook: ``on_update``.
 
 The claim, against the server and everybody behind it: unit client, adjacency replace-one, one release a round. ``client_dp`` with the
@@ -12,8 +13,11 @@ same noise claims half the sensitivity under zero-out: the two figures are about
 that sampling of clients is no secret to it and amplifies nothing.
 
 What it protects: all that one client holds, from the server and from everybody behind it, without trust in either: within ε and δ its
-upload could as well have come from any other data, those of another client included. That says more than ``client_dp`` does, for noise
-twice as large at the same z.
+update could as well have come from any other data, those of another client included; its number of records, which goes along, could not.
+That says more than ``client_dp`` does, for noise twice as large at the same z.
+
+The ceiling of a guess among candidates is lower than for that event: each clipped update is at most S, not 2S, from the update 0, so that
+the guess is one at zero-out neighbors, with noise of 2z times their sensitivity.
 
 What it does not protect: that a client took part, how many records it holds, and statistics of the population. Many coordinates
 make the noise huge beside any update (its norm is z·2S·√d, Laplace's about z·2S·√(2d) at a smaller S), so that accuracy is lost at
@@ -29,7 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from dp_accounting import DpEvent, GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
+from dp_accounting import GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
 from torch import Tensor
 
 from defenses.client.clip import clip_to_norm, require_clip_norm
@@ -99,9 +103,10 @@ class LocalDP(Defense):
         """One release a round; none without noise."""
         if not self.noise_multiplier:
             return None
-        release: DpEvent = (GaussianDpEvent if self.mechanism == "gaussian" else LaplaceDpEvent)(self.noise_multiplier)
+        release, rounds = GaussianDpEvent if self.mechanism == "gaussian" else LaplaceDpEvent, world.federation.rounds
         return Claim(
-            event=SelfComposedDpEvent(release, world.federation.rounds),
+            event=SelfComposedDpEvent(release(self.noise_multiplier), rounds),
+            attacked=SelfComposedDpEvent(release(2 * self.noise_multiplier), rounds),
             adversary="server",
             unit="client",
             adjacency="replace-one (the client's update is replaced by any other, sensitivity 2·clip_norm)",

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from experiments.ladder import BEST
 from experiments.report import values
 from experiments.report.headline import name, texts_of
 from experiments.report.values import estimate, lookup, number
 
+BELOW_FLOOR = ", below the floor"
+"""Said of a ceiling on PSNR that a guess without the upload exceeds: whoever has a prior does better than an unbiased attacker may."""
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What theory allows under one arm, beside what was measured, as text; ``words`` says what each ceiling assumes."""
+    """What theory allows under one arm, as text, beside who was named; ``words`` says what each ceiling assumes.
+
+    Nothing measured stands beside the ceilings without a prior: attacks know that pixels are in [0, 1], and more.
+    """
 
     defense: str
     identification: str
     named: str
     psnr: str
-    reached: str
     error: str
     words: tuple[str, ...]
 
 
 def lines(rows: Sequence[Mapping[str, object]]) -> list[Limits]:
-    """Return the arms that have any ceiling, in order; measured is what the attack did that identified most, and came nearest."""
+    """Return the arms that have any ceiling, in order; measured is what the one attack did that identified most, or came nearest."""
     found = []
     for arm in dict.fromkeys(name(row, "defense") for row in rows):
         members = [row for row in rows if name(row, "defense") == arm]
         words = tuple(texts_of({"words": lookup(members[0], "ceilings", "sentences")}, "words"))
         if not words:
             continue
-        rates = [rate for row in members if (rate := estimate(row, "identified").value) is not None]
-        psnrs = [psnr for row in members if (psnr := number(lookup(row, "scores", "psnr_db", "median"))) is not None]
+        single = [row for row in members if row.get("attack") != BEST]  # the best of several attacks has several guesses, the ceiling one
+        rates = [rate for row in single if (rate := estimate(row, "identified").value) is not None]
+        bound = number(lookup(members[0], "ceilings", "no_prior_psnr_db"))
+        floors = [floor for row in members if (floor := number(lookup(row, "floor", "psnr_db"))) is not None]
+        vacuous = bound is not None and bound < max(floors, default=-math.inf)
         limit = Limits(
             defense=arm,
             identification=identification(members[0]),
             named=values.percent(max(rates, default=None)),
-            psnr=values.decibel(number(lookup(members[0], "ceilings", "no_prior_psnr_db"))),
-            reached=values.decibel(max(psnrs, default=None)),
+            psnr=values.decibel(bound) + (BELOW_FLOOR if vacuous else ""),
             error=values.significant(number(lookup(members[0], "ceilings", "mse_floor")), 2),
             words=words,
         )

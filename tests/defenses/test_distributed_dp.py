@@ -298,7 +298,7 @@ def test_noise_at_the_client_is_named_beside_it_as_it_holds_where_the_masks_do_n
     found = guarantee(tiny(ClientDP(1.0, 1.0), DistributedDP(noise_multiplier=2.0), secagg(), clients=10, rounds=1), records_held=HELD)
     assert found.epsilon < 3
     (other,) = found.others
-    assert other.closed_form == pytest.approx(4.377178, abs=1e-5)
+    assert (other.accountant, other.epsilon) == ("exact", pytest.approx(4.377178, abs=1e-5))
     for one, every in ((found, False), (other, True)):
         assert ("the honest-but-curious server, which sees every upload" in certify(one.claim, 1e-5, "server").sentence) is every
     assert f"ε = {other.epsilon:.5g}" in found.sentence

@@ -98,8 +98,8 @@ def test_a_right_defense_passes_under_poisson_sampling(tmp_path: Path) -> None:
     assert claim is not None
     assert not verdict.failed
     assert verdict.fails_from is not None
-    assert verdict.measured.ceiling == pytest.approx(success_ceiling(GaussianDpEvent(0.4), 1 / (100 // most)))
-    assert verdict.low > success_ceiling(claim.event, 1 / (100 // most))  # what was called a violation before
+    assert verdict.measured.ceiling == pytest.approx(success_ceiling(GaussianDpEvent(0.4), 1 / ((101 - most) // most)))
+    assert verdict.low > success_ceiling(claim.event, 1 / ((101 - most) // most))  # what was called a violation before
     table = json.loads((tmp_path / "run" / "summary.json").read_text()) if conclude(tmp_path / "run") else {}
     assert not any("ceiling_exceeded" in each["flags"] for each in table["rows"])
 
@@ -115,6 +115,9 @@ def test_one_record_an_upload_counts_and_what_is_not_audited_is_said() -> None:
     assert (row.name, row.successes, row.trials, row.ceiling) == ("dp, ig", 1, 2, 0.3)  # the highest ceiling of the seeds
     assert row.chance == 0.2
     assert left_out == ["none: not audited: nothing is certified against this adversary."]
+    mixed = [trial(arm="dp", round=n, senders=who, records=(record(who[0], n),)) for n, who in enumerate(((0, 1), (0, 2), (2, 3)), 1)]
+    (chained,), _ = measured(mixed, facts, one_round=False, candidates=10)
+    assert chained.trials == 1  # cohorts of which each shares a client with the one before
     (together,), _ = measured([batch, later], facts, one_round=False, candidates=10)  # it used both rounds: they are one trial
     assert (together.successes, together.trials) == (1, 1)
     (drawn,), _ = measured([replace(batch, guesses=8)], facts, one_round=True, candidates=10)  # of a sample smaller than is stated
@@ -122,6 +125,11 @@ def test_one_record_an_upload_counts_and_what_is_not_audited_is_said() -> None:
     told = trial(arm="dp", records=(record(0, 0), record(0, 1)), flags=("oracle_used",))
     assert measured([told], facts, one_round=True, candidates=10)[0] == []
     assert "labels that were told" in measured([told], facts, one_round=True, candidates=10)[1][-1]
+    alike = measured([batch], facts, one_round=True, candidates=10, skewed=True)
+    assert alike[0] == []
+    assert "clients hold classes of their own" in alike[1][-1]
+    alone = trial(arm="dp", records=(record(0, 0),))
+    assert len(measured([alone], facts, one_round=True, candidates=10, skewed=True)[0]) == 1  # nothing beside it
     unsupported = trial(arm="dp", status="unsupported", records=(), reason="no dense layer")
     assert "it named nobody" in measured([unsupported], facts, one_round=True, candidates=10)[1][-1]
 

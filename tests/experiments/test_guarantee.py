@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,15 @@ from clients.private import private_record_ids, records_held, splits
 from defenses import fisher
 from defenses.accounting import guarantee, until
 from defenses.bounds import success_ceiling
+from experiments import candidates
+from experiments.directory import read_facts
 from experiments.disclose import architecture, disclose
 from experiments.guarantee import PROBES, clipping_and_noise, guarantee_of, leakage
+from experiments.refusals import check
+from experiments.run import run
+from experiments.spec import Experiment
 from experiments.under_attack import Victim
+from simulator import config
 from simulator.adversary import ThreatModel
 from simulator.dataset import take
 from simulator.network import tensors
@@ -155,8 +162,9 @@ def test_the_ceiling_of_a_view_counts_the_releases_up_to_the_latest_round_in_it(
 ) -> None:
     of = world(federation={"rounds": 8}, training={"batch_size": 100}, defenses=[{"name": defense, "noise_multiplier": 2.0}])
     found = guarantee_of(of, delta=1e-5, candidates=100, victims=victims(of, round, history))
-    assert found.views[round].identification == pytest.approx(norm.cdf(norm.ppf(0.01) + math.sqrt(releases) / 2), abs=1e-9)
-    assert found.training.identification == pytest.approx(norm.cdf(norm.ppf(0.01) + math.sqrt(whole) / 2), abs=1e-9)
+    z = 4.0 if defense == "local_dp" else 2.0  # every clipped update is S from 0, and the noise is of 2S
+    assert found.views[round].identification == pytest.approx(norm.cdf(norm.ppf(0.01) + math.sqrt(releases) / z), abs=1e-9)
+    assert found.training.identification == pytest.approx(norm.cdf(norm.ppf(0.01) + math.sqrt(whole) / z), abs=1e-9)
     assert found.seen == {round: max(round, *history, 0)}
     assert found.guarantee.epsilon == guarantee(of, records_held=records_held(of)).epsilon  # ε is for the whole training
 
@@ -193,3 +201,35 @@ def test_noise_that_comes_after_the_server_saw_is_said_to_be_for_outsiders() -> 
     assert f"ε = {outside.epsilon:.5g}" in outside.sentence
     for quiet in (world(), world(training={"batch_size": 1}, defenses=[{"name": "dp_sgd", "noise_multiplier": 1.0}])):
         assert "outsider" not in guarantee_of(quiet, delta=1e-5, candidates=10).guarantee.sentence
+
+
+def test_who_knows_the_other_records_of_a_batch_wastes_no_guess_on_them(tmp_path: Path) -> None:
+    """Five guesses of ten candidates, four of which he knows to be the others: five of six, whatever the noise."""
+    spec = {
+        "data": "digits", "model": "linear", "federation": {"clients": 3}, "training": {"batch_size": 5}, "attacks": ["random_guess"],
+        "arms": [{"name": "none"}, {"name": "dp", "defenses": [{"name": "dp_sgd", "noise_multiplier": 2.0}]}],
+        "evaluation": {"candidates": 10, "shuffled_control": False},
+    }  # fmt: skip
+    assert run(config.build(Experiment, spec), tmp_path / "run", workers=1) == []
+    facts = {fact.arm: fact for fact in read_facts(tmp_path / "run")}
+    assert facts["dp"].ceiling >= 5 / 6
+    assert facts["none"].ceiling == 1.0
+
+
+@pytest.mark.parametrize(
+    ("threat", "least"), [({}, 1797), ({"public_data": True}, 1797 - 539), ({"labels": "exact"}, 174), ({"labels": "exact", "public_data": True}, 110)]
+)
+def test_all_candidates_are_those_that_nobody_rules_out_as_many_for_each_victim(threat: dict[str, Any], least: int) -> None:
+    """Of digits the rarest class has 174; three tenths of the records are public. Chance and ceiling are for this N."""
+    table = {"data": "digits", "model": "linear", "split": {"public": 0.3}, "threat": threat, "arms": [{"name": "none"}]}
+    found = config.build(Experiment, table | {"evaluation": {"candidates": 0}, "seeds": [0, 1]})
+    check(found)
+    if threat == {"labels": "exact", "public_data": True}:
+        rarest = []
+        for seed in (0, 1):
+            parts = splits(found.world(found.arms[0], seed))
+            rarest.append(int((parts.private.labels.bincount() + parts.test.labels.bincount()).min()))
+        least = min(rarest)
+        assert least < 174
+    assert candidates.number(found) == least
+    assert candidates.number(config.build(Experiment, table)) == 100
