@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.groups import Row, Scored, bounds, clusters, fixed_rng, mean
-from experiments.statistics import Interval, bootstrap_difference, holm, sign_flip_p
+from experiments.statistics import Interval, bootstrap_mean, holm, sign_flip_p
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,24 @@ class Comparison:
 
 
 def compare(scored: Sequence[Scored], control: Sequence[Scored]) -> Comparison | None:
-    """Compare the victims that both arms share, resampled by the uploads of both arms that common records join.
+    """Compare the leaks of the victims that both arms share, resampled by the uploads of both arms that common records join.
 
-    A victim on which the undefended attack misses its own floor gives no defense credit and is excluded (rule T13); where the
-    control is at its floor, the ones that are left are its lucky ones, so that the difference errs towards the defense.
+    A leak is the gain over the record's best floor, and nothing where the attack misses it. So no defense gets credit on a victim on
+    which the undefended attack fails (rule T13), and none for luck: to leave these victims out would choose those on which chance
+    favoured the undefended arm alone, of which every defense seems to take something.
     """
     undefended = {item.key: item for item in control}
-    shared = [(item, undefended[item.key]) for item in scored if item.key in undefended]
-    if not shared:
-        return None
-    pairs = [(item, other) for item, other in shared if other.beats_floor]
-    counts = {"pairs": len(pairs), "excluded": len(shared) - len(pairs)}
+    pairs = [(item, undefended[item.key]) for item in scored if item.key in undefended]
     if not pairs:
+        return None
+    counts = {"pairs": len(pairs), "undefended_missed": sum(not other.beats_floor for _, other in pairs)}
+    if counts["undefended_missed"] == len(pairs):
         return Comparison(None, {"psnr_db": None, "identified": None, **counts, "p": None})
     of = clusters([item for item, _ in pairs], [other for _, other in pairs])
-    values, reference = [item.record.psnr_db for item, _ in pairs], [other.record.psnr_db for _, other in pairs]
-    interval = bootstrap_difference(values, reference, of, rng=fixed_rng())
-    p = sign_flip_p([value - other for value, other in zip(values, reference, strict=True)], of, rng=fixed_rng())
+    change = [item.leak_db - other.leak_db for item, other in pairs]
+    interval = bootstrap_mean(change, of, rng=fixed_rng())
     identified = mean([float(item.record.identified) - float(other.record.identified) for item, other in pairs])
-    return Comparison(interval, {"psnr_db": bounds(interval), "identified": {"mean": identified}, **counts, "p": p})
+    return Comparison(interval, {"psnr_db": bounds(interval), "identified": {"mean": identified}, **counts, "p": sign_flip_p(change, of)})
 
 
 def correct(rows: Sequence[Row]) -> None:

@@ -75,11 +75,21 @@ def mixed(how: Mapping[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The versions that may change a number, and the source as it is: of one version there are many while it is worked on."""
+    """What may change a number: versions, the source as it is, of which one version has many while it is worked on, and the processor."""
     return {
         "python": platform.python_version(), "platform": platform.platform(), **{name: version(name) for name in PACKAGES},
-        "source": source_digest(),
+        "source": source_digest(), "cpu": cpu(),
     }  # fmt: skip
+
+
+def cpu() -> str:
+    """The processor's name: attacks with a budget of CPU seconds do as much as it does in these."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def source_digest() -> str:

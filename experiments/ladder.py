@@ -39,19 +39,27 @@ def rungs(threat: ThreatModel, *, defended: bool) -> tuple[Any, ...]:
 
 
 def best_per_victim(trials: Sequence[Trial]) -> list[Trial]:
-    """One trial for each upload that several attacks rebuilt pictures of, with every record from the attack that came nearest to it.
+    """One trial for each upload of an arm on which several attacks rebuilt pictures, with every record from the one that came nearest.
 
     Choosing it needs the truth: no single adversary reaches it, each reaches part of it. Its floors have the same freedom. A record
-    counts as identified if its chosen picture or the attack that names candidates says so: two guesses. Seconds are those of all attacks.
+    counts as identified if its chosen picture or the attack that names candidates says so: as many guesses as there were attacks, since
+    the choice among their pictures is the truth's, too. Seconds are those of all attacks.
     """
+    painters: dict[str, set[str]] = {}
+    for trial in filter(_drew, trials):
+        painters.setdefault(trial.arm, set()).add(trial.attack)
     found = []
-    ordered = sorted(trials, key=_upload)
-    for _, group in groupby(ordered, key=_upload):
+    for _, group in groupby(sorted(trials, key=_upload), key=_upload):
         tried = [trial for trial in group if trial.records]
-        drawn = [trial for trial in tried if trial.answered == "inputs" and trial.attack != IDENTIFIER]  # failed, it drew nothing either
-        if len(drawn) > 1:
+        drawn = [trial for trial in tried if _drew(trial)]
+        if drawn and len(painters[drawn[0].arm]) > 1:  # also of an upload to which only one of them applies
             found.append(_best(drawn, next((trial for trial in tried if trial.answered == "candidates"), None)))
     return found
+
+
+def _drew(trial: Trial) -> bool:
+    """Whether the attack rebuilt pictures, or failed to; an identifier that failed drew nothing either."""
+    return bool(trial.records) and trial.answered == "inputs" and trial.attack != IDENTIFIER
 
 
 def _upload(trial: Trial) -> tuple[str, int, int, tuple[int, ...]]:
@@ -59,8 +67,9 @@ def _upload(trial: Trial) -> tuple[str, int, int, tuple[int, ...]]:
 
 
 def _best(trials: Sequence[Trial], named: Trial | None) -> Trial:
-    ended = [trial for trial in trials if trial.status == "ok"]
-    records = [_nearest(place, trials) for place in range(len(trials[0].records))]
+    ended, asked = [trial for trial in trials if trial.status == "ok"], [*trials, *([named] if named else [])]
+    chosen = [_nearest(place, trials) for place in range(len(trials[0].records))]
+    records = [record for _, record in chosen]
     if named is not None:
         answers = {(record.client, record.record): record for record in named.records}
         told = [answers[record.client, record.record] for record in records]
@@ -73,26 +82,33 @@ def _best(trials: Sequence[Trial], named: Trial | None) -> Trial:
         attack=BEST,
         status="ok" if ended else trials[0].status,
         reason="" if ended else trials[0].reason,
-        records=tuple(records),
-        converged=all(trial.converged for trial in ended),
+        records=tuple(replace(record, class_chance=_chance_in_class(record, asked)) for record in records),
+        converged=all(trial.converged for trial, _ in chosen if trial.status == "ok"),
         trace=(),
-        seconds=sum(trial.seconds for trial in (*trials, *([named] if named else []))),
+        seconds=sum(trial.seconds for trial in asked),
         predicted=None,
         flags=tuple(dict.fromkeys(flag for trial in trials for flag in trial.flags)),
-        guesses=max(trial.tries for trial in trials),
+        guesses=sum(trial.tries for trial in asked),
         surplus_proofs=max(trial.surplus_proofs for trial in trials),
     )
 
 
-def _nearest(place: int, trials: Sequence[Trial]) -> RecordResult:
-    """The record at ``place`` as the best attack on it left it; ``solver`` says which that was."""
+def _nearest(place: int, trials: Sequence[Trial]) -> tuple[Trial, RecordResult]:
+    """The best attack on the record at ``place``, and the record as it left it; ``solver`` says which that was."""
     wanted = trials[0].records[place]
     tries = [(trial, record) for trial in trials for record in trial.records if _who(record) == _who(wanted)]
     tries = [(trial, record) for trial, record in tries if trial.status == "ok"] or tries  # the gray picture of a failure is no guess
     trial, best = max(tries, key=lambda pair: pair[1].psnr_db)
     offered = [(name, floor) for _, record in tries for name, floor in record.floors.items()]
     floors = {name: max((floor for other, floor in offered if other == name), key=lambda floor: floor.psnr_db) for name, _ in offered}
-    return replace(best, floors=floors, solver=trial.attack)
+    return trial, replace(best, floors=floors, solver=trial.attack)
+
+
+def _chance_in_class(record: RecordResult, asked: Sequence[Trial]) -> float | None:
+    """Of naming it among the candidates of its class by any attack that was asked; None in lines of an older version."""
+    each = [own.class_chance for trial in asked for own in trial.records if _who(own) == _who(record)]
+    known = [chance for chance in each if chance is not None]
+    return min(1.0, sum(known)) if known else None
 
 
 def _who(record: RecordResult) -> tuple[int, int]:

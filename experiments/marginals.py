@@ -17,8 +17,8 @@ from rich.table import Table
 
 from experiments.arms import UNDEFENDED, Arm
 from experiments.groups import bounds
-from experiments.ladder import BEST
 from experiments.report import values
+from experiments.report.headline import strongest
 from experiments.report.values import Estimate, estimate, lookup, number
 from experiments.statistics import Interval, above_chance, difference, paired_t
 
@@ -41,9 +41,9 @@ def marginals(layers: Sequence[Arm], rows: Sequence[Mapping[str, Any]]) -> list[
     """One row for each layer: its effect on each measure, alone, on top of all others, and on average over all subsets of the others.
 
     Differences for leakage and accuracy, with intervals; ratios for costs; None where either arm lacks the measure. Leakage is that of the
-    strongest attack: its own row where several attacks ran. Identification counts above chance, which is higher in a sum.
+    strongest attack, as in the main table. Identification counts above chance, which is higher in a sum.
     """
-    by_arm = {name: _strongest([row for row in rows if row["defense"] == name]) for name in {row["defense"] for row in rows}}
+    by_arm = {str(row["defense"]): row for row in strongest(rows)}
     names = [layer.name for layer in layers]
     found = []
     for layer in names:
@@ -73,14 +73,6 @@ def lines(row: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
         (row["layer"] if place == "alone" else "", words, [_text(measure, row[place][measure]) for measure in MEASURES])
         for place, words in PLACES.items()
     ]
-
-
-def _strongest(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The row of the strongest attack on one arm, with the identification of the attack that names candidates, if it ran."""
-    pictured = [row for row in rows if row.get("answered", "inputs") == "inputs"] or list(rows)
-    found = next((row for row in pictured if row["attack"] == BEST), pictured[0])
-    named = next((row for row in rows if row.get("answered") == "candidates"), None)
-    return found if named is None else {**found, "identified": named["identified"]}
 
 
 def _effect(by_arm: Mapping[str, Mapping[str, Any]], order: Sequence[str], subset: Sequence[str], layer: str) -> Effect:

@@ -102,7 +102,11 @@ class Labels:
 
 
 def _labels(group: Group) -> Labels | None:
-    """Judge the labels of a row; None where the attack gave none. Matched among themselves only where no picture decides."""
+    """Judge the labels of a row; None where the attack gave none.
+
+    Those of a batch are matched to the truth among themselves, or as their pictures are, which class means would bring to their classes:
+    the floor has the freedom of the first, the larger one.
+    """
     labelled = [item for item in group.scored if item.record.label_correct is not None]
     if not labelled:
         return None
@@ -111,7 +115,7 @@ def _labels(group: Group) -> Labels | None:
         if item.record.label is not None:
             batches.setdefault(item.upload, []).append(item.record.label)
     known = sum(map(len, batches.values())) == len(labelled)
-    floor = label_floor(list(batches.values()), matched=group.labels_only) if known else None
+    floor = label_floor(list(batches.values()), matched=any(len(labels) > 1 for labels in batches.values())) if known else None
     return Labels(rate_of([bool(item.record.label_correct) for item in labelled], labelled), floor)
 
 
@@ -131,8 +135,10 @@ def floor(scored: Sequence[Scored]) -> Row:
 def over_prior(scored: Sequence[Scored]) -> tuple[Interval, int] | None:
     """PSNR in dB above that of the same attack on shuffled updates, on the victims on which that was asked, and how many records these are.
 
-    What is not above it, the attack knew before: of a learned one, the mean of what it learned from, say.
+    What is not above it, the attack knew before: of a learned one, the mean of what it learned from, say. None of the best of several
+    attacks, whose shuffled one was another.
     """
+    scored = [item for item in scored if item.trial.attack != BEST]
     asked = [(item, item.record.floors.get("shuffled_gradient") or item.record.floors.get(SAMPLE)) for item in scored]
     pairs = [(item, blind) for item, blind in asked if blind is not None]
     if not pairs:
@@ -141,18 +147,13 @@ def over_prior(scored: Sequence[Scored]) -> tuple[Interval, int] | None:
 
 
 def guessed(group: Group, candidates: int) -> float | None:
-    """Chance of the identification: that of one guess, or of two where each victim has its best attack."""
-    return _of_two(group, _chance(group.scored, candidates))
+    """Chance of the identification; where each victim has its best attack, that of the guesses of all that it was chosen from."""
+    return _chance(group.scored, candidates)
 
 
 def guessed_in_class(group: Group) -> float | None:
     """The same for who knows each record's class, which is more to know than to guess; None in lines of an older version."""
-    known = [item.record.class_chance for item in group.scored if item.record.class_chance is not None]
-    return _of_two(group, mean(known))
-
-
-def _of_two(group: Group, one: float | None) -> float | None:
-    return one if one is None or group.attack != BEST else min(1.0, 2 * one)
+    return mean([item.record.class_chance for item in group.scored if item.record.class_chance is not None])
 
 
 def _chance(scored: Sequence[Scored], candidates: int) -> float | None:

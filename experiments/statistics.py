@@ -30,8 +30,11 @@ CONFIDENCE = 0.95
 """Coverage of every interval."""
 
 RESAMPLES = 10_000
-"""Bootstrap resamples and sign flips: the ends of an interval then move by about 1 % of its width between seeds."""
+"""Bootstrap resamples: the ends of an interval then move by about 1 % of its width between seeds."""
 
+
+ENUMERATED, GRID = 13, 2**15
+"""Clusters of which all sign flips are counted, and into how many steps the sum of more is divided."""
 
 FEW_CLUSTERS = 8
 """Below so many clusters the bootstrap alone is too narrow, as a resample's mean cannot leave the range of the data: it covered 53 % of
@@ -88,19 +91,27 @@ def bootstrap_difference(
     return bootstrap_mean([value - other for value, other in zip(values, reference, strict=True)], clusters, rng=rng)
 
 
-def sign_flip_p(differences: Sequence[float], clusters: Sequence[Hashable], *, rng: np.random.Generator) -> float:
+def sign_flip_p(differences: Sequence[float], clusters: Sequence[Hashable]) -> float:
     """Return the two-sided p-value of paired differences under the hypothesis that they are symmetric about zero.
 
-    Flips the sign of whole clusters: all ways for up to 13 of them, else at random (Phipson and Smyth, 2010: never 0).
+    The share of all ways to flip the signs of whole clusters whose sum is as far from 0 as the observed one: counted for up to 13
+    clusters; of more the distribution of the sum is convolved cluster by cluster on a grid (Pagano and Tritchler, 1983), and what the
+    rounding to the grid may hide is counted as farther.
     """
-    sums, _ = _by_cluster(differences, clusters)
-    groups = len(sums)
-    observed = abs(sums.sum()) * (1 - 1e-12)  # a flip that equals the observation must not be lost to rounding
-    if 2**groups <= RESAMPLES:
-        signs = 1 - 2 * (np.arange(2**groups)[:, None] >> np.arange(groups) & 1)
-        return float(np.mean(np.abs(signs @ sums) >= observed))
-    flipped = np.abs(_signs(groups, rng) @ sums)
-    return float((1 + np.sum(flipped >= observed)) / (1 + RESAMPLES))
+    signed, _ = _by_cluster(differences, clusters)
+    sums, observed = np.abs(signed), abs(signed.sum())
+    if not sums.any():
+        return 1.0
+    if len(sums) <= ENUMERATED:
+        signs = 1 - 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
+        return float(np.mean(np.abs(signs @ sums) >= observed * (1 - 1e-12)))  # a flip that equals the observation is not lost to rounding
+    steps = np.rint(sums / sums.sum() * GRID).astype(int)
+    odds = np.zeros(2 * steps.sum() + 1)  # of a sum of flipped steps, from the lowest to the highest
+    odds[steps.sum()] = 1.0
+    for step in steps:
+        odds = (np.roll(odds, step) + np.roll(odds, -step)) / 2
+    within = observed / sums.sum() * GRID - 0.5 * len(sums)
+    return float(min(1.0, odds[np.abs(np.arange(len(odds)) - steps.sum()) >= within].sum()))
 
 
 @cache
@@ -120,8 +131,11 @@ def clustered_rate(
 
     With one record a cluster it is Clopper–Pearson's. Otherwise each end is the farther one of Clopper–Pearson over victims
     and of the bootstrap over whole clusters: the first takes victims for independent, the second sees no spread at 0 or 100 %.
-    So that few clusters of many victims are not taken for many, the n victims of the first count as n·(t of n − 1 degrees of freedom
-    over t of those of the clusters)² (Korn and Graubard, 1998). A single cluster says nothing of the spread: its interval is [0, 1].
+    Victims of one cluster who share its fate are not as many as they are: the n of the first count as the effective number p(1 − p) over
+    the jackknife's variance, n at most, times (t of n − 1 degrees of freedom over t of those of the clusters)² (Korn and Graubard, 1998).
+    A single cluster says nothing of the spread: its interval is [0, 1]. Neither does one rate of 0 or 100 % over several clusters:
+    there victims are taken for independent within their cluster. Of beta-binomial rates it covers 91 % (8 clusters of 50, rate 5 %,
+    intraclass correlation .1) and 84 % (3 of 50, 20 %, .6), but 77 % where rare hits share their fate (8 of 50, 5 %, .3).
 
     Args:
         hits: one for each score.
@@ -135,7 +149,9 @@ def clustered_rate(
         return Rate(sum(hits) / len(hits), 0.0, 1.0)
     distinct = len(hits) if victims is None else len(set(victims))
     freedom = min(1.0, _student(distinct) / _student(groups)) if distinct > 1 else 1.0
-    rate = _share(sum(hits) / len(hits), distinct * freedom**2)
+    share, error = sum(hits) / len(hits), _jackknife(*_by_cluster([float(hit) for hit in hits], clusters))
+    effective = min(distinct, share * (1 - share) / error**2) if error else distinct
+    rate = _share(share, effective * freedom**2)
     between = bootstrap_mean([float(hit) for hit in hits], clusters, rng=rng)
     return Rate(rate.rate, max(0.0, min(rate.low, between.low)), min(1.0, max(rate.high, between.high)))
 
@@ -198,30 +214,18 @@ def _student(count: int) -> float:
 
 
 def _resamples(groups: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """How often each resample holds each of ``groups`` clusters."""
-    return _drawn("resamples", groups, rng)
-
-
-def _signs(groups: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Random signs of ``groups`` clusters."""
-    return _drawn("signs", groups, rng)
-
-
-def _drawn(what: str, groups: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw from ``rng``, or look up what it drew the last time it was in this state: most rows of a report have as many clusters."""
-    drawn, after = _from_state(what, groups, type(rng.bit_generator), json.dumps(rng.bit_generator.state))
+    """How often each resample holds each of ``groups`` clusters: drawn, or looked up if ``rng`` drew it in this state before."""
+    drawn, after = _from_state(groups, type(rng.bit_generator), json.dumps(rng.bit_generator.state))
     rng.bit_generator.state = json.loads(after)
     return drawn
 
 
 @lru_cache(maxsize=8)
-def _from_state(what: str, groups: int, generator: type[Any], state: str) -> tuple[NDArray[np.float64], str]:
+def _from_state(groups: int, generator: type[Any], state: str) -> tuple[NDArray[np.float64], str]:
     """What a generator in this state draws, as float64 so that no product converts it again, and the state that this leaves."""
     bits = generator()
     bits.state = json.loads(state)
-    rng = np.random.Generator(bits)
-    size = (RESAMPLES, groups)
-    drawn = rng.choice([-1, 1], size=size) if what == "signs" else rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
+    drawn = np.random.Generator(bits).multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
     return drawn.astype(np.float64), json.dumps(bits.state)
 
 

@@ -2,8 +2,9 @@
 
 An arm dominates another if, by what was measured, it loses no more accuracy and leaks no more, and one of the two differences is larger
 than its uncertainty: the intervals of the leakages are disjoint, or that of the difference in accuracy, paired by seed (Student's t),
-leaves out 0. Where neither is, the two are not distinguishable. Plain Gaussian noise and DP-SGD are the baselines: a heuristic that one
-of them dominates is not worth its trouble.
+leaves out 0. Where neither is, the two are not distinguishable. Less leakage is less in the mean and at the upper limit, which few
+victims alone raise; an arm of which the tool itself says that more may leak (:data:`SHAKY`) dominates none. Plain Gaussian noise and
+DP-SGD are the baselines: a heuristic that one of them dominates is not worth its trouble.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from experiments.statistics import above_chance, paired_t
 
 BASELINES: Mapping[tuple[str, ...], str] = {("gaussian_noise",): "plain Gaussian noise", ("dp_sgd",): "DP-SGD"}
 """Families that a heuristic must beat."""
+
+SHAKY = frozenset({"defense_not_modeled", "attack_failed"})
+"""Flags under which what leaks may be more than was measured, for a reason that other arms do not share; a budget of CPU seconds is."""
 
 PANELS = {
     "identified": "Identified victims above chance, upper limit, %",
@@ -39,8 +43,10 @@ class Arm:
         drops: the same by seed.
         leak: upper limit of the 95 % interval, in the panel's unit; the mean where it is ``unbounded``.
         least: lower limit of the same interval; −∞ where there is none.
+        mean: what was measured.
         cost: what its area shows; None where it was not measured.
         unbounded: whether there is no upper limit, as with a single upload; whatever leaks less in the mean may leak more.
+        shaky: whether a flag says that more may leak than was measured.
         dominated_by: the arms that are better in one respect beyond its uncertainty, and as good in the other.
         undecided: the arms that are as good in both respects, but not distinguishable in either.
     """
@@ -51,8 +57,10 @@ class Arm:
     drops: Mapping[str, float] = field(default_factory=dict)
     leak: float
     least: float = -math.inf
+    mean: float
     cost: float | None
     unbounded: bool = False
+    shaky: bool = False
     dominated_by: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
 
@@ -92,7 +100,7 @@ def panel(rows: Sequence[Mapping[str, object]], which: str) -> list[Arm]:
         arm = Arm(
             name=name(row, "defense"), family=family_of(row), drop=drop, drops=drops, leak=high,
             least=-math.inf if leak.low is None else leak.low, cost=cost if cost is not None and math.isfinite(cost) else None,
-            unbounded=not bounded,
+            mean=high if leak.value is None else leak.value, unbounded=not bounded, shaky=not SHAKY.isdisjoint(texts_of(row, "flags")),
         )  # fmt: skip
         found.append(arm)
     return [
@@ -172,8 +180,11 @@ def _drops(row: Mapping[str, object], control: Mapping[str, object]) -> dict[str
 
 def _no_worse(one: Arm, other: Arm) -> bool:
     """Whether one lost no more accuracy and leaks no more by what was measured, and the two are not the same point."""
-    leak, others = (math.inf if arm.unbounded else arm.leak for arm in (one, other))
-    return one.drop <= other.drop and leak <= others and (one.drop < other.drop or leak < others)
+    if one.shaky:
+        return False
+    leak, others = ((math.inf if arm.unbounded else arm.leak, arm.mean) for arm in (one, other))
+    least = all(mine <= theirs for mine, theirs in zip(leak, others, strict=True))
+    return one.drop <= other.drop and least and (one.drop < other.drop or leak != others)
 
 
 def _better(one: Arm, other: Arm) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from experiments.ladder import BEST
 from experiments.report import values
 from experiments.report.values import lookup, number
+from experiments.statistics import above_chance
 
 Row = Mapping[str, object]
 
@@ -63,7 +64,8 @@ def headlines(rows: Iterable[Row]) -> list[Row]:
     """Return the rows of the main table: each one as it is, or with a ladder one for each arm, view and attacked rounds.
 
     That one is the best per victim, or the strongest attack where fewer than two rebuilt pictures. Who was identified is the
-    identifier's word where it names as many as the pictures do; ``identified_by_picture`` keeps the best rate that a picture alone gave.
+    identifier's word where it is as far above the chance of its one guess as all attacks together are above that of theirs;
+    ``identified_by_picture`` keeps the best rate that a picture alone gave.
     """
     rows = list(rows)
     if not laddered(rows):
@@ -94,7 +96,7 @@ def _headline(rows: Sequence[Row]) -> Row:
         return {**best, "flags": flags}
     flags += [flag for flag in texts_of(identifier, "flags") if flag == "candidates_told" and flag not in flags]
     seen = max((row for row in drawn if row.get("identified")), key=lambda row: _strength(row)[0], default=None)
-    winner = max((identifier, best), key=lambda row: _strength(row)[0])  # the identifier does not model every defense
+    winner = max((identifier, best), key=_above_chance)  # the identifier does not model every defense
     return {
         **best,
         "flags": flags,
@@ -102,6 +104,11 @@ def _headline(rows: Sequence[Row]) -> Row:
         "identified_by": identifier.get("attack") if winner is identifier else None,
         "identified_by_picture": seen.get("identified") if seen else None,
     }
+
+
+def _above_chance(row: Row) -> float:
+    rate, chance = number(lookup(row, "identified")), number(lookup(row, "identified", "chance")) or 0.0
+    return float("-inf") if rate is None or chance >= 1 else above_chance(rate, chance)
 
 
 def _strength(row: Row) -> tuple[float, ...]:

@@ -30,11 +30,12 @@ MEANING: Mapping[Level, str] = {
     f"mean PSNR gain of at least {decibel(RECOGNIZABLE_GAIN_DB)} whose interval lies above 0",
     "partial": "identified more often than by chance, and a PSNR gain above 0 (both by their intervals), but not by as much as above",
     "identifiable": "identified more often than by chance, although the pictures are no closer to the truth than the best floor",
-    "faint": "closer to the truth than the best floor, but not identified more often than by chance",
+    "faint": "closer to the truth than the best floor, but not shown to be identified more often than by chance",
     "labels": "the attack answered labels and no pictures, and got more of them right (lower end of the interval) than a guess that "
     "knows how frequent each class is",
-    "floor": "neither identified more often than by chance nor closer to the truth than a guess that ignores the upload; of an attack "
-    "that answered labels only: no more of them right than such a guess",
+    "floor": "not shown to be identified more often than by chance, nor to be closer to the truth than a guess that ignores the upload; of "
+    "an attack that answered labels only: not shown to get more of them right than such a guess. Few uploads show little: the intervals "
+    "say how much may be hidden",
     "unmeasured": "no victim was measured, or the numbers that a verdict needs are missing",
 }
 EQUAL = "not distinguishable from no defense"
@@ -43,6 +44,10 @@ FAILED = "every attack failed"
 LESS = "leaks less than no defense"
 MORE = "leaks more than no defense"
 SLIGHTLY = f", by less than {EQUIVALENCE_DB:g} dB"
+ALONE = ", if taken alone"
+"""Said where 0 is outside of the interval of this row, but not once all rows of the run are allowed for."""
+SURE = 0.05
+"""Of the p-value after Holm's correction."""
 NO_CREDIT = "no credit: the undefended attack misses its floor too"
 
 
@@ -57,13 +62,14 @@ def verdict(row: Mapping[str, object], control: Mapping[str, object] | None = No
     if found == "unmeasured":
         return Verdict(found, FAILED if _failures(row) else WORDS[found], "")
     difference = estimate(row, "difference_to_control", "psnr_db")
-    if number(lookup(row, "difference_to_control", "pairs")) == 0:
+    pairs, missed = (number(lookup(row, "difference_to_control", key)) for key in ("pairs", "undefended_missed"))
+    if pairs is not None and pairs == missed:
         return Verdict(found, WORDS[found], NO_CREDIT)
     if difference.low is None or difference.high is None:
         return Verdict(found, WORDS[found], "")
     if control is not None and level(control) in ("identifiable", "floor", "unmeasured"):
         return Verdict(found, WORDS[found], NO_CREDIT)
-    return Verdict(found, WORDS[found], compare(difference))
+    return Verdict(found, WORDS[found], compare(difference, number(lookup(row, "difference_to_control", "p_holm"))))
 
 
 def level(row: Mapping[str, object]) -> Level:
@@ -88,15 +94,21 @@ def level(row: Mapping[str, object]) -> Level:
     return "faint" if closer else "floor"
 
 
-def compare(difference: Estimate) -> str:
-    """Say how a defended arm differs from the undefended one, given the paired difference defended − undefended in dB."""
+def compare(difference: Estimate, p_holm: float | None = None) -> str:
+    """Say how a defended arm differs from the undefended one, given the paired difference defended − undefended in dB.
+
+    Args:
+        difference: with its interval, which is this row's alone.
+        p_holm: the p-value after correction for all rows; None if there is none.
+    """
     low, high = difference.low, difference.high
     if low is None or high is None:
         return ""
     within = max(-low, high) < EQUIVALENCE_DB
     if low <= 0 <= high:
         return EQUAL if within else UNDECIDED
-    return (LESS if high < 0 else MORE) + (SLIGHTLY if within else "")
+    alone = p_holm is not None and p_holm >= SURE
+    return (LESS if high < 0 else MORE) + (SLIGHTLY if within else "") + (ALONE if alone else "")
 
 
 def _label_level(row: Mapping[str, object]) -> Level:

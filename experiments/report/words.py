@@ -17,9 +17,9 @@ CLAUSES: Mapping[Level, str] = {
     "recognizable": "can recognize the clients’ pictures under ",
     "partial": "rebuilds them in part under ",
     "identifiable": "tells whose picture it was, without rebuilding it, under ",
-    "faint": "finds traces that identify nobody under ",
+    "faint": "finds traces, but was not shown to identify anybody, under ",
     "labels": "recovers the labels, but no pictures, under ",
-    "floor": "does no better than a blind guess, with this attack, under ",
+    "floor": "was not shown to do better than a blind guess under ",
     "unmeasured": "was not measured under ",
 }
 
@@ -68,9 +68,11 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     ),
     (
         "Against no defense",
-        "The paired difference defended − undefended, on the same victims and seeds; a victim on which the undefended attack misses its "
-        "floor is left out. It counts as “not distinguishable” when its interval holds 0 and lies within "
-        f"± {values.decibel(EQUIVALENCE_DB)}, and as “undecided” when it holds 0 but reaches further.",
+        "The paired difference defended − undefended in what leaks, on the same victims and seeds: the PSNR gain, which counts as 0 where "
+        "an attack misses the floor, so that a defense gets credit only for what the undefended attack has shown. It counts as “not "
+        f"distinguishable” when its interval holds 0 and lies within ± {values.decibel(EQUIVALENCE_DB)}, and as “undecided” when it holds "
+        "0 but reaches further. “If taken alone”: the interval leaves out 0, but Holm’s correction for all rows of the run does not; of "
+        "fewer than eight or so independent uploads it hardly can.",
     ),
     (
         "95 % interval",
@@ -88,8 +90,9 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     (
         "Ceiling",
         "The highest identification rate that any attack can reach which sees what these attacks saw: the releases of the unit (the record "
-        "or the client that ε is for) up to the attacked round, or, where all rounds are disclosed, in all of them. “Identified” is what "
-        "this attack did. In brackets: the same for whoever has every upload of the whole training. 100 % rules nothing out.",
+        "or the client that ε is for) up to the attacked round, or, where all rounds are disclosed, in all of them. It is for the one "
+        "guess of one attack (“Ceilings” has the best of these beside it); the best of several attacks for each victim had several, as "
+        "its chance says. In brackets: the same for whoever has every upload of the whole training. 100 % rules nothing out.",
     ),
     (
         "Accuracy",

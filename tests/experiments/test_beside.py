@@ -16,7 +16,7 @@ from experiments import defense_pages, measurements
 from experiments.facts import accuracy_difference, relative
 from experiments.report import beside, front, measured, values
 from experiments.result import ArmFacts
-from experiments.statistics import bootstrap_mean, sign_flip_p
+from experiments.statistics import bootstrap_mean
 from simulator.errors import SpecError
 from simulator.types import Update, Upload
 from tests.experiments.test_report import row, terminal
@@ -153,4 +153,3 @@ def test_a_second_draw_from_the_same_state_is_the_same_and_the_generator_goes_on
     assert first[0] != first[1]
     drawn = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), size=10_000) @ np.asarray(scores) / 30
     assert first[0].low < np.quantile(drawn, 0.025) < first[0].mean
-    assert sign_flip_p(scores, uploads, rng=one) == sign_flip_p(scores, uploads, rng=other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from experiments.ladder import BEST, best_per_victim, rungs
@@ -132,11 +133,56 @@ def test_the_gray_picture_of_a_failure_is_no_guess_and_a_failed_identifier_draws
 
 
 def test_a_record_that_its_picture_names_is_identified_whatever_the_identifier_says() -> None:
-    """Two guesses, so that chance is twice as high."""
+    """Three guesses, among which the truth chooses, so that chance is three times as high."""
     seen = [trial(attack=name, records=(record(identified=True),)) for name in ("first", "second")]
     missed = trial(attack="candidate_identification", answered="candidates", records=(record(identified=False, rank=9),))
     (best,) = best_per_victim([*seen, missed])
     assert best.records[0].identified
     table = summary([*seen, missed])
-    assert row(table, "none", BEST)["identified"]["chance"] == pytest.approx(0.02)
+    assert row(table, "none", BEST)["identified"]["chance"] == pytest.approx(0.03)
     assert row(table, "none", "first")["identified"]["chance"] == pytest.approx(0.01)
+
+
+def test_attackers_who_know_nothing_name_no_more_together_than_their_chance() -> None:
+    """Three pictures and a named candidate, each right one time in ten, the nearest picture taken: .34 of 600, beyond two guesses' .2."""
+    rng, trials = np.random.default_rng(0), []
+    for victim in range(600):
+        for attack in ("first", "second", "third", "candidate_identification"):
+            hit = bool(rng.random() < 0.1)
+            near = float(rng.uniform(14, 16) if hit else rng.uniform(5, 14))
+            answered = "candidates" if attack == "candidate_identification" else "inputs"
+            one = record(victim, victim, psnr_db=near, identified=hit, class_chance=0.2)
+            trials.append(trial(attack=attack, answered=answered, senders=(victim,), records=(one,)))
+    best = row(summary(trials, candidates=10), "none", BEST)["identified"]
+    assert best["rate"] > 0.25
+    assert best["chance"] == pytest.approx(0.4)
+    assert best["chance_in_class"] == pytest.approx(0.8)
+    assert best["low"] < best["rate"] < best["chance"]
+
+
+def test_an_upload_to_which_one_attack_alone_applies_is_no_less_a_victim() -> None:
+    """Of 32 victims one attack solves 24, the other applies to the other 8 alone and misses."""
+    solved = [trial(attack="first", senders=(n,), records=(record(n, n, psnr_db=40.0),)) for n in range(24)]
+    refused = [trial(attack="first", senders=(n,), status="unsupported", reason="too many", records=()) for n in range(24, 32)]
+    missed = [trial(attack="second", senders=(n,), records=(record(n, n, psnr_db=9.0, identified=False),)) for n in range(24, 32)]
+    left = [trial(attack="second", senders=(n,), status="unsupported", reason="one only", records=()) for n in range(24)]
+    best = row(summary([*solved, *refused, *missed, *left]), "none", BEST)
+    assert (best["victims"], best["identified"]["rate"]) == (32, 0.75)
+
+
+def test_only_what_was_taken_from_an_attack_asks_whether_it_had_ended() -> None:
+    """A solver that is done, beside one that its budget stopped and that nothing was taken from."""
+    done, stopped = trial(attack="first", records=(record(psnr_db=40.0),)), trial(attack="second", converged=False)
+    (best,) = best_per_victim([done, replace(stopped, records=(record(psnr_db=20.0),))])
+    assert best.converged
+    (best,) = best_per_victim([done, replace(stopped, records=(record(psnr_db=50.0),))])
+    assert not best.converged
+
+
+def test_what_the_best_reached_over_shuffled_updates_is_said_of_each_attack_and_not_of_the_best() -> None:
+    blind = {"mean_image": ImageScores(12.0, 0.3, 0.063), "shuffled_gradient": ImageScores(11.0, 0.3, 0.08)}
+    solver = arm("none", 40.0, attack="first")
+    learned = [replace(t, records=(replace(t.records[0], floors=blind),)) for t in arm("none", 11.0, attack="second")]
+    table = summary([*solver, *learned])
+    assert row(table, "none", "second")["over_prior"] is not None
+    assert row(table, "none", BEST)["over_prior"] is None

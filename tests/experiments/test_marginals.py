@@ -92,6 +92,14 @@ def test_who_was_named_is_said_by_the_identifier() -> None:
     assert found["alone"]["psnr_db"]["mean"] == pytest.approx(-10)
 
 
+def test_pictures_that_name_more_than_the_identifier_count() -> None:
+    """It does not model every defense: whom pictures name nine times in ten is not hidden because it names one."""
+    rows = [row("none", 1.0, 40, 0.9, 100), row("a", 0.9, 30, 0.8, 100)]
+    rows += [{**row(n, rate, 60, 0.9, 100), "attack": "identifier", "answered": "candidates"} for n, rate in (("none", 1.0), ("a", 0.1))]
+    (found,) = marginals([Arm(name="a")], rows)
+    assert found["alone"]["identified"]["mean"] == pytest.approx(-0.1)
+
+
 def test_an_arm_that_did_not_run_leaves_its_differences_out() -> None:
     rows = [row("none", 1.0, 40, 0.9, 100), row("a", 0.5, 30, 0.8, 100), row("b", 0.5, 20, 0.9, 300)]
     first, _ = marginals([Arm(name="a"), Arm(name="b")], rows)

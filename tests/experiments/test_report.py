@@ -368,6 +368,13 @@ def test_comparison_with_no_defense(low: float, high: float, expected: str) -> N
     assert verdict.verdict(row("x", difference_to_control=difference(low, high))).against_control == expected
 
 
+@pytest.mark.parametrize(("p_holm", "words"), [(0.001, verdict.LESS), (0.05, verdict.LESS + verdict.ALONE), (None, verdict.LESS)])
+def test_a_difference_that_is_lost_among_all_rows_says_so(p_holm: float | None, words: str) -> None:
+    """One row of hundreds lies outside of 95 % by chance."""
+    found = {**difference(-9, -7), "p_holm": p_holm}
+    assert verdict.verdict(row("x", difference_to_control=found)).against_control == words
+
+
 def test_no_credit_where_the_undefended_attack_fails() -> None:
     failed = leak((0.0, 0.0, 0.1), (-1.0, -2.0, 0.0), difference_to_control=None)
     assert verdict.verdict(row("x", difference_to_control=difference(-9, -7)), failed).against_control == verdict.NO_CREDIT
@@ -377,7 +384,7 @@ def test_no_credit_where_the_undefended_attack_fails() -> None:
 
 
 def test_no_credit_where_no_victim_is_left_to_compare() -> None:
-    nothing = {"psnr_db": None, "identified": None, "pairs": 0, "excluded": 8, "p": None, "p_holm": None}
+    nothing = {"psnr_db": None, "identified": None, "pairs": 8, "undefended_missed": 8, "p": None, "p_holm": None}
     assert verdict.verdict(row("x", difference_to_control=nothing), row("none")).against_control == verdict.NO_CREDIT
 
 
@@ -420,7 +427,7 @@ def test_answer_names_each_arm_once_under_what_it_leaks() -> None:
     sentence = "".join(text for text, _ in pieces)
     assert "The honest-but-curious server can recognize the clients’ pictures under none, clip, dp_sgd ε=8 and central DP; " in sentence
     assert sentence.endswith(
-        "no better than a blind guess, with this attack, under dp_sgd ε=1, secure aggregation and secure aggregation + DP."
+        "it was not shown to do better than a blind guess under dp_sgd ε=1, secure aggregation and secure aggregation + DP."
     )
     assert [text for text, arm in words.no_better({"rows": arms()}) if arm] == ["clip", "dp_sgd ε=8", "central DP"]
 
