@@ -25,8 +25,10 @@ def local_upload(world: World, model: nn.Module, broadcast: Broadcast, client: i
     """Train on the private batches of this round as the broadcast says, with every client-side defense in its place.
 
     Raises:
-        BroadcastRefused: a defense does not trust the model.
+        BroadcastRefused: a defense does not trust the model, or the recipe is not the federation's, with which guarantees are counted.
     """
+    if broadcast.training != world.training:
+        raise BroadcastRefused(f"the recipe must be the federation's {world.training}, got {broadcast.training}. Send that one.")
     # a transcript keeps tensors by name, and noise is drawn tensor after tensor: what is computed again must draw in the model's order
     broadcast = replace(broadcast, parameters={name: broadcast.parameters[name] for name, _ in model.named_parameters()})
     batches = private_batches(world, client, broadcast.round)

@@ -23,6 +23,7 @@ from experiments.rounding import rounding_error as measured_rounding_error
 from experiments.statistics import paired_t
 from experiments.under_attack import Victim
 from experiments.utility import accuracy
+from simulator.network import floating
 from simulator.transcript import Record
 from simulator.types import Upload
 from simulator.world import World
@@ -117,7 +118,7 @@ def gather(
     guarantee, views = proven.guarantee, proven.views
     psnrs = [view.no_prior_psnr_db for view in views.values() if view.no_prior_psnr_db is not None]
     assert record.released is not None
-    numbers = sum(tensor.numel() for part in record.released for tensor in part.values())
+    numbers = sum(tensor.numel() for part in record.released for tensor in floating(part).values())
     rounding = rounding_error(world, record)
     return ArmFacts(
         arm=arm, seed=world.seed, accuracy=accuracy(world, splits(world), record.released),

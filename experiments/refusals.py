@@ -7,6 +7,7 @@ from typing import Any
 from clients.private import partition, records_held, splits
 from defenses.accounting import guarantee
 from defenses.channel.ckks import CKKSAggregation
+from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.distributed_dp import DistributedDP
 from experiments.arms import Arm
 from experiments.candidates import available
@@ -54,6 +55,11 @@ def check(experiment: Experiment) -> None:
             raise SpecError(
                 f"arm {arm.name!r}, ckks_aggregation: threat.colluding must be 0 with secret_key = 'clients', got "
                 f"{experiment.threat.colluding}. A single client that colludes gives the server the key: set secret_key = 'colluder'."
+            )
+        if isinstance(world.channel, SecureAggregation) and world.channel.identities:
+            raise SpecError(
+                f"arm {arm.name!r}, secure_aggregation: identities must be empty where `fedpeek run` starts the clients, got "
+                f"{len(world.channel.identities)}: each private key is in its client's own environment. Leave them out: they are derived."
             )
         for defense in arm.defenses:
             reason = defense.refuses(world) or (understated(world, experiment.threat.colluding) if defense.channel else None)

@@ -165,7 +165,12 @@ def _decrypted(
     grid: CuriousGrid, world: World, nodes: Mapping[int, int], broadcast: Broadcast, total: bytes, senders: frozenset[int], numbers: int,
     lost: Lost,
 ) -> Upload:  # fmt: skip
-    """The upload in the sum as the first client tells it that can, and whose numbers can be one."""
+    """The upload in the sum as the first client tells it that can, and whose numbers can be one.
+
+    Raises:
+        ProtocolAbort: nobody tells such a one, or two tell the same, which then is in the sum and no fault of theirs.
+    """
+    told: dict[bytes, int] = {}
     for client in sorted(senders):
         contents = {client: wire.pack_stage("decrypt", total, round=broadcast.round)}
         answers = ask(grid, nodes, wire.CHANNEL, contents, round=broadcast.round, timeout=world.federation.timeout_seconds)
@@ -177,6 +182,13 @@ def _decrypted(
                 raise ProtocolAbort(f"decrypted sum must be {numbers} numbers of 8 bytes, got {len(answer)} bytes. Ask the next client.")
             return _decoded(world, broadcast, np.frombuffer(answer, "<f8").astype(np.float64), senders)
         except ProtocolAbort as error:
+            if (witness := told.get(answer)) is not None:
+                del lost[witness]
+                raise ProtocolAbort(
+                    f"ciphertexts must be of updates, got a sum that clients {witness} and {client} tell alike and that is none ({error}) "
+                    f"One of {sorted(senders)} encrypted something else; which one, nobody can tell."
+                ) from error
+            told[answer] = client
             lost[client] = f"client {client} sent what cannot be used (stage decrypt): {error}"
     raise ProtocolAbort("the sum must be decrypted by one of its senders, got none that did.")
 

@@ -72,7 +72,7 @@ class CuriousGrid(Grid):
         """Record what the server computed together with the clients: the output of secure aggregation."""
         if self._transcript is not None:
             facts, tensors = upload_event(upload)
-            self._transcript.append("upload", self._round, facts, tensors)
+            self._transcript.append("upload", self._round, facts | {"accepted": True}, tensors)  # whoever fails the round afterwards
 
     def record_released(self, round: int, parameters: Tensors, buffers: Tensors) -> None:
         """Record the model that the server holds after the last round."""
@@ -88,6 +88,8 @@ class CuriousGrid(Grid):
         batch = list(messages)
         for message in batch:
             self.download_bytes += wire.content_bytes(message)
+            if message.metadata.group_id.isdecimal():  # Flower's name for the round: a protocol's first stages precede its broadcast
+                self._round = int(message.metadata.group_id)
             if wire.RECIPE in message.content and (self._broadcast is None or wire.round_of(message) != self._broadcast.round):
                 self.record_broadcast(wire.unpack_broadcast(message.content))
                 self._sent_model = message.content

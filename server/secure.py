@@ -143,6 +143,7 @@ def _by_trusted_party(
     """The ideal functionality: a trusted party beneath the tap adds the vectors up, and the server is told the sum."""
     grid.record_broadcast(broadcast)
     contents = {client: wire.pack_stage("quantized", b"", broadcast) for client in clients}
+    grid.download_bytes += sum(map(wire.bytes_of, contents.values()))  # what passes beneath the tap costs all the same
     answers = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "quantized")
     length = _floats(broadcast.parameters) + _floats(broadcast.buffers) + 1
     bits, vectors = channel.bits_for(len(clients)), {}
@@ -163,6 +164,7 @@ def _plain_mean(
     """The mean of what clients would upload in the clear, over a trusted party beneath the tap: averaging and nothing else."""
     grid.record_broadcast(broadcast)
     contents = {client: wire.pack_stage("plain", b"", broadcast) for client in clients}
+    grid.download_bytes += sum(map(wire.bytes_of, contents.values()))
     answers = ask(grid.trusted_party, nodes, wire.CHANNEL, contents, round=broadcast.round, timeout=world.federation.timeout_seconds)
     lost.update({client: f"{reason} (stage plain)" for client, reason in answers.lost.items()})
     uploads = []

@@ -18,8 +18,11 @@ from flwr.common.constant import SType
 
 from simulator.types import Tensors
 
-MALFORMED = (KeyError, ValueError, TypeError, RuntimeError, OverflowError, EOFError)
+MALFORMED = (KeyError, ValueError, TypeError, OverflowError)
 """What reading a record raises that is not what it should be."""
+
+MAGIC = b"\x93NUMPY"
+"""With which NumPy's format begins; ``numpy.load`` reads others, too, which no array of a message has."""
 
 BFLOAT16 = "bfloat16"
 """The declared type of an array whose 16-bit integers are the bits of bfloat16 numbers."""
@@ -37,7 +40,7 @@ def array_record(tensors: Tensors) -> ArrayRecord:
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    """The inverse of :func:`array_record`; raises one of :data:`MALFORMED` if there is none."""
+    """The inverse of :func:`array_record`; raises ValueError if there is none."""
     return {name: tensor_of(array) for name, array in record.items()}
 
 
@@ -57,9 +60,24 @@ def _stated(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 
 def tensor_of(array: Array) -> torch.Tensor:
-    """One array of such a record as a tensor."""
-    found = torch.from_numpy(_numbers(array))
-    return found.view(torch.bfloat16) if array.dtype == BFLOAT16 else found
+    """One array of such a record as a tensor.
+
+    Raises:
+        ValueError: it holds no real numbers as NumPy writes them, or none that torch has.
+    """
+    try:
+        numbers = _numbers(array)
+        if not kept(numbers.dtype):
+            raise TypeError(f"numbers of type {numbers.dtype}")
+        found = torch.from_numpy(numbers)
+        return found.view(torch.bfloat16) if array.dtype == BFLOAT16 else found
+    except Exception as error:  # the bytes are a stranger's: parsers of headers and memory fail at them in ways of their own
+        raise ValueError(f"array must be real numbers as NumPy writes them, got {type(error).__name__}: {error}") from error
+
+
+def kept(dtype: np.dtype[Any]) -> bool:
+    """Whether torch and safetensors have such numbers."""
+    return dtype.kind in "biuf" and dtype.itemsize <= 8
 
 
 def as_bytes(data: bytes) -> torch.Tensor:
@@ -80,7 +98,7 @@ def _bits(view: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
     try:
         found = torch.from_numpy(view.copy())
         return found.view(torch.bfloat16) if dtype == BFLOAT16 else found
-    except MALFORMED:
+    except Exception:  # as in tensor_of
         return as_bytes(view.tobytes())
 
 
@@ -89,11 +107,13 @@ def _numbers(array: Array) -> np.ndarray[Any, Any]:
     header = _header(array.data)
     try:
         shape, fortran, dtype = _form(header)
-        fills = len(array.data) == len(header) + dtype.itemsize * math.prod(shape)  # reshape takes a negative length for an unknown one
+        fills = len(array.data) == len(header) + dtype.itemsize * math.prod(shape)
         if array.stype == SType.NUMPY and not fortran and fills:
             return np.frombuffer(array.data, dtype, offset=len(header)).reshape(shape).copy()
     except MALFORMED:
         pass
+    if array.stype == SType.NUMPY and not array.data.startswith(MAGIC):
+        raise ValueError("data without the magic of NumPy's format")
     return np.asarray(array.numpy())
 
 
@@ -102,12 +122,13 @@ def _view(array: Array) -> np.ndarray[Any, Any]:
     header = _header(array.data)
     try:
         if np.lib.format.read_magic(io.BytesIO(header)) != VERSION:
-            return np.asarray(array.numpy())
-        shape, fortran, dtype = _form(header)
-        found = np.frombuffer(array.data, dtype, offset=len(header)).reshape(shape, order="F" if fortran else "C")
-    except MALFORMED:
+            found = np.asarray(array.numpy())
+        else:
+            shape, fortran, dtype = _form(header)
+            found = np.frombuffer(array.data, dtype, offset=len(header)).reshape(shape, order="F" if fortran else "C")
+    except Exception:  # as in tensor_of
         return np.frombuffer(array.data, np.uint8)
-    return found if dtype.kind in "biuf" else np.frombuffer(array.data, np.uint8)
+    return found if kept(found.dtype) else np.frombuffer(array.data, np.uint8)
 
 
 def _header(data: bytes) -> bytes:
@@ -120,10 +141,12 @@ def _form(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, Fortran order and type that a header states; cached, since all messages of a federation have those of its model.
 
     Raises:
-        ValueError: it is no header of :data:`VERSION`.
+        ValueError: it is no header of :data:`VERSION`, or of no array.
     """
     stream = io.BytesIO(header)
     if (version := np.lib.format.read_magic(stream)) != VERSION:
         raise ValueError(f"version of NumPy's format must be {VERSION}, got {version}. Parse it with numpy.load.")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if min(shape, default=0) < 0:  # reshape takes a negative length for an unknown one
+        raise ValueError(f"shape must be of lengths ≥ 0, got {shape}")
     return shape, fortran, dtype

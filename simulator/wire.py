@@ -175,11 +175,14 @@ def unpack_stage(content: RecordDict) -> tuple[str, bytes, dict[str, Any]]:
 
 
 def content_bytes(message: Message) -> int:
-    """Bytes of the serialized arrays and payloads in a message: what the upload costs, whatever carries it."""
-    if message.has_error():
-        return 0
-    arrays = sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
-    payloads = sum(len(v) for record in message.content.config_records.values() for v in record.values() if isinstance(v, bytes))
+    """:func:`bytes_of` a message; 0 where it is an error."""
+    return 0 if message.has_error() else bytes_of(message.content)
+
+
+def bytes_of(content: RecordDict) -> int:
+    """Bytes of the serialized arrays and payloads in a content: what it costs, whatever carries it."""
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    payloads = sum(len(v) for record in content.config_records.values() for v in record.values() if isinstance(v, bytes))
     return int(arrays + payloads)
 
 

@@ -40,7 +40,7 @@ def cut(values: Reals, *templates: Tensors) -> list[dict[str, torch.Tensor]]:
     """The inverse of :func:`flat`: names, order, shapes and types of each template.
 
     Raises:
-        ProtocolAbort: the vector has another length, or a number is NaN or infinite.
+        ProtocolAbort: the vector has another length, or a number is NaN or infinite, or is in the template's type.
     """
     if values.shape != (length(*templates),) or not np.isfinite(values).all():
         raise ProtocolAbort(f"aggregate must be {length(*templates)} finite numbers, got {values.size}. Abort the round.")
@@ -50,15 +50,22 @@ def cut(values: Reals, *templates: Tensors) -> list[dict[str, torch.Tensor]]:
         for name in sorted(floating(template)):
             like = template[name]
             part[name] = torch.from_numpy(values[start : start + like.numel()].copy()).reshape(like.shape).to(like.dtype)
+            if not part[name].isfinite().all():
+                raise ProtocolAbort(f"aggregate must be of numbers that {like.dtype} holds, got larger ones in {name}. Abort the round.")
             start += like.numel()
         found.append({name: part[name] for name in template if name in part})
     return found
 
 
 def largest_upload(world: World) -> int:
-    """A public bound on any client's number of examples: the batch of FedSGD, else what an even deal or all records allow."""
+    """A public bound on the number of examples that any client states: those of a round of who holds the most.
+
+    That is an even deal's share of the private records, or all of them where they are dealt unevenly.
+    """
     recipe, federation = world.training, world.federation
     if recipe.algorithm == "fedsgd" and recipe.batch_size:
         return recipe.batch_size
     records = len(world.data.load().records)
-    return -(-records // federation.clients) if federation.partition == "iid" else records
+    private = records - int(records * world.split.test) - int(records * world.split.public)
+    most = -(-private // federation.clients) if federation.partition == "iid" else private
+    return recipe.examples_in_round(max(1, most))

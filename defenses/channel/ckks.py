@@ -37,7 +37,8 @@ hardness of lattice problems, if no client colludes: at 128 bits as long as no s
 ``flooding_bits`` bits (30) against finding the key, and a gain of at most 2^(−(b + 1)/2) in telling two sets of uploads apart. No
 differential privacy: the sum is told as it is.
 
-What it does not protect: the mean itself, as under secure aggregation; who takes part and when; Σ n_i; **anything at all once a single
+What it does not protect: the mean itself, as under secure aggregation; who takes part and when; Σ n_i; the run, which a client ends
+that encrypts what is no update, unnamed; **anything at all once a single
 client colludes**: all clients hold the one secret key, and the server holds all ciphertexts, of this and of all earlier rounds.
 ``secret_key`` shows that view: the server decrypts each upload by itself. Against a server that deviates: nothing; it may send one
 upload for decryption where the sum belongs (the client refuses one that says it holds fewer than two, which a multiple does not), and

@@ -41,9 +41,9 @@ be computed. It hides who of the cohort contributed what, the better the more ho
 What it does not protect: the mean itself, which is a large-batch update and can be attacked as one; anybody from t colluders on, whose
 shares open every upload; a client which several means over different cohorts single out; who takes part, who drops out and when; Σ n_i;
 coordinates that one client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one
-that sends different clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector
-or share of the right form spoils the sum, undetected, and who seals garbage for its peers makes them leave. Python erases no keys, nor
-has constant time.
+that sends different clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector of
+the right form spoils the sum, undetected, a false share of the right form ends the run, and who seals garbage for its peers makes them
+leave. Python erases no keys, nor has constant time.
 Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
 gradient_disaggregation, support_leak and label_owners over rounds; t colluding clients on the complete
 graph, more than ``corrupt`` on a k-regular one (``colluding`` of the threat model shows fewer, and n − 1); imprint and trap_weights.

@@ -11,6 +11,7 @@ from defenses.channel._secagg.keys import KEY_BYTES
 from defenses.client.laplace_noise import LaplaceNoise
 from defenses.client.local_dp import LocalDP
 from simulator.defense import Defense
+from simulator.errors import ProtocolAbort
 
 if TYPE_CHECKING:
     from defenses.channel.secure_aggregation import SecureAggregation
@@ -105,6 +106,10 @@ def _words(settings: SecureAggregation, world: World) -> str | None:
             f"upload_dtype must be float32 for secure aggregation, got {world.training.upload_dtype}: what crosses are words of fixed "
             "point, finer than it, so that rounding first would cost precision and save nothing. Use float32."
         )
+    try:
+        settings.scale_in(world)
+    except ProtocolAbort as error:
+        return str(error).rstrip(".")
     need = tail(world.defenses, world)
     if need > settings.clip_range and not settings.noised(world):
         noise, enough = math.sqrt(sum(defense.noise_std(world) ** 2 for defense in world.defenses)), 2.0 ** math.ceil(math.log2(need))
