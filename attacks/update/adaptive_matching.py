@@ -8,8 +8,8 @@ Which defenses acted, and their settings, is public (Kerckhoffs); what they drew
   - randomness inside the model (PRECODE's ε) is read off one record's gradient, and else optimized along with the images;
   - soft labels of mixed records (MixUp, InstaHide) are optimized along: what is rebuilt is the mixture;
   - other rounds in which the client took the same records again add their evidence, and noise averages out;
-  - one small record behind random pruning, signs or QSGD alone is, where public records are held, found by sampling
-    (attacks._matching.linearized): descent ends at the first jump that a ReLU makes in the gradient.
+  - one small record behind noise, pruning, signs or QSGD is, where public records are held, found by sampling, and polished
+    (attacks._matching.linearized): descent alone ends at the first jump that a ReLU makes in the gradient.
 
 Source: Balunović et al., 2022, arXiv:2111.04706, sections 3 to 5 (the objective, and Soteria and PRECODE broken by leaving out what they
     changed); Geiping et al., 2020, arXiv:2003.14053, for the optimizer; Yue et al., 2023, arXiv:2206.04055 (pruned updates on their
