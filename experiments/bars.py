@@ -19,7 +19,10 @@ QUIET_SECONDS = 60.0
 
 @contextmanager
 def progress_bars(console: Console, tasks: int, unit: str = "arms × seeds") -> Iterator[tuple[Notify, Callable[..., None]]]:
-    """Yield what tells the bars of ticks, and what tells them of an ended task and, in words, of the time left."""
+    """Yield what tells the bars of ticks, and what tells them of an ended task, of the time left in words, and of how many have ended.
+
+    Without that number, ended tasks are counted here: those of before a run was resumed are not among them.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -38,13 +41,13 @@ def progress_bars(console: Console, tasks: int, unit: str = "arms × seeds") -> 
                 lines[label] = bars.add_task(label, total=total, note="")
             bars.update(lines[label], description=f"{escape(label)}: {escape(what)}", completed=done, total=total, note=escape(note))
 
-        def advance(task: Any, left: str = "") -> None:
+        def advance(task: Any, left: str = "", done: int | None = None) -> None:
             nonlocal ended, last
             line = lines.pop(_label(task), None)
             if line is not None:
                 bars.remove_task(line)
-            ended += 1
-            bars.update(whole, advance=1, note=f"{unit}, about {left} left" if left else unit)
+            ended = ended + 1 if done is None else done
+            bars.update(whole, completed=ended, note=f"{unit}, about {left} left" if left else unit)
             if left and not console.is_terminal and time.monotonic() - last > QUIET_SECONDS:
                 last = time.monotonic()
                 console.print(f"{ended} of {tasks} {unit} done, about {left} left", highlight=False)

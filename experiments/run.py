@@ -78,7 +78,7 @@ def run(
     workers: int | str = 0,
     resume: bool = False,
     notify: Notify | None = None,
-    done: Callable[[Task, str], None] | None = None,
+    done: Callable[[Task, str, int], None] | None = None,
     begun: Callable[[str], None] | None = None,
 ) -> list[Finished]:
     """Run what is not done yet, appending to ``out``; return the tasks that failed.
@@ -90,7 +90,7 @@ def run(
         resume: go on with the run in ``out``, which must have the same spec.
         notify: hears of progress, from every worker.
         begun: hears what there is to do, in words.
-        done: hears of every task that ended, and how long the others may take, in words.
+        done: hears of every task that ended, how long the others may take, in words, and how many have ended, those of before among them.
 
     Raises:
         SpecError: the experiment cannot run, or ``out`` holds something else.
@@ -113,7 +113,7 @@ def _run_what_is_left(
     workers: int | str,
     *,
     notify: Notify | None,
-    done: Callable[[Task, str], None] | None,
+    done: Callable[[Task, str, int], None] | None,
     begun: Callable[[str], None] | None,
 ) -> list[Finished]:
     before = _ended(experiment, out)
@@ -137,7 +137,7 @@ def _run_what_is_left(
         spent += [(task.arm, finished.seconds)] if finished is not None and finished.seconds else []
         if done is not None:
             seconds = estimate.left(spent, waiting, at_once)
-            done(task, estimate.span(seconds) if seconds else "")
+            done(task, estimate.span(seconds) if seconds else "", len(before) + len(tasks) - len(waiting))
         if finished is None or finished.facts is None:
             failures.append(finished or Finished(task, failure=death))
             continue

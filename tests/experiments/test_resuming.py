@@ -51,6 +51,16 @@ def without_seconds(trials: list[Trial]) -> list[Trial]:
     return [replace(trial, seconds=0.0, objective=0.0) for trial in trials]
 
 
+def test_a_resumed_run_counts_what_had_ended_before(tmp_path: Path) -> None:
+    heard: list[int] = []
+    assert run(tiny(), tmp_path / "run", workers=1, done=lambda _task, _left, number: heard.append(number)) == []
+    assert heard == [1, 2]
+    lines = (tmp_path / "run" / FACTS).read_text().splitlines(keepends=True)
+    (tmp_path / "run" / FACTS).write_text(lines[0])
+    assert run(tiny(), tmp_path / "run", workers=1, resume=True, done=lambda _task, _left, number: heard.append(number)) == []
+    assert heard == [1, 2, 2]
+
+
 def test_a_kill_loses_one_attack_and_the_rest_is_as_it_would_have_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(tiny(), tmp_path / "whole", workers=1) == []
     done: list[tuple[str, str]] = []
