@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from experiments.benchmarks import tune_baselines as tune
-from experiments.conclude import candidates, stacks
+from experiments import candidates
+from experiments.conclude import stacks
 from experiments.directory import read_trials
 from experiments.refusals import check
 from experiments.run import run
@@ -68,7 +69,7 @@ def test_candidates_of_an_arm_set_its_chance() -> None:
     arms = [pair, {"name": "clip", "defenses": ["clip"], "evaluation": {"candidates": 400}, "control": "none, more"}]
     found = experiment(*arms)
     check(found)
-    numbers = {arm.name: candidates(found, found.judged(arm)) for arm in found.arms}
+    numbers = {arm.name: candidates.number(found, found.judged(arm)) for arm in found.arms}
     assert numbers == {"none": 100, "none, more": 400, "clip": 400}
     trials = [trial(arm=name, seed=0, senders=(client,), records=(record(client, client),)) for name in numbers for client in range(2)]
     table = summarize(trials, [], candidates=100, candidates_of=numbers, control_arm="none", environment={}, version="0")
