@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.benchmarks import tune_baselines as tune
 from experiments import candidates
+from experiments.benchmarks import tune_baselines as tune
 from experiments.conclude import stacks
 from experiments.directory import read_trials
 from experiments.refusals import check
