@@ -168,9 +168,9 @@ def _decrypted(
     """The upload in the sum as the first client tells it that can, and whose numbers can be one.
 
     Raises:
-        ProtocolAbort: nobody tells such a one, or two tell the same, which then is in the sum and no fault of theirs.
+        ProtocolAbort: nobody tells such a one; what several tell alike is then in the sum, and no fault of theirs.
     """
-    told: dict[bytes, int] = {}
+    told: dict[bytes, list[int]] = {}
     for client in sorted(senders):
         contents = {client: wire.pack_stage("decrypt", total, round=broadcast.round)}
         answers = ask(grid, nodes, wire.CHANNEL, contents, round=broadcast.round, timeout=world.federation.timeout_seconds)
@@ -180,16 +180,17 @@ def _decrypted(
         try:
             if len(answer) != 8 * numbers:
                 raise ProtocolAbort(f"decrypted sum must be {numbers} numbers of 8 bytes, got {len(answer)} bytes. Ask the next client.")
+            told.setdefault(answer, []).append(client)
             return _decoded(world, broadcast, np.frombuffer(answer, "<f8").astype(np.float64), senders)
         except ProtocolAbort as error:
-            if (witness := told.get(answer)) is not None:
-                del lost[witness]
-                raise ProtocolAbort(
-                    f"ciphertexts must be of updates, got a sum that clients {witness} and {client} tell alike and that is none ({error}) "
-                    f"One of {sorted(senders)} encrypted something else; which one, nobody can tell."
-                ) from error
-            told[answer] = client
             lost[client] = f"client {client} sent what cannot be used (stage decrypt): {error}"
+    alike = max(told.values(), key=len, default=[])
+    if len(alike) > 1:
+        reasons = [lost.pop(client) for client in alike]
+        raise ProtocolAbort(
+            f"ciphertexts must be of updates, got a sum that clients {alike} tell alike and that is none ({reasons[0]}) One of "
+            f"{sorted(senders)} encrypted something else; which one, nobody can tell."
+        )
     raise ProtocolAbort("the sum must be decrypted by one of its senders, got none that did.")
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from flwr.app import Array, ArrayRecord
 from flwr.common.constant import SType
 
 from simulator.types import Tensors
+
+T = TypeVar("T")
 
 MALFORMED = (KeyError, ValueError, TypeError, OverflowError)
 """What reading a record raises that is not what it should be."""
@@ -65,13 +67,26 @@ def tensor_of(array: Array) -> torch.Tensor:
     Raises:
         ValueError: it holds no real numbers as NumPy writes them, or none that torch has.
     """
+    return _parsed(lambda: _tensor(_numbers(array), array.dtype))
+
+
+def _tensor(numbers: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
+    """Numbers as a tensor of the declared type."""
+    if not kept(numbers.dtype):
+        raise TypeError(f"numbers of type {numbers.dtype}")
+    found = torch.from_numpy(numbers)
+    return found.view(torch.bfloat16) if dtype == BFLOAT16 else found
+
+
+def _parsed(read: Callable[[], T]) -> T:
+    """What ``read`` makes of a stranger's bytes: parsers of headers, of archives and of code, and memory, fail in ways of their own.
+
+    Raises:
+        ValueError: it raised anything.
+    """
     try:
-        numbers = _numbers(array)
-        if not kept(numbers.dtype):
-            raise TypeError(f"numbers of type {numbers.dtype}")
-        found = torch.from_numpy(numbers)
-        return found.view(torch.bfloat16) if array.dtype == BFLOAT16 else found
-    except Exception as error:  # the bytes are a stranger's: parsers of headers and memory fail at them in ways of their own
+        return read()
+    except Exception as error:
         raise ValueError(f"array must be real numbers as NumPy writes them, got {type(error).__name__}: {error}") from error
 
 
@@ -96,9 +111,8 @@ def together(arrays: Mapping[str, Array], tensors: Tensors) -> Mapping[str, np.n
 def _bits(view: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
     """What arrived, as a tensor of the declared type if it can be one, else as bytes."""
     try:
-        found = torch.from_numpy(view.copy())
-        return found.view(torch.bfloat16) if dtype == BFLOAT16 else found
-    except Exception:  # as in tensor_of
+        return _parsed(lambda: _tensor(view.copy(), dtype))
+    except ValueError:
         return as_bytes(view.tobytes())
 
 
@@ -119,16 +133,19 @@ def _numbers(array: Array) -> np.ndarray[Any, Any]:
 
 def _view(array: Array) -> np.ndarray[Any, Any]:
     """The array over the message's own bytes: ``array.numpy()`` without its copy, which would hold up the federation."""
-    header = _header(array.data)
     try:
-        if np.lib.format.read_magic(io.BytesIO(header)) != VERSION:
-            found = np.asarray(array.numpy())
-        else:
-            shape, fortran, dtype = _form(header)
-            found = np.frombuffer(array.data, dtype, offset=len(header)).reshape(shape, order="F" if fortran else "C")
-    except Exception:  # as in tensor_of
+        found = _parsed(lambda: _window(array))
+    except ValueError:
         return np.frombuffer(array.data, np.uint8)
     return found if kept(found.dtype) else np.frombuffer(array.data, np.uint8)
+
+
+def _window(array: Array) -> np.ndarray[Any, Any]:
+    header = _header(array.data)
+    if np.lib.format.read_magic(io.BytesIO(header)) != VERSION:
+        return np.asarray(array.numpy())
+    shape, fortran, dtype = _form(header)
+    return np.frombuffer(array.data, dtype, offset=len(header)).reshape(shape, order="F" if fortran else "C")
 
 
 def _header(data: bytes) -> bytes:

@@ -194,7 +194,9 @@ def _parse(directory: Path, events: list[dict[str, Any]], whole: bool) -> Record
             continue
         if event["kind"] == "broadcast":
             broadcasts[round] = broadcast_of(event, tensors)
-        elif event["kind"] == "upload" and (event.get("accepted") or (round, event["senders"][0]) not in refused):
+        elif event["kind"] == "upload" and (
+            event.get("accepted") or len(event["senders"]) > 1 or (round, event["senders"][0]) not in refused
+        ):
             uploads.setdefault(round, []).append(upload_of(event, tensors))
         elif event["kind"] == "released":
             released = model_of(tensors)

@@ -87,6 +87,9 @@ MAX_RELATIVE_ERROR = 1e-4
 class SecureAggregation(Defense):
     """Secure aggregation by double masking; see the module for its adversary and its limits.
 
+    The module is long because its documentation is the defense's page, a quarter of it; what is computed lies in ``_secagg``, and what
+    is left here are the settings and what each of them decides.
+
     Attributes:
         mode: ``protocol`` exchanges all messages; ``quantized`` sums the same words without masks, with bit-identical results;
             ``plain`` sums without rounding either.

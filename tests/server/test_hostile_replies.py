@@ -81,9 +81,17 @@ def test_a_sum_that_two_clients_tell_alike_and_that_is_none_is_not_their_fault(t
 
     monkeypatch.setattr(server_ckks, "_decoded", corrupt)
     of = world(model={"name": "linear"}, federation={"clients": 3, "rounds": 1}, defenses=[CKKS])
-    with pytest.raises(FederationError, match=r"a sum that clients 0 and 1 tell alike and that is none .*One of \[0, 1, 2\] encrypted something"):
+    with pytest.raises(FederationError, match=r"a sum that clients \[0, 1, 2\] tell alike and that is none .*One of \[0, 1, 2\] encrypted something"):
         federate(of, tmp_path / "t")
     assert not [event for event in events(tmp_path / "t") if event["kind"] == "lost"]
+
+
+def test_two_who_tell_the_same_lie_are_passed_over_like_one(tmp_path: Path) -> None:
+    of = world(model={"name": "linear"}, federation={"clients": 3, "rounds": 1}, defenses=[CKKS])
+    lie = payload(lambda data: np.full(len(data) // 8, np.nan).tobytes())
+    record = federate(of, tmp_path / "t", forging("decrypt", {1: {0: lie, 1: lie}}))
+    assert [client for _, client, _ in record.lost] == [0, 1]
+    assert record.observations[0].upload.senders == frozenset(range(3))
 
 
 def test_a_sum_beyond_what_the_model_holds_is_none(tmp_path: Path) -> None:
