@@ -9,19 +9,15 @@ that this is no test.
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from defenses.audit import Measured, Verdict, audit
 from experiments import candidates as candidate_sets
 from experiments.conclude import in_order
 from experiments.directory import SPEC, read_facts, read_trials
-from experiments.facts import ceiling_of
-from experiments.groups import independent, told_apart
-from experiments.metrics import chance
+from experiments.held import hold
 from experiments.result import ArmFacts, Trial
 from experiments.spec import Experiment
 from simulator import config
@@ -59,25 +55,17 @@ def measured(
         candidates: N, of all arms or of each.
         skewed: whether clients hold classes of their own.
     """
-    rows, skipped = [], []
+    rows: list[Measured] = []
+    skipped: list[str] = []
     for arm, attack in dict.fromkeys((trial.arm, trial.attack) for trial in trials):
         mine = [trial for trial in trials if (trial.arm, trial.attack) == (arm, attack)]
-        if not (of := [fact for fact in facts if fact.arm == arm]):
+        of = [fact for fact in facts if fact.arm == arm]
+        if not of:
             continue  # nothing of the arm is finished
-        counted, wanted = independent(mine, one_round=one_round), candidates if isinstance(candidates, int) else candidates[arm]
-        most = max(ceiling_of(fact, trial.round) for fact in of for trial in counted or mine)
-        if most >= 1:
-            certified = all(math.isfinite(fact.epsilon) for fact in of)
-            why = "(ε, δ) lets everybody be named by what an attack saw" if certified else "nothing is certified against this adversary"
-            skipped.append(f"{arm}: not audited: {why}.")
-        elif told_apart(counted, skewed=skewed):
-            why = "the classes of the records beside it tell of each, where clients hold classes of their own"
-            why = why if skewed else "labels that were told rule candidates out"
-            skipped.append(f"{arm}, {attack}: not audited: {why}, which the ceiling does not know of.")
-        elif not counted:
-            skipped.append(f"{arm}, {attack}: not audited: it named nobody; see results.jsonl for the reason.")
+        among = candidates if isinstance(candidates, int) else candidates[arm]
+        one = hold(mine, of, one_round=one_round, candidates=among, skewed=skewed)
+        if isinstance(one, Measured):
+            rows.append(one)
         else:
-            hits = sum(trial.records[0].identified for trial in counted)
-            guessed = fmean(chance(trial.tries, wanted) for trial in counted)
-            rows.append(Measured(f"{arm}, {attack}", hits, len(counted), most, guessed))
+            skipped.append(one)
     return rows, list(dict.fromkeys(skipped))

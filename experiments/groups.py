@@ -95,41 +95,6 @@ class Group:
         return {trial.answered for trial in self.trials if trial.status == "ok"}
 
 
-def independent(trials: Sequence[Trial], *, one_round: bool) -> list[Trial]:
-    """The trials of one attack under one arm of which the first record counts against a ceiling: no two share noise.
-
-    Records of one upload do. So do uploads of several rounds with a record in common: the model of the later round tells of the earlier
-    one, whose noise may name that record in both. Of those the first one counts.
-
-    Args:
-        trials: that named or could have named somebody.
-        one_round: whether the attack used one round alone; else all uploads that a client had a part in are one trial.
-    """
-    counted: list[Trial] = []
-    taken: set[tuple[int, ...]] = set()
-    for trial in trials:
-        if not trial.records or trial.answered == "labels":
-            continue
-        whole: set[tuple[int, ...]] = {(trial.seed, client) for client in trial.senders}
-        units = {(trial.seed, record.client, record.record) for record in trial.records} if one_round else whole
-        if units.isdisjoint(taken):
-            counted.append(trial)
-        taken |= units
-    return counted
-
-
-def told_apart(trials: Sequence[Trial], *, skewed: bool) -> bool:
-    """Whether more than the upload tells candidates apart, which a ceiling does not know of: the other records beside the counted one.
-
-    Their labels, where these are told; and where each client holds classes of its own, their pictures.
-
-    Args:
-        trials: those that count.
-        skewed: whether clients hold classes of their own.
-    """
-    return any(("oracle_used" in trial.flags or skewed) and len(trial.records) > 1 for trial in trials)
-
-
 def clusters(scored: Sequence[Scored], others: Sequence[Scored] = ()) -> list[int]:
     """What is resampled as a whole, by number: the uploads of a seed that a chain of common records joins.
 

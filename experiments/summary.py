@@ -16,7 +16,8 @@ from defenses.audit import Measured, audit
 from experiments.checks import flags_for
 from experiments.comparison import compare, correct
 from experiments.facts import accuracy_difference, ceiling_of, columns
-from experiments.groups import Group, Row, bounds, clusters, independent, interval_of, mean, rate_of, seed_means, told_apart
+from experiments.groups import Group, Row, bounds, clusters, interval_of, mean, rate_of, seed_means
+from experiments.held import hold
 from experiments.json_lines import plain
 from experiments.ladder import BEST, best_per_victim
 from experiments.result import ArmFacts, Trial
@@ -66,16 +67,22 @@ def summarize(
     judges = {group.arm: (controls or {}).get(group.arm, control_arm) for group in groups}
     of_arm = {name: [fact for fact in facts if fact.arm == name] for name in {*judges, *judges.values()}}
     undefended = {arm: of_arm[control] if control != arm else [] for arm, control in judges.items()}
-    held = [_held_to_ceiling(group, of_arm[group.arm], one_round=one_round, skewed=skewed) for group in groups]
-    verdicts = iter(audit([one for one in held if one is not None]))
+    among = {group.arm: (candidates_of or {}).get(group.arm, candidates) for group in groups}
+    held = [  # the ceiling is for one guess: the best of several attacks had several
+        hold(group.trials, of_arm[group.arm], one_round=one_round, candidates=among[group.arm], skewed=skewed)
+        if group.attack != BEST and of_arm[group.arm]
+        else ""
+        for group in groups
+    ]
+    verdicts = iter(audit([one for one in held if isinstance(one, Measured)]))
     rows = [
         _row(
             group,
             _control(group, groups, judges[group.arm]),
             of_arm[group.arm],
-            candidates=(candidates_of or {}).get(group.arm, candidates),
+            candidates=among[group.arm],
             colluding=colluding,
-            exceeded=one is not None and next(verdicts).failed,
+            exceeded=isinstance(one, Measured) and next(verdicts).failed,
             not_modeled=bool((not_modeled or {}).get(group.arm)),
         )
         | {
@@ -121,16 +128,6 @@ def _control(group: Group, groups: Sequence[Group], control_arm: str | None) -> 
     """The same attack on the same rounds without defense, whatever the view; the group itself if it is the control."""
     wanted = control_arm, group.attack, group.round
     return next((other for other in groups if (other.arm, other.attack, other.round) == wanted), None)
-
-
-def _held_to_ceiling(group: Group, facts: Sequence[ArmFacts], *, one_round: bool, skewed: bool) -> Measured | None:
-    """What the audit counts of a row: None where there is no ceiling, or it is not for this row's guess."""
-    counted = independent(group.trials, one_round=one_round)
-    if group.attack == BEST or not counted or not facts or told_apart(counted, skewed=skewed):
-        return None  # the ceiling is for one guess, the best of several attacks had several
-    ceiling = max(ceiling_of(fact, trial.round) for fact in facts for trial in counted)
-    hits = sum(trial.records[0].identified for trial in counted)
-    return Measured(f"{group.arm}, {group.attack}", hits, len(counted), ceiling) if ceiling < 1 else None
 
 
 def _row(
