@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -49,6 +50,7 @@ def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float], rounds: Se
         "ceilings": _ceilings(facts),
         "accuracy": mean([fact.accuracy for fact in facts if math.isfinite(fact.accuracy)]),
         "accuracy_by_seed": {str(fact.seed): fact.accuracy if math.isfinite(fact.accuracy) else None for fact in facts},
+        "tested_models": min((len(fact.accuracy_per_round) for fact in facts), default=0) or 1,
         "train_seconds": mean([fact.train_seconds for fact in facts]),
         "upload_bytes": mean([fact.upload_bytes for fact in facts] or upload_bytes),
         "cost": {name: mean([value for fact in facts if (value := getattr(fact, name)) is not None]) for name in COSTS},
@@ -104,7 +106,7 @@ def gather(
 
     Args:
         world: of the arm and seed; its defenses make the claim.
-        record: of the federation, whose last model is tested.
+        record: of the federation, whose last models are tested.
         directory: of the transcript; holds what clients noted.
         victims: the uploads under attack.
         arm: its name.
@@ -118,10 +120,12 @@ def gather(
     guarantee, views = proven.guarantee, proven.views
     psnrs = [view.no_prior_psnr_db for view in views.values() if view.no_prior_psnr_db is not None]
     assert record.released is not None
+    first = world.federation.rounds - world.federation.record_models + 1
+    accuracies = [accuracy(world, splits(world), model) for number, model in sorted(record.models.items()) if number >= first]
     numbers = sum(tensor.numel() for part in record.released for tensor in floating(part).values())
     rounding = rounding_error(world, record)
     return ArmFacts(
-        arm=arm, seed=world.seed, accuracy=accuracy(world, splits(world), record.released),
+        arm=arm, seed=world.seed, accuracy=fmean(accuracies), accuracy_per_round=tuple(accuracies),
         epsilon=guarantee.epsilon, delta=guarantee.delta, epsilon_for=guarantee.sentence,
         client_failures=tuple(f"round {round}: {reason}" for round, _, reason in record.lost),
         upload_bytes=float(record.end["upload_bytes"]), train_seconds=train_seconds,

@@ -141,8 +141,8 @@ class ArmFacts:
     """What one arm claimed, cost and left over under one seed; nothing here depends on the attack.
 
     Attributes:
-        accuracy: of the final model on the test part, in [0, 1].
-        accuracy_per_round: the same after each round; may be empty.
+        accuracy: on the test part, in [0, 1], the mean over the models after the last rounds.
+        accuracy_per_round: of each of these models; empty in lines of an older version, which tested the last one alone.
         epsilon: of the arm's claim against this server; ∞ without one.
         delta: of the claim; None without one.
         epsilon_for: adversary, unit, adjacency and sampling of the claim, as a sentence.

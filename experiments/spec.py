@@ -43,6 +43,7 @@ class Evaluation:
             shows what these alone say.
         shuffled_victims: at most this many victims of an arm and seed, as a sample that is compared with the attack on the same ones and is
             no floor of the others; 0 means all.
+        tested_rounds: accuracy is the mean over the models after so many rounds, the last ones: one model's varies from round to round.
         by_round: one row for each attacked round instead of one for all of them; shows the initial beside the trained model.
         delta: δ of the printed (ε, δ) guarantee; must be below 1 / number of records.
     """
@@ -53,6 +54,7 @@ class Evaluation:
     shuffled_control: bool = True
     shuffled_attacks: tuple[str, ...] = ()
     shuffled_victims: int = 0
+    tested_rounds: int = 1
     by_round: bool = False
     delta: float = 1e-5
 
@@ -65,6 +67,8 @@ class Evaluation:
             raise ValueError(f"victims must be ≥ 0 and candidates 0 or ≥ 2, got {self.victims} and {self.candidates}. Use 0 for all.")
         if self.shuffled_victims < 0:
             raise ValueError(f"shuffled_victims must be ≥ 0, got {self.shuffled_victims}. Use 0 for all.")
+        if self.tested_rounds < 1:
+            raise ValueError(f"tested_rounds must be ≥ 1, got {self.tested_rounds}. 1 tests the last model alone.")
         if not self.shuffled_control and (self.shuffled_attacks or self.shuffled_victims):
             raise ValueError("shuffled_control must be true with shuffled_attacks or shuffled_victims, got false. Set it, or drop them.")
         if not 0 < self.delta < 1:
@@ -194,8 +198,10 @@ class Experiment:
         """The world of one arm and seed; it keeps the tensors of the attacked rounds, or of all where the adversary may use them."""
         federation = self.federation_of(arm)
         kept = federation.record_rounds or (() if self.threat.rounds == "all" else tuple(sorted(self.judged(arm).rounds)))
+        tested = max(federation.record_models, min(self.judged(arm).tested_rounds, federation.rounds))
         return World(
-            data=self.data, model=self._model(arm), split=self.split, federation=replace(federation, record_rounds=kept),
+            data=self.data, model=self._model(arm), split=self.split,
+            federation=replace(federation, record_rounds=kept, record_models=tested),
             training=self.recipe(arm), defenses=arm.defenses, tampering=self.tampering, seed=seed, secret=self.secret,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)
     world = read_world(dict(context.run_config))
     out = str(context.run_config.get("out-dir", ""))
-    transcript = Transcript(Path(out), header(world), world.federation.record_rounds) if out else None
+    transcript = _transcript(Path(out), world) if out else None
     status = "failed"
     facts: dict[str, Any] = {}
     try:
@@ -36,6 +36,13 @@ def main(grid: Grid, context: Context) -> None:
     finally:
         if transcript is not None:
             transcript.close(status, facts)
+
+
+def _transcript(out: Path, world: World) -> Transcript:
+    """The model after a round is what the next one broadcasts."""
+    federation = world.federation
+    tested = range(federation.rounds - federation.record_models + 2, federation.rounds + 1)
+    return Transcript(out, header(world), keep_rounds=federation.record_rounds, keep_models=tested)
 
 
 def header(world: World) -> dict[str, Any]:

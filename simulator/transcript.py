@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,16 +37,19 @@ class Transcript:
     Args:
         directory: created if it is not there; must not hold a transcript yet.
         keep_rounds: rounds whose tensors are kept; empty keeps all. Of the others the digests stay.
+        keep_models: rounds whose broadcast is kept in any case, as a model to be tested.
 
     Raises:
         TranscriptError: the directory holds a transcript already.
     """
 
-    def __init__(self, directory: Path, header: Mapping[str, Any], keep_rounds: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, header: Mapping[str, Any], keep_rounds: tuple[int, ...] = (), keep_models: Sequence[int] = ()
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / LINES).exists():
             raise TranscriptError(f"{directory} must not hold a transcript yet, got one. Choose another directory.")
-        self._directory, self._keep = directory, frozenset(keep_rounds)
+        self._directory, self._keep, self._models = directory, frozenset(keep_rounds), frozenset(keep_models)
         self._lines: BinaryIO = (directory / LINES).open("ab")
         self._previous, self._count = GENESIS, 0
         self._waiting: queue.Queue[tuple[str, int, Mapping[str, Any], Tensors | Arrays]] = queue.Queue(IN_FLIGHT)
@@ -87,7 +90,10 @@ class Transcript:
         if tensors:
             body = _serialized(tensors() if callable(tensors) else tensors)
             event["sha256"] = hashlib.sha256(body).hexdigest()
-            if not self._keep or round in self._keep or kind == "released":
+            kept = not self._keep or round in self._keep or kind == "released"
+            if kind == "broadcast" and round in self._models and not kept:
+                event["model_only"] = kept = True
+            if kept:
                 event["file"] = f"{self._count:06d}.safetensors"
                 (self._directory / event["file"]).write_bytes(body)
         line, self._previous = sealed(event, self._previous)
@@ -111,6 +117,7 @@ class Record:
         header: public facts of the federation: model, schema of a record, defenses and their settings.
         observations: the kept rounds, in order; uploads ordered by client.
         released: the model after the last round.
+        models: every kept model, by the rounds that it has been trained for: what the next round broadcasts.
         lost: (round, client, reason) of every answer that did not come or was refused.
         end: how the federation ended, and what it cost; its status is :data:`CUT` where nobody wrote it.
         missing: what a transcript that was cut short lacks, as a sentence; empty if it is whole.
@@ -124,6 +131,7 @@ class Record:
     end: Mapping[str, Any]
     missing: str = ""
     damaged: tuple[str, ...] = ()
+    models: Mapping[int, tuple[Tensors, Tensors]] = field(default_factory=dict)
 
     def observation(self, round: int) -> Observation:
         """The observation of ``round``.
@@ -177,6 +185,7 @@ def read(directory: Path, *, whole: bool = True) -> Record:
 def _parse(directory: Path, events: list[dict[str, Any]], whole: bool) -> Record:
     broadcasts: dict[int, Broadcast] = {}
     uploads: dict[int, list[Upload]] = {}
+    models: dict[int, tuple[Tensors, Tensors]] = {}
     released: tuple[Tensors, Tensors] | None = None
     lost = [(event["round"], event["client"], event["reason"]) for event in events if event["kind"] == "lost"]
     refused = {(round, client) for round, client, _ in lost}
@@ -193,20 +202,22 @@ def _parse(directory: Path, events: list[dict[str, Any]], whole: bool) -> Record
             damaged.append(f"{_content(event)}: damaged: {error}")
             continue
         if event["kind"] == "broadcast":
-            broadcasts[round] = broadcast_of(event, tensors)
+            models[round - 1] = model_of(tensors)
+            if not event.get("model_only"):
+                broadcasts[round] = broadcast_of(event, tensors)
         elif event["kind"] == "upload" and (
             event.get("accepted") or len(event["senders"]) > 1 or (round, event["senders"][0]) not in refused
         ):
             uploads.setdefault(round, []).append(upload_of(event, tensors))
         elif event["kind"] == "released":
-            released = model_of(tensors)
+            released = models[round] = model_of(tensors)
     observations = tuple(
         Observation(broadcasts[round], tuple(sorted(uploads.get(round, []), key=lambda upload: min(upload.senders))))
         for round in sorted(broadcasts)
     )
     if not observations and damaged:
         raise TranscriptError(f"transcript must hold a broadcast that can be read, got none. {damaged[0]}")
-    return Record(events[0], observations, released, tuple(lost), events[-1], damaged=tuple(damaged))
+    return Record(events[0], observations, released, tuple(lost), events[-1], damaged=tuple(damaged), models=models)
 
 
 def _content(event: Mapping[str, Any]) -> str:

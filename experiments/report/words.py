@@ -96,7 +96,8 @@ GLOSSARY: Sequence[tuple[str, str]] = (
     ),
     (
         "Accuracy",
-        "Test accuracy of the model that was trained under the same defense to the end: what the defense costs in utility. Below it, the "
+        "Test accuracy of the model that was trained under the same defense to the end, what the defense costs in utility; where the spec "
+        "tests several of the last rounds, the mean over the models after each of them. Below it, the "
         "difference to the arm’s undefended control on the same seeds, with half of Student’s 95 % interval.",
     ),
     (

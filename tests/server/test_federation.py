@@ -194,6 +194,15 @@ def test_only_recorded_rounds_keep_their_tensors(tmp_path: Path) -> None:
     assert (tmp_path / "t" / LINES).read_text().count('"sha256"') == 3 * 5 + 1
 
 
+def test_last_models_are_kept_to_be_tested_and_are_no_observations(tmp_path: Path) -> None:
+    every = federate(world(federation={"rounds": 4}), tmp_path / "every")
+    record = federate(world(federation={"rounds": 4, "record_rounds": [2], "record_models": 2}), tmp_path / "t")
+    assert [observation.broadcast.round for observation in record.observations] == [2]
+    assert sorted(record.models) == [1, 3, 4]
+    for number, (parameters, _) in record.models.items():
+        assert all(torch.equal(tensor, every.models[number][0][name]) for name, tensor in parameters.items())
+
+
 def test_transcript_header_holds_no_seed(tmp_path: Path) -> None:
     record = federate(world(seed=987654321), tmp_path / "t")
     assert "987654321" not in (tmp_path / "t" / LINES).read_text()
