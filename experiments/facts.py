@@ -33,6 +33,9 @@ COSTS = ("upload_bytes", "upload_bytes_formula", "download_bytes", "client_secon
 """Of one client and round, the server's of one round; ``upload_bytes_formula`` is what an efficient coding would take."""
 
 
+FOR_THE_VIEW = "Ceilings are for what the attacks saw"
+
+
 def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float], rounds: Sequence[int]) -> Row:
     """Return the weakest claim over the seeds, and the mean of what it cost.
 
@@ -93,7 +96,7 @@ def for_the_view(latest: int, whole: float) -> str:
     """What the ceilings of a row are for, beside the one for more than its attacks saw."""
     rounds = "round 1" if latest == 1 else f"rounds 1 to {latest}"
     return (
-        f"Ceilings are for what the attacks saw, at most the releases of the unit's data in {rounds}; whoever has every upload of the "
+        f"{FOR_THE_VIEW}, at most the releases of the unit's data in {rounds}; whoever has every upload of the "
         f"whole training identifies ≤ {whole:.3g}."
     )
 
@@ -120,7 +123,7 @@ def gather(
     guarantee, views = proven.guarantee, proven.views
     psnrs = [view.no_prior_psnr_db for view in views.values() if view.no_prior_psnr_db is not None]
     assert record.released is not None
-    first = world.federation.rounds - world.federation.record_models + 1
+    first = max(1, world.federation.rounds - world.federation.record_models + 1)
     accuracies = [accuracy(world, splits(world), model) for number, model in sorted(record.models.items()) if number >= first]
     numbers = sum(tensor.numel() for part in record.released for tensor in floating(part).values())
     rounding = rounding_error(world, record)

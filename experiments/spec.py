@@ -198,7 +198,7 @@ class Experiment:
         """The world of one arm and seed; it keeps the tensors of the attacked rounds, or of all where the adversary may use them."""
         federation = self.federation_of(arm)
         kept = federation.record_rounds or (() if self.threat.rounds == "all" else tuple(sorted(self.judged(arm).rounds)))
-        tested = max(federation.record_models, min(self.judged(arm).tested_rounds, federation.rounds))
+        tested = max(federation.record_models, self.judged(arm).tested_rounds)
         return World(
             data=self.data, model=self._model(arm), split=self.split,
             federation=replace(federation, record_rounds=kept, record_models=tested),

@@ -63,9 +63,9 @@ def laddered(rows: Iterable[Row]) -> bool:
 def headlines(rows: Iterable[Row]) -> list[Row]:
     """Return the rows of the main table: each one as it is, or with a ladder one for each arm, view and attacked rounds.
 
-    That one is the best per victim, or the strongest attack where fewer than two rebuilt pictures. Who was identified is the
-    identifier's word where it is as far above the chance of its one guess as all attacks together are above that of theirs;
-    ``identified_by_picture`` keeps the best rate that a picture alone gave.
+    That one is the best per victim, or the strongest attack where fewer than two rebuilt pictures. Its identification is that of the one
+    attack that was furthest above chance, ``identified_by``: a ceiling is for one guess, and all attacks together have several.
+    ``identified_by_picture`` keeps the best rate that a picture gave.
     """
     rows = list(rows)
     if not laddered(rows):
@@ -92,16 +92,16 @@ def _headline(rows: Sequence[Row]) -> Row:
     best = next((row for row in rows if row.get("attack") == BEST), None) or max(drawn, key=_strength, default=rows[0])
     alarms = [flag for flag in ALARMS if any(flag in texts_of(row, "flags") for row in rows)]
     flags = [*alarms, *(flag for flag in texts_of(best, "flags") if flag not in alarms)]
-    if identifier is None or best is identifier:
+    seen = max((row for row in drawn if row.get("identified")), key=_above_chance, default=None)
+    named = max((row for row in (identifier, seen) if row is not None), key=_above_chance, default=None)
+    if named is None or best is identifier:
         return {**best, "flags": flags}
-    flags += [flag for flag in texts_of(identifier, "flags") if flag == "candidates_told" and flag not in flags]
-    seen = max((row for row in drawn if row.get("identified")), key=lambda row: _strength(row)[0], default=None)
-    winner = max((identifier, best), key=_above_chance)  # the identifier does not model every defense
+    told = [flag for flag in texts_of(named, "flags") if flag == "candidates_told" and flag not in flags]
     return {
         **best,
-        "flags": flags,
-        "identified": winner.get("identified"),
-        "identified_by": identifier.get("attack") if winner is identifier else None,
+        "flags": [*flags, *told],
+        "identified": named.get("identified"),
+        "identified_by": named.get("attack"),
         "identified_by_picture": seen.get("identified") if seen else None,
     }
 

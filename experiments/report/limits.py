@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from experiments.facts import FOR_THE_VIEW
 from experiments.ladder import BEST
 from experiments.report import values
 from experiments.report.headline import name, texts_of
@@ -53,6 +54,12 @@ def lines(rows: Sequence[Mapping[str, object]]) -> list[Limits]:
         )
         found.append(limit)
     return found
+
+
+def assumptions(row: Mapping[str, object]) -> list[str]:
+    """What each ceiling of an arm assumes, without the sentence on what was seen, which :func:`identification` says in figures."""
+    said = texts_of({"words": lookup(row, "ceilings", "sentences")}, "words")
+    return [words for words in said if not words.startswith(FOR_THE_VIEW)]
 
 
 def identification(row: Mapping[str, object]) -> str:

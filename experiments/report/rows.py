@@ -196,8 +196,8 @@ class Score:
 class Line:
     """One row, ready to print; estimates stay numbers where page and terminal print them differently.
 
-    ``solved`` says which attack gave how many victims, where each counts with its strongest; ``identified_by`` names the attack that
-    said who it was, where that was not the picture. ``labels`` is the share of right labels where the attack answered nothing else,
+    ``solved`` says which attack gave how many victims, where each counts with its strongest; ``identified_by`` names the attack whose
+    identification rate this is. ``labels`` is the share of right labels where the attack answered nothing else,
     else None. ``accuracy_against``, ``rounding``, ``over_prior`` and ``sender`` come from :mod:`experiments.report.beside`.
     ``identified_seeds`` and ``gain_seeds`` are the range of the seeds' means. ``proven`` says how many records carry a certificate, and
     which solver produced how many.

@@ -82,7 +82,7 @@ def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) 
     if any(line.solved for line in rows):
         parts.append("Each victim counts with its strongest attack, below the name: which, how often; each attack alone: report.html.")
     if named := list(dict.fromkeys(line.identified_by for line in rows if line.identified_by)):
-        parts.append(f"Identified by {values.join(named)}, which was handed the candidates.")
+        parts.append(f"Identified by the one attack that named most: {values.join(named)}.")
     if over := list(dict.fromkeys(line.paired_seeds for line in rows if line.accuracy_against)):
         parts.append(f"Below an accuracy: its difference to the arm's control, paired by seed ({values.join(over)}), in points ± 95 %.")
     if any(line.over_training for line in rows):

@@ -84,7 +84,7 @@ def level(row: Mapping[str, object]) -> Level:
     chance = number(lookup(row, "identified", "chance"))
     named = identified.low is not None and chance is not None and identified.low > chance
     closer = gain.low is not None and gain.low > 0
-    seen = estimate(row, "identified_by_picture") if row.get("identified_by") else identified
+    seen = estimate(row, "identified_by_picture" if row.get("identified_by") else "identified")
     if closer and (gain.value or 0.0) >= RECOGNIZABLE_GAIN_DB and named and (seen.low or 0.0) >= RECOGNIZABLE_RATE:
         return "recognizable"
     if closer and named:

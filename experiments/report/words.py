@@ -91,8 +91,8 @@ GLOSSARY: Sequence[tuple[str, str]] = (
         "Ceiling",
         "The highest identification rate that any attack can reach which sees what these attacks saw: the releases of the unit (the record "
         "or the client that ε is for) up to the attacked round, or, where all rounds are disclosed, in all of them. It is for the one "
-        "guess of one attack (“Ceilings” has the best of these beside it); the best of several attacks for each victim had several, as "
-        "its chance says. In brackets: the same for whoever has every upload of the whole training. 100 % rules nothing out.",
+        "guess of one attack, as is the identification rate beside it. In brackets: the same for whoever has every upload of the whole "
+        "training. 100 % rules nothing out.",
     ),
     (
         "Accuracy",

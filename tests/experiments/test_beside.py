@@ -63,16 +63,16 @@ def judged(defense: str, low: float, against: str = "none", **changes: object) -
 
 def test_a_page_prints_no_comparison_where_the_control_failed() -> None:
     rows = [judged("none", -3.0, flags=["floor_not_beaten"]), judged("hidden", -4.0), judged("shown", 2.0)]
-    none, hidden, shown = (line.split(" | ") for line in measured.table("top_k", rows).splitlines()[2:5])
-    at = measured.TITLES.index("PSNR gain, dB")
+    titles, _, none, hidden, shown = (line.split(" | ") for line in measured.table("top_k", rows).splitlines()[:5])
+    at = titles.index("PSNR gain, dB")
     assert none[at] == "−2.0 [−3.0 to −1.0]"
     assert (hidden[at], hidden[at + 1]) == (beside.CONTROL_FAILED, beside.CONTROL_FAILED)
     assert (shown[at], shown[at + 1]) == ("+3.0 [2.0 to 4.0]", beside.CONTROL_FAILED)
     assert [arm.name for arm in front.panel(rows, "gain")] == ["none"]
     chance, above = ({"rate": 0.05, "low": low, "high": 0.2, "chance": 0.01, "chance_in_class": 0.1} for low in (0.001, 0.02))
     nobody = [judged("none", 3.0, identified=chance), judged("hidden", 2.0, identified=chance), judged("shown", 2.0, identified=above)]
-    _, hidden, shown = (line.split(" | ") for line in measured.table("top_k", nobody).splitlines()[2:5])
-    at = measured.TITLES.index("identified, chance (knowing the class)")
+    titles, _, _, hidden, shown = (line.split(" | ") for line in measured.table("top_k", nobody).splitlines()[:5])
+    at = titles.index("named by one attack, chance (knowing the class)")
     assert (hidden[at], shown[at]) == (beside.CONTROL_FAILED, "5\u00a0% [2–20\u00a0%], 1\u00a0% (10\u00a0%)")
     assert front.panel([judged("none", 3.0), judged("seen", -4.0)], "gain")[1].name == "seen"
 

@@ -18,7 +18,7 @@ from simulator.transcript import read
 
 SPEC = {
     "data": "digits", "model": "linear", "attacks": ["random_guess"], "arms": [{"name": "none"}], "secret": "tested",
-    "federation": {"clients": 4, "rounds": 6}, "training": {"learning_rate": 2.0}, "evaluation": {"victims": 1, "tested_rounds": 3},
+    "federation": {"clients": 4, "rounds": 6}, "training": {"learning_rate": 2.0, "batch_size": 1}, "evaluation": {"victims": 1, "tested_rounds": 3},
 }  # fmt: skip
 
 
@@ -38,3 +38,13 @@ def test_accuracy_is_the_mean_over_the_models_after_the_last_rounds(tmp_path: Pa
     assert len(set(expected)) > 1, "models that differ"
     assert facts.accuracy_per_round == pytest.approx([hits / len(held_out) for hits in expected])
     assert facts.accuracy == pytest.approx(fmean(expected) / len(held_out))
+
+
+def test_more_tested_models_than_rounds_are_all_that_were_trained(tmp_path: Path) -> None:
+    """Under a guarantee, too, whose views end in an earlier round than the federation."""
+    arms = [{"name": "dp_sgd", "defenses": ["dp_sgd"]}]
+    experiment = config.build(Experiment, {**SPEC, "arms": arms, "evaluation": {"victims": 1, "tested_rounds": 10}})
+    assert run(experiment, tmp_path / "out", workers=1) == []
+    (facts,) = read_facts(tmp_path / "out")
+    assert len(facts.accuracy_per_round) == 6
+    assert facts.ceiling < 1
