@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import resource
 import sys
@@ -56,11 +59,17 @@ def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float], rounds: Se
         "tested_models": min((len(fact.accuracy_per_round) for fact in facts), default=0) or 1,
         "train_seconds": mean([fact.train_seconds for fact in facts]),
         "upload_bytes": mean([fact.upload_bytes for fact in facts] or upload_bytes),
-        "cost": {name: mean([value for fact in facts if (value := getattr(fact, name)) is not None]) for name in COSTS},
+        "cost": _costs(facts),
         "quantization_error": max((fact.quantization_error for fact in facts if fact.quantization_error is not None), default=None),
         "quantization_relative": max((f.quantization_relative for f in facts if f.quantization_relative is not None), default=None),
         "client_failures": [failure for fact in facts for failure in fact.client_failures],
     }
+
+
+def _costs(facts: Sequence[ArmFacts]) -> Row:
+    """Means over the seeds; of memory the least, since what libraries load on first use is none of the defense's."""
+    found = {name: [value for fact in facts if (value := getattr(fact, name)) is not None] for name in COSTS}
+    return {name: min(values, default=None) if name == "peak_bytes" else mean(values) for name, values in found.items()}
 
 
 def ceiling_of(facts: ArmFacts, round: int) -> float:
@@ -146,12 +155,17 @@ def most_guesses(victims: Sequence[Victim]) -> int:
     return max(max(len(victim.truth), victim.knowledge.num_examples) for victim in victims)
 
 
-def reset_peak() -> None:
-    """Forget the most memory that this process has used so far, where the system can: a worker does one arm after the other."""
-    try:
+def reset_peak() -> int:
+    """Give back what memory is free, and forget the most that this process has used so far, where the system can; return what it holds.
+
+    A worker does one arm after the other, and holds what libraries and earlier arms left.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
-    except OSError:
-        return
+    return peak_bytes()
 
 
 def peak_bytes() -> int:

@@ -158,7 +158,8 @@ class ArmFacts:
         upload_bytes_formula: of one client and round under an efficient coding, see :meth:`simulator.defense.Defense.upload_bytes`.
         client_seconds: CPU seconds that a client works in a round, the median over clients and rounds; None where none were noted.
         server_seconds: CPU seconds that the server works in a round, the mean over rounds; None in lines of an older version.
-        peak_bytes: the most memory of the process in which server and clients ran, that of Python and its libraries included.
+        peak_bytes: the most memory that server and clients took, in one process, beyond what that process held before; in lines of an older
+            version with that.
         quantization_error: rms difference of a coordinate to the exact aggregate, in the update's unit; None without quantization.
         quantization_relative: the same over the rms of the released aggregate; None in lines of an older version, too.
         train_seconds: wall-clock time of the federation.

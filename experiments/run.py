@@ -228,10 +228,9 @@ def _federate(experiment: Experiment, world: World, directory: Path, anew: Calla
         except (TranscriptError, OSError, ValueError):
             shutil.rmtree(directory)  # cut short by a kill
     anew()
-    reset_peak()
-    started = time.perf_counter()
+    held, started = reset_peak(), time.perf_counter()
     engine.run(world, directory, server_app, client_app, experiment.driver)
-    spent = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
+    spent = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes() - held}
     timing.write_text(json.dumps(spent))
     return read(directory), spent, 0.0
 

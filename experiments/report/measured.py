@@ -24,7 +24,8 @@ OVER = "over the same attack on shuffled updates"
 FEWER = "Arms with fewer victims are those whose attacks take long: an inverter or a batch for each upload, sums, another network."
 PRICES = (
     "Bytes are of one client and round, in brackets what an efficient coding would send; client and server are CPU time of a round, a "
-    "simulated enclave's own left out; memory is the most of the process that ran server and clients, Python and its libraries included."
+    "simulated enclave's own left out; memory is the most that server and clients together took beyond what their process held before, the "
+    "least over the seeds."
 )
 NAMED = "Senders that an attack names for the records of a sum, rightly; chance deals the records to the senders at random"
 
@@ -123,7 +124,8 @@ def _notes(shown: Sequence[Row], rows: Sequence[Row], letters: Mapping[str, str]
     said = {name(row, "defense"): str(row["epsilon_for"]) for row in shown if row.get("epsilon_for")}
     return [
         "Brackets are 95 % intervals. Each victim's picture is that of the attack which came nearest: which, how often. Who is named is "
-        f"the word of the one attack that named most: one guess, as a ceiling is for one. {FEWER}{over}{paired}{rounding}{ceilings} {PRICES}",
+        "the word of the one attack that named most: one guess, as a ceiling is for one. "
+        f"{FEWER}{over}{paired}{rounding}{ceilings} {PRICES}",
         *([""] if blind else []),
         *(f"- {name(row, 'attack')} under {name(row, 'defense')}: {beside.prior(row)} {OVER}" for row in blind),
         *(["", "What the ceilings assume:", ""] if assumed else []),
