@@ -38,6 +38,13 @@ def rungs(threat: ThreatModel, *, defended: bool) -> tuple[Any, ...]:
     return tuple(lookup.get("attacks", name)() for name, granted in names.items() if granted)
 
 
+def left_out(threat: ThreatModel) -> str:
+    """Which rungs the threat model withholds what they need, and the setting that grants it, as a sentence; empty if none."""
+    needs = {"learning_to_invert": ("public_data", threat.public_data), IDENTIFIER: ("candidates", threat.candidates)}
+    missing = [f"{name} (threat.{key} = true)" for name, (key, granted) in needs.items() if not granted]
+    return f"The ladder of attackers is without {' and '.join(missing)}: grant it to see what they find." if missing else ""
+
+
 def best_per_victim(trials: Sequence[Trial]) -> list[Trial]:
     """One trial for each upload of an arm on which several attacks rebuilt pictures, with every record from the one that came nearest.
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from clients.app import app as client_app
-from experiments import candidates, cluster, estimate, isolated, parts
+from experiments import candidates, cluster, estimate, isolated, ladder, parts
 from experiments.directory import (
     FACTS,
     PICTURES,
@@ -128,6 +128,8 @@ def _run_what_is_left(
         left = f", about {estimate.span(seconds)} left" if seconds else ""
         ahead = f"{len(before)} federations are done{left}." if before else "How long is said when the first one has ended."
         begun(f"{estimate.plan(experiment).sentence()} {ahead}")
+    if begun is not None and tasks and not experiment.attacks and (withheld := ladder.left_out(experiment.threat)):
+        begun(withheld)
     if begun is not None and tasks and differs:
         begun(f"The run in {out} was begun by another state of fedpeek: {'; '.join(differs)}. Its rows will be of both.")
     job = partial(_job, config.dump(experiment), out)

@@ -5,7 +5,9 @@ noise this trains the spec's federation on one part of the public split, for eve
 accuracy on the rest of it. No private and no test record is touched: what is public under one seed is private under another, so each
 seed has its own federation, and the choice is made from their mean.
 
-    OMP_NUM_THREADS=1 python -m experiments.benchmarks.tune_baselines [defenses] [--only dp_sgd]
+    OMP_NUM_THREADS=1 python -m experiments.benchmarks.tune_baselines [defenses] [--only dp_sgd] [--cohort 10]
+
+With another cohort a federation has as many uploads in all: a tenth of the senders, ten times the rounds.
 
 Trained as the clients of the spec would: in each round every client's record gives one gradient, clipped to C, with noise of its own;
 their mean is the step. Noise of n clients is drawn once, with n times the variance of one, which is the same distribution.
@@ -31,6 +33,7 @@ from simulator.network import network, tensors
 from simulator.rng import stream
 from simulator.training import per_example_gradients
 from simulator.types import Batch, LocalTraining
+from simulator.world import Federation
 
 MULTIPLIERS = (0.01, 0.1, 0.5, 1.5)
 SIGMAS = (0.001, 0.01, 0.1)
@@ -78,12 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", nargs="?", default="defenses")
     parser.add_argument("--only", choices=("none", "gaussian_noise", "dp_sgd"))
+    parser.add_argument("--cohort", type=int, help="senders of a round, instead of the spec's")
     options = parser.parse_args(arguments)
     experiment, began = load(options.spec), time.process_time()
+    if options.cohort:
+        experiment = replace(experiment, federation=resized(experiment.federation, options.cohort))
     for family in families(options.only):
         tuned = [train(experiment, *setting) for setting in family]
         print(table(tuned), file=sys.stdout, flush=True)
     print(f"\n{time.process_time() - began:.0f} CPU s")
+
+
+def resized(federation: Federation, cohort: int) -> Federation:
+    """The federation with other senders in a round, and as many uploads in all."""
+    return replace(federation, cohort=cohort, rounds=round(federation.rounds * federation.cohort_size / cohort))
 
 
 def families(only: str | None = None) -> Iterator[list[tuple[str, float, float, float]]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.ladder import BEST, best_per_victim, rungs
+from experiments.ladder import BEST, best_per_victim, left_out, rungs
 from experiments.metrics import ImageScores
 from experiments.result import ArmFacts
 from simulator.adversary import ThreatModel
@@ -30,6 +30,8 @@ from tests.experiments.test_summary import arm, record, row, summary, trial
 )  # fmt: skip
 def test_a_rung_is_there_where_the_threat_model_grants_what_it_needs(threat: ThreatModel, defended: bool, names: list[str]) -> None:
     assert [attack.name for attack in rungs(threat, defended=defended)] == names
+    granted = {"learning_to_invert", "candidate_identification"} & set(names)
+    assert {name for name in ("learning_to_invert", "candidate_identification") if name not in left_out(threat)} == granted
 
 
 def test_each_victim_counts_with_its_strongest_attack_and_its_highest_floors() -> None:
