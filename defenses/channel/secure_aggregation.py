@@ -93,7 +93,7 @@ class SecureAggregation(Defense):
     Attributes:
         mode: ``protocol`` exchanges all messages; ``quantized`` sums the same words without masks, with bit-identical results;
             ``plain`` sums without rounding either.
-        graph: ``complete``, or ``k-regular`` for cohorts above about 100.
+        graph: ``complete``, or ``k-regular``, for cohorts above 64 in which fewer than n − 1 neighbors are certified; refused in others.
         degree: k of the k-regular graph; 0 takes the smallest pair (k, t) that is certified for ``corrupt`` and ``dropout``; with
             another, set ``threshold`` too: the pair is certified or refused.
         threshold: shares that reconstruct a secret; on the complete graph also the clients that every stage needs, above half of the
@@ -149,12 +149,16 @@ class SecureAggregation(Defense):
         return why_not(self, world)
 
     def plan_for(self, cohort: int) -> graphs.Plan | None:
-        """The graph, the threshold and what is certified of them in a cohort of this size; None if no pair can be certified."""
+        """The graph, the threshold and what is certified of them in a cohort of this size.
+
+        None if no pair can be certified, or none below the complete graph where the graph is to be k-regular.
+        """
         if self.graph == "complete":
             plan = self.complete_plan(cohort)
             return plan if plan.certified else None
         if not self.degree:
-            return graphs.solve(cohort, self.corrupt, self.dropout)
+            found = graphs.solve(cohort, self.corrupt, self.dropout)
+            return None if found is None or found.complete else found
         if self.degree % 2 or not 2 <= self.degree < cohort - 1 or not self.degree < 2 * self.threshold <= 2 * self.degree:
             return None
         plan = graphs.certify(cohort, self.degree, self.threshold, *self.foreseen(cohort))
@@ -231,7 +235,7 @@ class SecureAggregation(Defense):
         """
         plan = self.plan_for(len(clients))
         if plan is None:
-            raise ProtocolAbort(f"graph must be certified, got none for {len(clients)} clients. Lower corrupt or dropout.")
+            raise ProtocolAbort(f"graph must be certified, got no {self.graph} one for {len(clients)} clients. Lower corrupt or dropout.")
         sparse = not plan.complete
         return Parameters(
             run_id=run_id, round=round, clients=tuple(sorted(clients)), threshold=plan.threshold,

@@ -92,7 +92,7 @@ def test_what_cannot_be_certified_is_refused() -> None:
         defense = SecureAggregation(graph="k-regular", **more)
         return defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,))) or ""
 
-    assert refusal() == refusal(degree=48, threshold=25) == refusal(clients=8) == ""
+    assert refusal() == refusal(degree=48, threshold=25) == ""
     for wrong in (
         {"degree": 46, "threshold": 24},
         {"degree": 3, "threshold": 3},  # as many shares as Flower lets one ask for in any cohort
@@ -105,6 +105,40 @@ def test_what_cannot_be_certified_is_refused() -> None:
         SecureAggregation(graph="k-regular", degree=48)
     with pytest.raises(ValueError, match="degree must be 0 on the complete graph"):
         SecureAggregation(degree=48, threshold=25)
+
+
+@pytest.mark.parametrize(
+    ("clients", "shares", "cure"),
+    [
+        (8, (0.2, 0.05), "a cohort of 65"),  # by the guard for small cohorts
+        (64, (0.2, 0.05), "a cohort of 65"),
+        (100, (0.33, 0.33), "a cohort of 154"),  # nothing below the complete graph is certified
+        (100, (0.015, 0.05), "a cohort of 134"),  # 2 clients that collude
+        (100, (0.0, 0.05), "other shares (with these no cohort up to 1024 has one)"),
+    ],
+)
+def test_who_asks_for_a_sparse_graph_never_gets_the_complete_one(clients: int, shares: tuple[float, float], cure: str) -> None:
+    plan = graph.solve(clients, *shares)
+    assert plan is not None
+    assert plan.complete
+    defense = SecureAggregation(graph="k-regular", corrupt=shares[0], dropout=shares[1])
+    reason = defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,))) or ""
+    assert f"graph must be certified with fewer than {clients - 1} neighbors to be k-regular" in reason
+    assert reason.endswith(f"Use graph = 'complete', or {cure}.")
+    assert defense.plan_for(clients) is None
+    with pytest.raises(ProtocolAbort, match="graph must be certified, got no k-regular one"):
+        defense.parameters(run_id="r", round=1, clients=range(clients), template={}, buffers={}, seed=bytes(32))
+
+
+@pytest.mark.parametrize("clients", [65, 69, 100])
+def test_the_cohort_that_a_refusal_names_is_accepted(clients: int) -> None:
+    larger = graph.next_sparse(clients - 1, 0.2, 0.05)
+    assert larger == clients
+    defense = SecureAggregation(graph="k-regular")
+    assert defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,))) is None
+    plan = defense.plan_for(clients)
+    assert plan is not None
+    assert not plan.complete
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ SECURITY_BITS, CORRECTNESS_BITS = 40.0, 30.0
 """Least −log2 of the probability of a leak, and of a round that is lost though no more than foreseen dropped out."""
 SMALL_COHORT, FEW_CORRUPT = 64, 2
 """Up to so many clients, or with fewer corrupt ones, the bounds say nothing of use (c = m = 0 "certifies" k = 2): the graph is complete."""
+LARGEST_SEARCHED = 1024
+"""Clients of the largest cohort that is looked at for a graph sparser than the complete one."""
 SEED_BYTES = 32
 
 
@@ -121,6 +123,16 @@ def solve(clients: int, corrupt: float, dropout: float) -> Plan | None:
             rest -= corrupt_neighbors[threshold]
     plan = certify(clients, clients - 1, max(clients // 2 + 1, c + 1), c, m)
     return plan if plan.certified else None
+
+
+@lru_cache(maxsize=64)
+def next_sparse(clients: int, corrupt: float, dropout: float) -> int | None:
+    """The next larger cohort for which :func:`solve` finds less than the complete graph; None up to :data:`LARGEST_SEARCHED`."""
+    for larger in range(max(clients, SMALL_COHORT) + 1, LARGEST_SEARCHED + 1):
+        plan = solve(larger, corrupt, dropout)
+        if plan is not None and not plan.complete:
+            return larger
+    return None
 
 
 def order(clients: Sequence[int], seed: bytes) -> list[int]:

@@ -47,6 +47,8 @@ def _graph(settings: SecureAggregation, n: int) -> str | None:
                 f"secrets. Use threshold = 0 for {2 * n // 3 + 1}."
             )
     elif settings.plan_for(n) is None:
+        if not settings.degree and graph.solve(n, settings.corrupt, settings.dropout) is not None:
+            return _not_sparse(settings, n)
         return (
             f"(k, t) must reach {graph.SECURITY_BITS:g} bits of security and {graph.CORRECTNESS_BITS:g} of correctness, got "
             f"{f'k = {settings.degree}, t = {settings.threshold}' if settings.degree else 'no such pair'} for {n} clients of which "
@@ -64,6 +66,16 @@ def _graph(settings: SecureAggregation, n: int) -> str | None:
     if 3 * threshold <= 2 * n:
         return f"threshold must be above 2/3 of the cohort of {n} against an active server, got {threshold}. Use threshold = 0."
     return _uncertified(settings, n)
+
+
+def _not_sparse(settings: SecureAggregation, n: int) -> str:
+    """All that can be certified is the complete graph; whoever asked for a sparse one would compare the complete one with itself."""
+    larger = graph.next_sparse(n, settings.corrupt, settings.dropout)
+    cure = f"a cohort of {larger}" if larger else f"other shares (with these no cohort up to {graph.LARGEST_SEARCHED} has one)"
+    return (
+        f"graph must be certified with fewer than {n - 1} neighbors to be k-regular, got none for a cohort of {n} of which "
+        f"{settings.corrupt:g} collude and {settings.dropout:g} drop out. Use graph = 'complete', or {cure}."
+    )
 
 
 def _uncertified(settings: SecureAggregation, n: int) -> str | None:
