@@ -156,8 +156,8 @@ def _agreed(parameters: Parameters, world: World, model: nn.Module, client: int,
     if len(parameters.clients) != n or parameters.clients[-1] >= everybody:  # before a graph is solved for as many as a server names
         raise ProtocolAbort(f"client {client}: clients must be {n} of {everybody}, got {len(parameters.clients)}. Leave this run.")
     mine = channel.parameters(
-        run_id=parameters.run_id, round=parameters.round, clients=parameters.clients, seed=parameters.seed,
-        template=dict(model.named_parameters()), buffers=dict(model.named_buffers()),
+        run_id=parameters.run_id, round=parameters.round, rounds=world.federation.rounds, clients=parameters.clients,
+        seed=parameters.seed, template=dict(model.named_parameters()), buffers=dict(model.named_buffers()),
     )  # fmt: skip
     if mine != parameters:
         raise ProtocolAbort(f"client {client}: parameters must be {mine}, got {parameters}. Leave this run.")

@@ -5,8 +5,9 @@ Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preser
     eprint 2020/704 ("SecAgg+"): ``graph = "k-regular"``. Ma et al. (2023), "Flamingo", arXiv:2308.09883: ``setup = "once"``.
 Deviations:
     - **the default adversary is a semi-honest server with up to t − 1 colluding clients** (complete graph), or with the share
-      ``corrupt`` of them (k-regular, certified to 40 bits); ``active`` adds the paper's signatures and consistency round, for
-      whose identities see _secagg/identity.py: a simulation's are derived from the world, and keep nobody out who holds it;
+      ``corrupt`` of them (k-regular, certified to 40 bits over all rounds of the run together); ``active`` adds the paper's signatures
+      and consistency round, for whose identities see _secagg/identity.py: a simulation's are derived from the world, and keep nobody
+      out who holds it;
     - envelopes are opened before the masked vector is sent, not after, so that an altered one aborts while nothing is at stake;
     - all keys are bound to a hash of the parameters and, on the complete graph, of all public keys;
     - the graph's bounds are ours (_secagg/graph.py), and so is the recovery under keys that outlive a round (_secagg/keyring.py);
@@ -148,35 +149,35 @@ class SecureAggregation(Defense):
         """Refuse cohorts that cannot be hidden in, and settings that cannot be met or do not protect."""
         return why_not(self, world)
 
-    def plan_for(self, cohort: int) -> graphs.Plan | None:
-        """The graph, the threshold and what is certified of them in a cohort of this size.
+    def plan_for(self, cohort: int, rounds: int) -> graphs.Plan | None:
+        """The graph, the threshold and what is certified of them in cohorts of this size, over so many rounds together.
 
         None if no pair can be certified, or none below the complete graph where the graph is to be k-regular.
         """
         if self.graph == "complete":
-            plan = self.complete_plan(cohort)
+            plan = self.complete_plan(cohort, rounds)
             return plan if plan.certified else None
         if not self.degree:
-            found = graphs.solve(cohort, self.corrupt, self.dropout)
+            found = graphs.solve(cohort, self.corrupt, self.dropout, rounds)
             return None if found is None or found.complete else found
         if self.degree % 2 or not 2 <= self.degree < cohort - 1 or not self.degree < 2 * self.threshold <= 2 * self.degree:
             return None
-        plan = graphs.certify(cohort, self.degree, self.threshold, *self.foreseen(cohort))
+        plan = graphs.certify(cohort, self.degree, self.threshold, *self.foreseen(cohort), rounds=rounds)
         return plan if plan.certified else None
 
-    def complete_plan(self, cohort: int) -> graphs.Plan:
+    def complete_plan(self, cohort: int, rounds: int) -> graphs.Plan:
         """The complete graph and what can be said of it, certified or not."""
         threshold = self.threshold or 2 * cohort // 3 + 1
-        return graphs.certify(cohort, cohort - 1, threshold, *self.foreseen(cohort), active=self.active)
+        return graphs.certify(cohort, cohort - 1, threshold, *self.foreseen(cohort), rounds=rounds, active=self.active)
 
     def foreseen(self, cohort: int) -> tuple[int, int]:
         """Clients of a cohort that may collude, and that may drop out."""
         corrupt, dropped = (math.floor(fraction * cohort + 1e-9) for fraction in (self.corrupt, self.dropout))
         return corrupt, dropped
 
-    def quorum_for(self, cohort: int) -> int:
-        """Clients that must be in the sum in a cohort of this size."""
-        plan = self.plan_for(cohort)
+    def quorum_for(self, cohort: int, rounds: int) -> int:
+        """Clients that must be in each of so many sums over a cohort of this size."""
+        plan = self.plan_for(cohort, rounds)
         assert plan is not None  # refused before
         return plan.threshold if plan.complete else max(plan.threshold, cohort - plan.dropped)
 
@@ -218,13 +219,14 @@ class SecureAggregation(Defense):
         return self.max_examples or largest_upload(world)
 
     def parameters(
-        self, *, run_id: str, round: int, clients: Sequence[int], template: Tensors, buffers: Tensors, seed: bytes = b""
+        self, *, run_id: str, round: int, rounds: int, clients: Sequence[int], template: Tensors, buffers: Tensors, seed: bytes = b""
     ) -> Parameters:
         """What the parties of one round agree on.
 
         Args:
             run_id: drawn for this aggregation.
             round: of the federation.
+            rounds: that it has, over which the graphs are certified.
             clients: the invited cohort.
             template: gives shapes of the update.
             buffers: gives shapes of the buffers.
@@ -233,7 +235,7 @@ class SecureAggregation(Defense):
         Raises:
             ProtocolAbort: clients or threshold that the protocol forbids.
         """
-        plan = self.plan_for(len(clients))
+        plan = self.plan_for(len(clients), rounds)
         if plan is None:
             raise ProtocolAbort(f"graph must be certified, got no {self.graph} one for {len(clients)} clients. Lower corrupt or dropout.")
         sparse = not plan.complete
@@ -241,12 +243,12 @@ class SecureAggregation(Defense):
             run_id=run_id, round=round, clients=tuple(sorted(clients)), threshold=plan.threshold,
             length=sum(tensor.numel() for tensors in (template, buffers) for tensor in floating(tensors).values()) + 1,
             bits=self.bits_for(len(clients)), degree=plan.degree if sparse else 0, seed=seed if sparse else b"",
-            quorum=self.quorum_for(len(clients)) if sparse else 0, active=self.active, standing=self.setup == "once",
+            quorum=self.quorum_for(len(clients), rounds) if sparse else 0, active=self.active, standing=self.setup == "once",
         )  # fmt: skip
 
     def upload_bytes(self, numbers: int, world: World) -> float | None:
         """What a client sends; the arms with a trusted party cost the words, or what they cost before."""
-        if self.mode == "plain" or (plan := self.plan_for(world.federation.cohort_size)) is None:
+        if self.mode == "plain" or (plan := self.plan_for(world.federation.cohort_size, world.federation.rounds)) is None:
             return None
         bits = self.bits_for(plan.clients)
         if self.mode == "quantized":

@@ -121,7 +121,7 @@ class DistributedDP(Defense):
                 channel.name if channel is not None and not isinstance(channel, SecureAggregation) else "plain sums" if channel else "none"
             )
             return f"channel must be secure_aggregation on integers for distributed_dp, got {got}. Use its mode 'protocol' or 'quantized'."
-        if n < 2 or (plan := channel.plan_for(n)) is None:
+        if n < 2 or (plan := channel.plan_for(n, world.federation.rounds)) is None:
             return None  # secure aggregation says so itself
         told = self.tolerated(world)
         if plan.complete and told >= (most := most_corrupt(n, plan.threshold, active=channel.active)):
@@ -179,7 +179,7 @@ class DistributedDP(Defense):
 
         The server ends a run with fewer than ``min_clients`` only after it has seen the sum.
         """
-        return words(world).quorum_for(world.federation.cohort_size)
+        return words(world).quorum_for(world.federation.cohort_size, world.federation.rounds)
 
     def honest(self, world: World) -> int:
         """h: the fewest of them that keep their noise to themselves."""

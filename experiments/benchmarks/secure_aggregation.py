@@ -80,7 +80,7 @@ def aggregate(clients: int, words: int, dropped: int, target_seconds: float, set
     """
     ids, rings = range(clients), {client: KeyRing.fresh() for client in range(clients)} if settings.setup == "once" else {}
     template = {"vector": torch.empty(words - 1)}
-    parameters = settings.parameters(run_id="benchmark", round=1, clients=ids, template=template, buffers={}, seed=bytes(32))
+    parameters = settings.parameters(run_id="benchmark", round=1, rounds=1, clients=ids, template=template, buffers={}, seed=bytes(32))
     people = {client: derived_private(b"", client) for client in ids} if settings.active else {}
     directory = {client: public_of(private) for client, private in people.items()}
     draw = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def aggregate(clients: int, words: int, dropped: int, target_seconds: float, set
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     if not np.array_equal(total, ideal_sum({client: vectors[client] for client in senders})):
         raise AssertionError("the sum must be exact, got another. Fix the protocol before timing it.")
-    plan, most = str(settings.plan_for(clients)), max(upload.values()) / words
+    plan, most = str(settings.plan_for(clients, rounds=1)), max(upload.values()) / words
     return Timing(clients, words, dropped, plan, target_seconds, wall, cpu, seconds, upload[0], most)
 
 

@@ -257,7 +257,7 @@ def test_a_sum_may_hold_fewer_than_min_clients() -> None:
 
 def test_on_a_sparse_graph_no_more_may_collude_than_it_is_certified_against() -> None:
     channel, clients = secagg(graph="k-regular", bits=20, clip_range=8.0, corrupt=0.05), 300
-    plan = channel.plan_for(clients)
+    plan = channel.plan_for(clients, 1)
     assert plan is not None
     assert not plan.complete
     for colluding, allowed in ((plan.corrupt, True), (plan.corrupt + 1, False)):
