@@ -44,7 +44,10 @@ shares open every upload; a client which several means over different cohorts si
 coordinates that one client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one
 that sends different clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector of
 the right form spoils the sum, undetected, a false share of the right form ends the run, and who seals garbage for its peers makes them
-leave. Python erases no keys, nor has constant time.
+leave. Nothing is clipped: who has a coordinate beyond ``clip_range`` (a buffer's, beyond ``buffer_range``) leaves the round, from which
+the server learns that one was so large, and the mean is over the others, so that a small range keeps outliers out: a defense that nobody
+declared. ``clip`` before the channel with clip_norm ≤ ``clip_range`` prevents both for updates, as a range large enough does. Python
+erases no keys, nor has constant time.
 Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
 gradient_disaggregation, support_leak and label_owners over rounds; t colluding clients on the complete
 graph, more than ``corrupt`` on a k-regular one (``colluding`` of the threat model shows fewer, and n − 1); imprint and trap_weights.
@@ -104,8 +107,8 @@ class SecureAggregation(Defense):
         active: stand against a server that alters messages: signed keys, signed survivors; the complete graph only.
         identities: Ed25519 public keys of all clients in hexadecimal, by client; empty derives them, for simulations.
         setup: ``each round`` agrees on fresh keys; ``once`` derives each round's from keys that outlive it.
-        clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client aborts. Flower's default; where
-            distributed_dp rotates, its own range takes this one's place.
+        clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client leaves the round, which the
+            server sees. Flower's default; where distributed_dp rotates, its own range takes this one's place.
         buffer_range: the same for floating-point buffers: BatchNorm's running variances exceed gradients by far.
         max_examples: public bound on any client's number of examples; 0 takes the caller's.
         bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold
