@@ -84,7 +84,8 @@ def _by_protocol(
     """The real thing: every stage is a message to each client that is still there."""
     parameters = channel.parameters(
         run_id=secrets.token_hex(16), round=broadcast.round, rounds=world.federation.rounds, clients=clients,
-        template=broadcast.parameters, buffers=broadcast.buffers, seed=secrets.token_bytes(graph.SEED_BYTES),
+        max_examples=channel.largest_upload(world), template=broadcast.parameters, buffers=broadcast.buffers,
+        seed=secrets.token_bytes(graph.SEED_BYTES),
     )  # fmt: skip
     directory = identity.directory(world, channel.identities) if channel.active else {}
     server, plan = SecAggServer(parameters, directory), str(channel.plan_for(len(clients), world.federation.rounds))
@@ -146,7 +147,7 @@ def _by_trusted_party(
     grid.download_bytes += sum(map(wire.bytes_of, contents.values()))  # what passes beneath the tap costs all the same
     answers = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "quantized")
     length = _floats(broadcast.parameters) + _floats(broadcast.buffers) + 1
-    bits, vectors = channel.bits_for(len(clients)), {}
+    bits, vectors = channel.bits_for(len(clients), channel.largest_upload(world)), {}
     for client, data in answers.items():
         try:
             vectors[client] = unpack(data, length, bits)

@@ -111,9 +111,10 @@ class SecureAggregation(Defense):
             server sees. Flower's default; where distributed_dp rotates, its own range takes this one's place.
         buffer_range: the same for floating-point buffers: BatchNorm's running variances exceed gradients by far.
         max_examples: public bound on any client's number of examples; 0 takes the caller's.
-        bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold
-            half of ``max_examples`` each, else 64: 4 bytes a parameter up to about 35 clients at ``clip_range`` = 8, 100 at 2, 1000 at
-            0.25. 16, 20 and 24 are for distributed DP, whose noise covers the rounding.
+        bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold half of
+            ``max_examples`` each, or all of it where that is 1, else 64: 4 bytes a parameter up to 32 clients at ``clip_range`` = 8, 131
+            at 2, 1052 at 0.25, and up to 65, 263 and 2104 with one example each. 16, 20 and 24 are for distributed DP, whose noise
+            covers the rounding.
     """
 
     channel: ClassVar[bool] = True
@@ -184,16 +185,17 @@ class SecureAggregation(Defense):
         assert plan is not None  # refused before
         return plan.threshold if plan.complete else max(plan.threshold, cohort - plan.dropped)
 
-    def bits_for(self, cohort: int) -> int:
-        """Width of a word in a cohort of this size."""
+    def bits_for(self, cohort: int, max_examples: int) -> int:
+        """Width of a word in a cohort of this size; the setting ``max_examples`` has precedence over the caller's."""
         if self.bits:
             return self.bits
-        half_full = Scale(cohort=cohort, bits=32, max_examples=2).rms_error(self.clip_range, senders=cohort, num_examples=cohort)
-        return 32 if half_full <= MAX_RELATIVE_ERROR * REFERENCE_STD / math.sqrt(cohort) else 64
+        most = min(2, self.max_examples or max_examples)  # one example each: half full, or full for certain where one is all they may have
+        error = Scale(cohort=cohort, bits=32, max_examples=most).rms_error(self.clip_range, senders=cohort, num_examples=cohort)
+        return 32 if error <= MAX_RELATIVE_ERROR * REFERENCE_STD / math.sqrt(cohort) else 64
 
     def scale_for(self, cohort: int, max_examples: int) -> Scale:
         """How reals become words in a cohort; the setting ``max_examples`` has precedence over the caller's."""
-        return Scale(cohort=cohort, bits=self.bits_for(cohort), max_examples=self.max_examples or max_examples)
+        return Scale(cohort=cohort, bits=self.bits_for(cohort, max_examples), max_examples=self.max_examples or max_examples)
 
     def range_for(self, world: World, coordinates: int) -> float:
         """The largest magnitude that words make room for, of an update of so many coordinates: ``clip_range``, or what a defense asks."""
@@ -222,8 +224,9 @@ class SecureAggregation(Defense):
         return self.max_examples or largest_upload(world)
 
     def parameters(
-        self, *, run_id: str, round: int, rounds: int, clients: Sequence[int], template: Tensors, buffers: Tensors, seed: bytes = b""
-    ) -> Parameters:
+        self, *, run_id: str, round: int, rounds: int, clients: Sequence[int], max_examples: int, template: Tensors, buffers: Tensors,
+        seed: bytes = b"",
+    ) -> Parameters:  # fmt: skip
         """What the parties of one round agree on.
 
         Args:
@@ -231,6 +234,7 @@ class SecureAggregation(Defense):
             round: of the federation.
             rounds: that it has, over which the graphs are certified.
             clients: the invited cohort.
+            max_examples: as in :meth:`encode`.
             template: gives shapes of the update.
             buffers: gives shapes of the buffers.
             seed: 32 bytes that draw the graph of this round, by the server; the complete graph needs none.
@@ -245,7 +249,7 @@ class SecureAggregation(Defense):
         return Parameters(
             run_id=run_id, round=round, clients=tuple(sorted(clients)), threshold=plan.threshold,
             length=sum(tensor.numel() for tensors in (template, buffers) for tensor in floating(tensors).values()) + 1,
-            bits=self.bits_for(len(clients)), degree=plan.degree if sparse else 0, seed=seed if sparse else b"",
+            bits=self.bits_for(len(clients), max_examples), degree=plan.degree if sparse else 0, seed=seed if sparse else b"",
             quorum=self.quorum_for(len(clients), rounds) if sparse else 0, active=self.active, standing=self.setup == "once",
         )  # fmt: skip
 
@@ -253,7 +257,7 @@ class SecureAggregation(Defense):
         """What a client sends; the arms with a trusted party cost the words, or what they cost before."""
         if self.mode == "plain" or (plan := self.plan_for(world.federation.cohort_size, world.federation.rounds)) is None:
             return None
-        bits = self.bits_for(plan.clients)
+        bits = self.bits_for(plan.clients, self.largest_upload(world))
         if self.mode == "quantized":
             return packed_bytes(numbers + 1, bits)
         return cost.upload_bytes(numbers + 1, bits, plan.degree, active=self.active, standing=self.setup == "once")

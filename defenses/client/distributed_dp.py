@@ -156,16 +156,17 @@ class DistributedDP(Defense):
 
     def no_room(self, world: World) -> str | None:
         """Why ``clip_range`` is not for updates as they are, or None."""
-        channel, n = words(world), world.federation.cohort_size
+        channel = words(world)
+        scale = channel.scale_in(world)
         if (need := self.least_range(world)) > channel.clip_range:
             return (
                 f"clip_range of secure_aggregation must be ≥ {need:.4g} for updates of norm {self.clip_norm:g} and their noise, got "
                 f"{channel.clip_range:g}. Set clip_range = {need:.4g}; more coarsens the grid."
             )
-        if (self.share(world) / channel.scale_in(world).step(channel.clip_range)) ** 2 > LARGEST_VARIANCE:
+        if (self.share(world) / scale.step(channel.clip_range)) ** 2 > LARGEST_VARIANCE:
             chosen = "" if channel.bits else " (bits = 0 takes them without noise in mind)"
             return (
-                f"bits of secure_aggregation must leave a client's noise a variance of at most 2^44 steps², got {channel.bits_for(n)} bits"
+                f"bits of secure_aggregation must leave a client's noise a variance of at most 2^44 steps², got {scale.bits} bits"
                 f"{chosen}. Set bits = 20 or 24; noise covers the rounding."
             )
         return None

@@ -80,7 +80,9 @@ def aggregate(clients: int, words: int, dropped: int, target_seconds: float, set
     """
     ids, rings = range(clients), {client: KeyRing.fresh() for client in range(clients)} if settings.setup == "once" else {}
     template = {"vector": torch.empty(words - 1)}
-    parameters = settings.parameters(run_id="benchmark", round=1, rounds=1, clients=ids, template=template, buffers={}, seed=bytes(32))
+    parameters = settings.parameters(
+        run_id="benchmark", round=1, rounds=1, clients=ids, max_examples=2, template=template, buffers={}, seed=bytes(32)
+    )  # fmt: skip
     people = {client: derived_private(b"", client) for client in ids} if settings.active else {}
     directory = {client: public_of(private) for client, private in people.items()}
     draw = np.random.default_rng(0)

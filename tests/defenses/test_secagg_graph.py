@@ -95,7 +95,7 @@ def test_a_pair_that_is_enough_for_one_round_is_refused_for_a_hundred() -> None:
     assert in_one is not None
     assert in_all is not None
     assert in_one.degree < in_all.degree
-    sizes = {"template": {}, "buffers": {}, "clients": range(100), "run_id": "r", "round": 1, "seed": bytes(32)}
+    sizes = {"template": {}, "buffers": {}, "clients": range(100), "run_id": "r", "round": 1, "max_examples": 2, "seed": bytes(32)}
     assert more.parameters(rounds=100, **sizes).degree == in_all.degree
 
 
@@ -162,7 +162,7 @@ def test_who_asks_for_a_sparse_graph_never_gets_the_complete_one(clients: int, s
     assert reason.endswith(f"Use graph = 'complete', or {cure}.")
     assert defense.plan_for(clients, 1) is None
     with pytest.raises(ProtocolAbort, match="graph must be certified, got no k-regular one"):
-        defense.parameters(run_id="r", round=1, rounds=1, clients=range(clients), template={}, buffers={}, seed=bytes(32))
+        defense.parameters(run_id="r", round=1, rounds=1, clients=range(clients), max_examples=2, template={}, buffers={}, seed=bytes(32))
 
 
 @pytest.mark.parametrize("clients", [65, 69, 100])
@@ -210,7 +210,7 @@ def test_defaults_are_certified_in_every_cohort(n: int, active: bool) -> None:
 
 def test_a_client_without_a_certificate_does_not_start() -> None:
     with pytest.raises(ProtocolAbort, match="graph must be certified"):
-        SecureAggregation(corrupt=0.9).parameters(run_id="r", round=1, rounds=1, clients=range(6), template={}, buffers={})
+        SecureAggregation(corrupt=0.9).parameters(run_id="r", round=1, rounds=1, clients=range(6), max_examples=2, template={}, buffers={})
 
 
 @settings(max_examples=40, deadline=None)

@@ -65,8 +65,8 @@ def assert_exact(of: World, observation: Observation) -> None:
     senders, sent = observation.upload.senders, observation.broadcast
     words = {client: private_vector(of, model, client, sent, of.channel, cohort) for client in senders}
     wanted = of.channel.decode(
-        ideal_sum(words, of.channel.bits_for(cohort)), kind="gradient", template=sent.parameters, buffer_template=sent.buffers,
-        senders=senders, cohort=cohort, max_examples=of.channel.largest_upload(of),
+        ideal_sum(words, of.channel.bits_for(cohort, of.channel.largest_upload(of))), kind="gradient", template=sent.parameters,
+        buffer_template=sent.buffers, senders=senders, cohort=cohort, max_examples=of.channel.largest_upload(of),
     )  # fmt: skip
     assert observation.upload.num_examples == wanted.num_examples
     assert all(torch.equal(observation.upload.update.tensors[name], tensor) for name, tensor in wanted.update.tensors.items())

@@ -56,7 +56,7 @@ class Play:
     def parameters(self, round: int, clients: Sequence[int] = range(N)) -> Parameters:
         return self.channel.parameters(
             run_id=os.urandom(4).hex(), round=round, rounds=self.world.federation.rounds, clients=clients, seed=os.urandom(32),
-            template=dict(self.model.named_parameters()), buffers=dict(self.model.named_buffers()),
+            max_examples=self.channel.largest_upload(self.world), template=dict(self.model.named_parameters()), buffers=dict(self.model.named_buffers()),
         )  # fmt: skip
 
     def start(self, parameters: Parameters) -> tuple[SecAggServer, dict[int, bytes]]:
