@@ -30,7 +30,7 @@ from defenses.channel.secure_aggregation import SecureAggregation
 def setting(clients: int, graph: Literal["complete", "k-regular"] = "complete") -> SecureAggregation:
     """The channel as it is timed: with a range at which words have 32 bits and rounding stays below 1e-4 of a typical mean.
 
-    At the default range of 8 words have 64 bits beyond about 35 clients.
+    At the default range of 8 words have 64 bits beyond 32 clients, or 65 with one example each.
     """
     return SecureAggregation(clip_range=2.0 if clients <= 100 else 0.25, graph=graph)
 
