@@ -44,10 +44,10 @@ shares open every upload; a client which several means over different cohorts si
 coordinates that one client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one
 that sends different clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector of
 the right form spoils the sum, undetected, a false share of the right form ends the run, and who seals garbage for its peers makes them
-leave. Nothing is clipped: who has a coordinate beyond ``clip_range`` (a buffer's, beyond ``buffer_range``) leaves the round, from which
-the server learns that one was so large, and the mean is over the others, so that a small range keeps outliers out: a defense that nobody
-declared. ``clip`` before the channel with clip_norm ≤ ``clip_range`` prevents both for updates, as a range large enough does. Python
-erases no keys, nor has constant time.
+leave. Nothing is clipped: without integer noise, who has a coordinate beyond ``clip_range`` (a buffer's, beyond ``buffer_range``) leaves
+the round, which tells the server that one was so large; and the mean is over the others, so that a small range keeps outliers out: a
+defense that nobody declared. ``clip`` before the channel with clip_norm < ``clip_range`` prevents both for updates, as a range large enough
+does. Python erases no keys, nor has constant time.
 Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
 gradient_disaggregation, support_leak and label_owners over rounds; t colluding clients on the complete
 graph, more than ``corrupt`` on a k-regular one (``colluding`` of the threat model shows fewer, and n − 1); imprint and trap_weights.

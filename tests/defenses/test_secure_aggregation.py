@@ -28,6 +28,7 @@ from defenses.channel._secagg.parameters import Parameters, run_tag
 from defenses.channel._secagg.quantization import Scale
 from defenses.channel._secagg.server import SecAggServer
 from defenses.channel.secure_aggregation import SecureAggregation
+from defenses.client.clip import clip_to_norm
 from simulator.errors import ProtocolAbort
 from simulator.types import LocalTraining, Update
 from simulator.world import Federation, World
@@ -612,6 +613,15 @@ def test_bad_counts_types_and_sums_are_refused() -> None:
             decode(total)
     with pytest.raises(ProtocolAbort, match="one type and length"):
         ideal_sum({0: good, 1: good[1:]})
+
+
+def test_who_clips_below_the_range_stays_in_the_round() -> None:
+    """The remedy that the page names: no coordinate exceeds the norm of its vector."""
+    far = Update("delta", {"w": torch.tensor([1e4, 0.0, -3.0])})
+    with pytest.raises(ProtocolAbort, match="coordinates of w must be at most 8 in magnitude"):
+        SecureAggregation().encode(far, {}, 1, cohort=2, max_examples=1, rng=torch.Generator())
+    near = Update("delta", clip_to_norm(far.tensors, 7.9))
+    assert len(SecureAggregation().encode(near, {}, 1, cohort=2, max_examples=1, rng=torch.Generator())) == 4
 
 
 def test_setting_of_max_examples_has_precedence() -> None:
