@@ -112,7 +112,7 @@ def _to_trusted_party(world: World, model: nn.Module, client: int, broadcast: Br
         return wire.pack_upload(local_upload(world, model, broadcast, client))
     cohort = world.federation.cohort_size
     vector = private_vector(world, model, client, broadcast, channel, cohort)
-    return wire.pack_stage("quantized", bytes(pack(vector, channel.bits_for(cohort))))
+    return wire.pack_stage("quantized", bytes(pack(vector, channel.bits_for(cohort, channel.largest_upload(world)))))
 
 
 def _party(
@@ -156,8 +156,9 @@ def _agreed(parameters: Parameters, world: World, model: nn.Module, client: int,
     if len(parameters.clients) != n or parameters.clients[-1] >= everybody:  # before a graph is solved for as many as a server names
         raise ProtocolAbort(f"client {client}: clients must be {n} of {everybody}, got {len(parameters.clients)}. Leave this run.")
     mine = channel.parameters(
-        run_id=parameters.run_id, round=parameters.round, clients=parameters.clients, seed=parameters.seed,
-        template=dict(model.named_parameters()), buffers=dict(model.named_buffers()),
+        run_id=parameters.run_id, round=parameters.round, rounds=world.federation.rounds, clients=parameters.clients,
+        max_examples=channel.largest_upload(world), seed=parameters.seed, template=dict(model.named_parameters()),
+        buffers=dict(model.named_buffers()),
     )  # fmt: skip
     if mine != parameters:
         raise ProtocolAbort(f"client {client}: parameters must be {mine}, got {parameters}. Leave this run.")

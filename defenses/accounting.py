@@ -20,7 +20,7 @@ from dp_accounting import PoissonSampledDpEvent
 from defenses.client.client_dp import gaussian_upload_claim
 from defenses.client.clip import Clip
 from defenses.client.gaussian_noise import GaussianNoise
-from defenses.distributed import epsilon_of, gaussian_curve
+from defenses.distributed import ALL_ORDERS, ORDERS, epsilon_of, gaussian_curve
 from defenses.privacy_loss import (
     Accountant,
     epsilon,
@@ -212,8 +212,11 @@ def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
     how: str = "closed form of Gaussian DP, exact" if accountant == "exact" else accountant
     if integer_curve(claim.event) is not None:
         twin = math.sqrt(sum(count / noise_multiplier(leaf) ** 2 for leaf, count in leaves(claim.event)))
-        by_rdp, exactly = epsilon_of(gaussian_curve(1 / twin), delta), gaussian_dp_epsilon(twin, delta)
-        how += f"; Gaussian noise of that size {by_rdp:.5g} by RDP, {exactly:.5g} exactly"
+        whole, all_orders = (epsilon_of(gaussian_curve(1 / twin, orders), delta, orders) for orders in (ORDERS, ALL_ORDERS))
+        how += (
+            f" at whole orders ≥ 2, which the bound on Skellam noise is for; Gaussian noise of that size {whole:.5g} by RDP at "
+            f"these orders, {all_orders:.5g} at all orders, {gaussian_dp_epsilon(twin, delta):.5g} exactly"
+        )
     viewer = claim.viewer if claim.viewer and adversary == "server" else VIEWER[adversary]
     return Guarantee(
         epsilon=value,

@@ -6,7 +6,9 @@ that of the noise in the sum.
 Source: Skellam, Agarwal, Kairouz and Liu, 2021, arXiv:2110.04995, theorem 3.5; conditional rounding, Kairouz, Liu and Steinke, 2021,
 arXiv:2102.06387, proposition 22; both as in google-research/distributed_dp. From RDP to (ε, δ): Canonne, Kamath and
 Steinke, 2020, arXiv:2004.00010, proposition 12.
-Deviations: none known. Only integer orders are used, for which the bound on Skellam holds.
+Deviations: none known. Only whole orders from 2 on are used, for which the bound on Skellam holds (google-research/distributed_dp rounds
+orders down, too). Where little noise is left the best order lies between 1 and 2, and ε is well above that of a Gaussian at all orders.
+What is known at whole orders gives nothing there: (α − 1)·RDP(α) is convex and 0 at α = 1, which bounds RDP between 1 and 2 by RDP(2).
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ Curve = npt.NDArray[np.float64]
 
 ORDERS: Curve = np.array([*range(2, 257), 512, 1024, 2048], float)
 """Rényi orders; α of the curves below."""
+ALL_ORDERS: Curve = np.union1d(ORDERS, 1 + np.logspace(-4, 3, 701))
+"""Orders above 1 so densely that a Gaussian's ε is within 1e-4 of that at all of them: to tell what whole orders cost."""
 BETA = math.exp(-0.5)
 """Chance, at most, that a rounding has to be repeated because the rounded vector is too long."""
 
@@ -88,14 +92,14 @@ def skellam_curve(event: SkellamDpEvent) -> Curve:
     return np.asarray(ORDERS * squared / (2 * mu) + beyond)
 
 
-def gaussian_curve(noise_multiplier: float) -> Curve:
-    """RDP of one Gaussian release at :data:`ORDERS`: what distributed noise is compared with."""
-    return ORDERS / (2 * noise_multiplier**2)
+def gaussian_curve(noise_multiplier: float, orders: Curve = ORDERS) -> Curve:
+    """RDP of one Gaussian release: what distributed noise is compared with."""
+    return orders / (2 * noise_multiplier**2)
 
 
-def epsilon_of(curve: Curve, delta: float) -> float:
-    """The least ε(δ) over :data:`ORDERS`; at least 0."""
-    return max(0.0, float(np.min(curve + np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1))))
+def epsilon_of(curve: Curve, delta: float, orders: Curve = ORDERS) -> float:
+    """The least ε(δ) over the orders of the curve; at least 0."""
+    return max(0.0, float(np.min(curve + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1))))
 
 
 def success_of(curve: Curve, baseline: float) -> float:

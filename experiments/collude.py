@@ -48,7 +48,7 @@ def understated(world: World, count: int) -> str | None:
     if not isinstance(channel, SecureAggregation) or channel.mode == "plain":
         return None
     n = federation.cohort_size
-    plan = channel.plan_for(n)
+    plan = channel.plan_for(n, federation.rounds)
     if plan is None:
         return None  # secure aggregation says so itself
     limit = most_corrupt(n, plan.threshold, active=channel.active) if plan.complete else plan.corrupt + 1

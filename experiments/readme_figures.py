@@ -67,8 +67,9 @@ accuracy {demo-dp-sgd.accuracy:pct} against {demo-accuracy.accuracy:pct}, guessi
 | the same, initial beside trained model | {cifar10-initial.psnr_db:.1f} dB initial; {cifar10-trained.psnr_db:.1f} dB \
 after 200 rounds; identified among 20: {cifar10-initial.identified:pct} and {cifar10-trained.identified:pct} | \
 `fedpeek run cifar10` |
-| secure aggregation, all parties in one process | n = 10, 1e6 words: {secure-aggregation-10.cpu_seconds:.2f} s; n = 50, 1e5 words: \
-{secure-aggregation-50.cpu_seconds:.1f} s | `fedpeek claims secure-aggregation-10 secure-aggregation-50` |
+| secure aggregation at `clip_range = 2`, all parties in one process | n = 10, 1e6 words: \
+{secure-aggregation-10.cpu_seconds:.2f} s; n = 50, 1e5 words: {secure-aggregation-50.cpu_seconds:.1f} s | \
+`fedpeek claims secure-aggregation-10 secure-aggregation-50` |
 | tap and transcript, 1e6 parameters, 20 clients | {tap.overhead:pct} of a round's time | \
 `python -m experiments.benchmarks.tap` |
 | three drivers | the same observations to the bit | `make slow` |""",

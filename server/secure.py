@@ -83,11 +83,12 @@ def _by_protocol(
 ) -> tuple[np.ndarray, frozenset[int]]:  # fmt: skip
     """The real thing: every stage is a message to each client that is still there."""
     parameters = channel.parameters(
-        run_id=secrets.token_hex(16), round=broadcast.round, clients=clients, template=broadcast.parameters, buffers=broadcast.buffers,
+        run_id=secrets.token_hex(16), round=broadcast.round, rounds=world.federation.rounds, clients=clients,
+        max_examples=channel.largest_upload(world), template=broadcast.parameters, buffers=broadcast.buffers,
         seed=secrets.token_bytes(graph.SEED_BYTES),
     )  # fmt: skip
     directory = identity.directory(world, channel.identities) if channel.active else {}
-    server, plan = SecAggServer(parameters, directory), str(channel.plan_for(len(clients)))
+    server, plan = SecAggServer(parameters, directory), str(channel.plan_for(len(clients), world.federation.rounds))
 
     def stage(name: str, sent: Mapping[int, bytes]) -> dict[int, bytes]:
         model = broadcast if name == "mask" else None
@@ -146,13 +147,13 @@ def _by_trusted_party(
     grid.download_bytes += sum(map(wire.bytes_of, contents.values()))  # what passes beneath the tap costs all the same
     answers = _answers(grid.trusted_party, world, nodes, contents, broadcast.round, lost, "quantized")
     length = _floats(broadcast.parameters) + _floats(broadcast.buffers) + 1
-    bits, vectors = channel.bits_for(len(clients)), {}
+    bits, vectors = channel.bits_for(len(clients), channel.largest_upload(world)), {}
     for client, data in answers.items():
         try:
             vectors[client] = unpack(data, length, bits)
         except ProtocolAbort as error:
             lost.update(_unusable({client: str(error)}, "quantized"))
-    _check_quorum(channel, len(vectors), len(clients))
+    _check_quorum(world, channel, len(vectors), len(clients))
     grid.upload_bytes += sum(len(answers[client]) for client in vectors)
     return ideal_sum(vectors, bits), frozenset(vectors)
 
@@ -173,7 +174,7 @@ def _plain_mean(
             uploads.append(wire.unpack_upload(content, client, broadcast))
         except WireError as error:
             lost[client] = f"client {client} sent what cannot be used (stage plain): {error}"
-    _check_quorum(channel, len(uploads), len(clients))
+    _check_quorum(world, channel, len(uploads), len(clients))
     update, buffers = mean_update(uploads)
     tensors = [tensor for upload in uploads for part in (upload.update.tensors, upload.buffers) for tensor in part.values()]
     grid.upload_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -185,8 +186,8 @@ def _floats(tensors: Tensors) -> int:
     return sum(tensor.numel() for tensor in floating(tensors).values())
 
 
-def _check_quorum(channel: SecureAggregation, senders: int, cohort: int) -> None:
-    if senders < (least := channel.quorum_for(cohort)):
+def _check_quorum(world: World, channel: SecureAggregation, senders: int, cohort: int) -> None:
+    if senders < (least := channel.quorum_for(cohort, world.federation.rounds)):
         raise ProtocolAbort(f"senders must be ≥ {least}, got {senders}.")
 
 

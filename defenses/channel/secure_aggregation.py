@@ -5,8 +5,9 @@ Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preser
     eprint 2020/704 ("SecAgg+"): ``graph = "k-regular"``. Ma et al. (2023), "Flamingo", arXiv:2308.09883: ``setup = "once"``.
 Deviations:
     - **the default adversary is a semi-honest server with up to t − 1 colluding clients** (complete graph), or with the share
-      ``corrupt`` of them (k-regular, certified to 40 bits); ``active`` adds the paper's signatures and consistency round, for
-      whose identities see _secagg/identity.py: a simulation's are derived from the world, and keep nobody out who holds it;
+      ``corrupt`` of them (k-regular, certified to 40 bits over all rounds of the run together); ``active`` adds the paper's signatures
+      and consistency round, for whose identities see _secagg/identity.py: a simulation's are derived from the world, and keep nobody
+      out who holds it;
     - envelopes are opened before the masked vector is sent, not after, so that an altered one aborts while nothing is at stake;
     - all keys are bound to a hash of the parameters and, on the complete graph, of all public keys;
     - the graph's bounds are ours (_secagg/graph.py), and so is the recovery under keys that outlive a round (_secagg/keyring.py);
@@ -43,7 +44,10 @@ shares open every upload; a client which several means over different cohorts si
 coordinates that one client alone touches; unless ``active``, against a server that alters messages: nothing; active or not, against one
 that sends different clients different models. A reply that is none costs its sender the round, nobody else; but who sends a false vector of
 the right form spoils the sum, undetected, a false share of the right form ends the run, and who seals garbage for its peers makes them
-leave. Python erases no keys, nor has constant time.
+leave. Nothing is clipped: without integer noise, who has a coordinate beyond ``clip_range`` (a buffer's, beyond ``buffer_range``) leaves
+the round, which tells the server that one was so large; and the mean is over the others, so that a small range keeps outliers out: a
+defense that nobody declared. ``clip`` before the channel with clip_norm < ``clip_range`` prevents both for updates, as a range large enough
+does. Python erases no keys, nor has constant time.
 Broken by: gradient inversion of the mean, which takes it as one batch (cocktail_party, sparse_factorization, inverting_gradients);
 gradient_disaggregation, support_leak and label_owners over rounds; t colluding clients on the complete
 graph, more than ``corrupt`` on a k-regular one (``colluding`` of the threat model shows fewer, and n − 1); imprint and trap_weights.
@@ -93,7 +97,7 @@ class SecureAggregation(Defense):
     Attributes:
         mode: ``protocol`` exchanges all messages; ``quantized`` sums the same words without masks, with bit-identical results;
             ``plain`` sums without rounding either.
-        graph: ``complete``, or ``k-regular`` for cohorts above about 100.
+        graph: ``complete``, or ``k-regular``, for cohorts above 64 in which fewer than n − 1 neighbors are certified; refused in others.
         degree: k of the k-regular graph; 0 takes the smallest pair (k, t) that is certified for ``corrupt`` and ``dropout``; with
             another, set ``threshold`` too: the pair is certified or refused.
         threshold: shares that reconstruct a secret; on the complete graph also the clients that every stage needs, above half of the
@@ -103,13 +107,14 @@ class SecureAggregation(Defense):
         active: stand against a server that alters messages: signed keys, signed survivors; the complete graph only.
         identities: Ed25519 public keys of all clients in hexadecimal, by client; empty derives them, for simulations.
         setup: ``each round`` agrees on fresh keys; ``once`` derives each round's from keys that outlive it.
-        clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client aborts. Flower's default; where
-            distributed_dp rotates, its own range takes this one's place.
+        clip_range: largest magnitude of an update's coordinate, in the update's unit; above it a client leaves the round, which the
+            server sees. Flower's default; where distributed_dp rotates, its own range takes this one's place.
         buffer_range: the same for floating-point buffers: BatchNorm's running variances exceed gradients by far.
         max_examples: public bound on any client's number of examples; 0 takes the caller's.
-        bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold
-            half of ``max_examples`` each, else 64: 4 bytes a parameter up to about 35 clients at ``clip_range`` = 8, 100 at 2, 1000 at
-            0.25. 16, 20 and 24 are for distributed DP, whose noise covers the rounding.
+        bits: width of a word; 0 means 32 where rounding stays below 1e-4 of a mean update of std 1e-3 when clients hold half of
+            ``max_examples`` each, or all of it where that is 1, else 64: 4 bytes a parameter up to 32 clients at ``clip_range`` = 8, 131
+            at 2, 1052 at 0.25, and up to 65, 263 and 2104 with one example each. 16, 20 and 24 are for distributed DP, whose noise
+            covers the rounding.
     """
 
     channel: ClassVar[bool] = True
@@ -148,44 +153,49 @@ class SecureAggregation(Defense):
         """Refuse cohorts that cannot be hidden in, and settings that cannot be met or do not protect."""
         return why_not(self, world)
 
-    def plan_for(self, cohort: int) -> graphs.Plan | None:
-        """The graph, the threshold and what is certified of them in a cohort of this size; None if no pair can be certified."""
+    def plan_for(self, cohort: int, rounds: int) -> graphs.Plan | None:
+        """The graph, the threshold and what is certified of them in cohorts of this size, over so many rounds together.
+
+        None if no pair can be certified, or none below the complete graph where the graph is to be k-regular.
+        """
         if self.graph == "complete":
-            plan = self.complete_plan(cohort)
+            plan = self.complete_plan(cohort, rounds)
             return plan if plan.certified else None
         if not self.degree:
-            return graphs.solve(cohort, self.corrupt, self.dropout)
+            found = graphs.solve(cohort, self.corrupt, self.dropout, rounds)
+            return None if found is None or found.complete else found
         if self.degree % 2 or not 2 <= self.degree < cohort - 1 or not self.degree < 2 * self.threshold <= 2 * self.degree:
             return None
-        plan = graphs.certify(cohort, self.degree, self.threshold, *self.foreseen(cohort))
+        plan = graphs.certify(cohort, self.degree, self.threshold, *self.foreseen(cohort), rounds=rounds)
         return plan if plan.certified else None
 
-    def complete_plan(self, cohort: int) -> graphs.Plan:
+    def complete_plan(self, cohort: int, rounds: int) -> graphs.Plan:
         """The complete graph and what can be said of it, certified or not."""
         threshold = self.threshold or 2 * cohort // 3 + 1
-        return graphs.certify(cohort, cohort - 1, threshold, *self.foreseen(cohort), active=self.active)
+        return graphs.certify(cohort, cohort - 1, threshold, *self.foreseen(cohort), rounds=rounds, active=self.active)
 
     def foreseen(self, cohort: int) -> tuple[int, int]:
         """Clients of a cohort that may collude, and that may drop out."""
         corrupt, dropped = (math.floor(fraction * cohort + 1e-9) for fraction in (self.corrupt, self.dropout))
         return corrupt, dropped
 
-    def quorum_for(self, cohort: int) -> int:
-        """Clients that must be in the sum in a cohort of this size."""
-        plan = self.plan_for(cohort)
+    def quorum_for(self, cohort: int, rounds: int) -> int:
+        """Clients that must be in each of so many sums over a cohort of this size."""
+        plan = self.plan_for(cohort, rounds)
         assert plan is not None  # refused before
         return plan.threshold if plan.complete else max(plan.threshold, cohort - plan.dropped)
 
-    def bits_for(self, cohort: int) -> int:
-        """Width of a word in a cohort of this size."""
+    def bits_for(self, cohort: int, max_examples: int) -> int:
+        """Width of a word in a cohort of this size; the setting ``max_examples`` has precedence over the caller's."""
         if self.bits:
             return self.bits
-        half_full = Scale(cohort=cohort, bits=32, max_examples=2).rms_error(self.clip_range, senders=cohort, num_examples=cohort)
-        return 32 if half_full <= MAX_RELATIVE_ERROR * REFERENCE_STD / math.sqrt(cohort) else 64
+        most = min(2, self.max_examples or max_examples)  # one example each: half full, or full for certain where one is all they may have
+        error = Scale(cohort=cohort, bits=32, max_examples=most).rms_error(self.clip_range, senders=cohort, num_examples=cohort)
+        return 32 if error <= MAX_RELATIVE_ERROR * REFERENCE_STD / math.sqrt(cohort) else 64
 
     def scale_for(self, cohort: int, max_examples: int) -> Scale:
         """How reals become words in a cohort; the setting ``max_examples`` has precedence over the caller's."""
-        return Scale(cohort=cohort, bits=self.bits_for(cohort), max_examples=self.max_examples or max_examples)
+        return Scale(cohort=cohort, bits=self.bits_for(cohort, max_examples), max_examples=self.max_examples or max_examples)
 
     def range_for(self, world: World, coordinates: int) -> float:
         """The largest magnitude that words make room for, of an update of so many coordinates: ``clip_range``, or what a defense asks."""
@@ -214,14 +224,17 @@ class SecureAggregation(Defense):
         return self.max_examples or largest_upload(world)
 
     def parameters(
-        self, *, run_id: str, round: int, clients: Sequence[int], template: Tensors, buffers: Tensors, seed: bytes = b""
-    ) -> Parameters:
+        self, *, run_id: str, round: int, rounds: int, clients: Sequence[int], max_examples: int, template: Tensors, buffers: Tensors,
+        seed: bytes = b"",
+    ) -> Parameters:  # fmt: skip
         """What the parties of one round agree on.
 
         Args:
             run_id: drawn for this aggregation.
             round: of the federation.
+            rounds: that it has, over which the graphs are certified.
             clients: the invited cohort.
+            max_examples: as in :meth:`encode`.
             template: gives shapes of the update.
             buffers: gives shapes of the buffers.
             seed: 32 bytes that draw the graph of this round, by the server; the complete graph needs none.
@@ -229,22 +242,22 @@ class SecureAggregation(Defense):
         Raises:
             ProtocolAbort: clients or threshold that the protocol forbids.
         """
-        plan = self.plan_for(len(clients))
+        plan = self.plan_for(len(clients), rounds)
         if plan is None:
-            raise ProtocolAbort(f"graph must be certified, got none for {len(clients)} clients. Lower corrupt or dropout.")
+            raise ProtocolAbort(f"graph must be certified, got no {self.graph} one for {len(clients)} clients. Lower corrupt or dropout.")
         sparse = not plan.complete
         return Parameters(
             run_id=run_id, round=round, clients=tuple(sorted(clients)), threshold=plan.threshold,
             length=sum(tensor.numel() for tensors in (template, buffers) for tensor in floating(tensors).values()) + 1,
-            bits=self.bits_for(len(clients)), degree=plan.degree if sparse else 0, seed=seed if sparse else b"",
-            quorum=self.quorum_for(len(clients)) if sparse else 0, active=self.active, standing=self.setup == "once",
+            bits=self.bits_for(len(clients), max_examples), degree=plan.degree if sparse else 0, seed=seed if sparse else b"",
+            quorum=self.quorum_for(len(clients), rounds) if sparse else 0, active=self.active, standing=self.setup == "once",
         )  # fmt: skip
 
     def upload_bytes(self, numbers: int, world: World) -> float | None:
         """What a client sends; the arms with a trusted party cost the words, or what they cost before."""
-        if self.mode == "plain" or (plan := self.plan_for(world.federation.cohort_size)) is None:
+        if self.mode == "plain" or (plan := self.plan_for(world.federation.cohort_size, world.federation.rounds)) is None:
             return None
-        bits = self.bits_for(plan.clients)
+        bits = self.bits_for(plan.clients, self.largest_upload(world))
         if self.mode == "quantized":
             return packed_bytes(numbers + 1, bits)
         return cost.upload_bytes(numbers + 1, bits, plan.degree, active=self.active, standing=self.setup == "once")

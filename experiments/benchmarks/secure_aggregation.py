@@ -30,7 +30,7 @@ from defenses.channel.secure_aggregation import SecureAggregation
 def setting(clients: int, graph: Literal["complete", "k-regular"] = "complete") -> SecureAggregation:
     """The channel as it is timed: with a range at which words have 32 bits and rounding stays below 1e-4 of a typical mean.
 
-    At the default range of 8 words have 64 bits beyond about 35 clients.
+    At the default range of 8 words have 64 bits beyond 32 clients, or 65 with one example each.
     """
     return SecureAggregation(clip_range=2.0 if clients <= 100 else 0.25, graph=graph)
 
@@ -80,7 +80,9 @@ def aggregate(clients: int, words: int, dropped: int, target_seconds: float, set
     """
     ids, rings = range(clients), {client: KeyRing.fresh() for client in range(clients)} if settings.setup == "once" else {}
     template = {"vector": torch.empty(words - 1)}
-    parameters = settings.parameters(run_id="benchmark", round=1, clients=ids, template=template, buffers={}, seed=bytes(32))
+    parameters = settings.parameters(
+        run_id="benchmark", round=1, rounds=1, clients=ids, max_examples=2, template=template, buffers={}, seed=bytes(32)
+    )  # fmt: skip
     people = {client: derived_private(b"", client) for client in ids} if settings.active else {}
     directory = {client: public_of(private) for client, private in people.items()}
     draw = np.random.default_rng(0)
@@ -127,7 +129,7 @@ def aggregate(clients: int, words: int, dropped: int, target_seconds: float, set
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     if not np.array_equal(total, ideal_sum({client: vectors[client] for client in senders})):
         raise AssertionError("the sum must be exact, got another. Fix the protocol before timing it.")
-    plan, most = str(settings.plan_for(clients)), max(upload.values()) / words
+    plan, most = str(settings.plan_for(clients, rounds=1)), max(upload.values()) / words
     return Timing(clients, words, dropped, plan, target_seconds, wall, cpu, seconds, upload[0], most)
 
 

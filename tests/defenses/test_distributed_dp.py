@@ -22,6 +22,7 @@ from defenses.client.clip import Clip
 from defenses.client.distributed_dp import DistributedDP
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.distributed import (
+    ALL_ORDERS,
     LARGEST_VARIANCE,
     ORDERS,
     Curve,
@@ -34,7 +35,7 @@ from defenses.distributed import (
     skellam_curve,
     success_of,
 )
-from defenses.privacy_loss import epsilon, unknown
+from defenses.privacy_loss import epsilon, gaussian_dp_epsilon, unknown
 from simulator.defense import Defense
 from simulator.errors import ProtocolAbort
 from simulator.network import network
@@ -256,14 +257,8 @@ def test_a_sum_may_hold_fewer_than_min_clients() -> None:
 
 
 def test_on_a_sparse_graph_no_more_may_collude_than_it_is_certified_against() -> None:
-    channel = secagg(graph="k-regular", bits=20, clip_range=8.0)
-    plan = channel.plan_for(60)
-    assert plan is not None
-    if plan.complete:
-        channel, clients = secagg(graph="k-regular", bits=20, clip_range=8.0, corrupt=0.05), 300
-    else:
-        clients = 60
-    plan = channel.plan_for(clients)
+    channel, clients = secagg(graph="k-regular", bits=20, clip_range=8.0, corrupt=0.05), 300
+    plan = channel.plan_for(clients, 1)
     assert plan is not None
     assert not plan.complete
     for colluding, allowed in ((plan.corrupt, True), (plan.corrupt + 1, False)):
@@ -283,13 +278,29 @@ def test_unequal_clients_need_a_public_bound_on_their_examples(partition: str) -
     assert DistributedDP().refuses(tiny(DistributedDP(), secagg(), clients=10, training=recipe)) is None
 
 
+@pytest.mark.parametrize(
+    ("z", "whole", "every", "exactly"), [(1.5, 36.793, 36.665, 34.630), (0.5, 250.13, 192.02, 185.19), (0.1, 6010.1, 3367.9, 3329.4)]
+)
+def test_whole_orders_cost_most_where_little_noise_is_left(z: float, whole: float, every: float, exactly: float) -> None:
+    """A Gaussian's ε over 60 rounds; the orders between 1 and 2, which the bound on Skellam noise is not for, are found apart from ours."""
+    orders = 1 + np.geomspace(1e-3, 1e3, 100_001)
+    curve = 60 * gaussian_curve(z, orders)
+    assert epsilon_of(60 * gaussian_curve(z), 1e-5) == pytest.approx(whole, rel=1e-4)
+    assert epsilon_of(60 * gaussian_curve(z, ALL_ORDERS), 1e-5, ALL_ORDERS) == pytest.approx(epsilon_of(curve, 1e-5, orders), rel=1e-4)
+    assert epsilon_of(curve, 1e-5, orders) == pytest.approx(every, rel=1e-4)
+    assert gaussian_dp_epsilon(math.sqrt(60) / z, 1e-5) == pytest.approx(exactly, rel=1e-4)
+
+
 def test_the_sentence_says_what_the_server_sees_and_what_a_gaussian_would_cost() -> None:
     for mode, party in (("quantized", True), ("protocol", False)):
         found = guarantee(tiny(DistributedDP(colluding=2), secagg(mode=mode), clients=10, rounds=1), records_held=HELD)
         assert "sees the sum of the uploads alone, and 2 clients that collude with it" in found.sentence
         assert ("a trusted party that adds up" in found.sentence) == party
         assert "sees every upload" not in found.sentence
-        assert re.search(r"Gaussian noise of that size 4\.75\d* by RDP, 4\.37\d* exactly", found.sentence)
+        assert "Accountant: RDP at whole orders ≥ 2, which the bound on Skellam noise is for; " in found.sentence
+        assert re.search(
+            r"Gaussian noise of that size 4\.75\d* by RDP at these orders, 4\.72\d* at all orders, 4\.37\d* exactly", found.sentence
+        )
     assert "an outsider" in guarantee(tiny(DistributedDP(), secagg(), clients=10), records_held=HELD, adversary="outsider").sentence
 
 

@@ -101,7 +101,7 @@ def test_sums_over_whoever_is_left_are_turned_back() -> None:
         for i, u in enumerate(updates)
     }  # fmt: skip
     template = {"w": torch.zeros(d, dtype=torch.float64)}
-    parameters = channel.parameters(run_id="r", round=1, clients=range(n), template=template, buffers={})
+    parameters = channel.parameters(run_id="r", round=1, rounds=1, clients=range(n), max_examples=1, template=template, buffers={})
     log = rehearse(parameters, words, lost={"mask": {1}, "unmask": {4}})
     assert log.total.tolist() == ideal_sum({i: words[i] for i in log.senders}, bits).tolist()
 

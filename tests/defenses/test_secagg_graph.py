@@ -64,6 +64,41 @@ def test_bits_agree_with_scipy(n: int, degree: int, threshold: int, corrupt: int
         assert math.isinf(plan.correctness_bits)
 
 
+@pytest.mark.parametrize(("n", "shares"), [(100, (0.05, 0.05)), (100, (0.2, 0.05)), (1000, (0.2, 0.05)), (500, (0.2, 0.2))])
+@pytest.mark.parametrize("rounds", [2, 8, 1000])
+def test_a_run_of_many_rounds_is_certified_as_a_whole(n: int, shares: tuple[float, float], rounds: int) -> None:
+    """A union over rounds, each with a graph of its own: log2 of their number is what one round must have above 40 and 30 bits."""
+    plan = graph.solve(n, *shares, rounds)
+    assert plan is not None
+    assert plan.certified
+    assert plan.rounds == rounds
+    once = graph.certify(n, plan.degree, plan.threshold, plan.corrupt, plan.dropped)
+    assert once.security_bits == pytest.approx(plan.security_bits + math.log2(rounds), abs=1e-6)
+    assert once.correctness_bits == pytest.approx(plan.correctness_bits + math.log2(rounds), abs=1e-6)
+    smaller = graph.certify(n, plan.degree, plan.threshold - 1, plan.corrupt, plan.dropped, rounds=rounds)
+    assert plan.threshold == plan.degree // 2 + 1 or not smaller.certified
+    assert f"over {rounds} rounds together" in str(plan)
+    assert "in one round" in str(once)
+
+
+def test_a_pair_that_is_enough_for_one_round_is_refused_for_a_hundred() -> None:
+    defense = SecureAggregation(graph="k-regular", degree=48, threshold=25)
+
+    def refusal(rounds: int) -> str | None:
+        return defense.refuses(World(data=None, model=None, federation=Federation(clients=100, rounds=rounds), defenses=(defense,)))
+
+    assert refusal(1) is None  # 41.4 bits
+    assert refusal(2) is None
+    assert "40 bits of security and 30 of correctness over all 100 rounds together, got k = 48, t = 25" in (refusal(100) or "")
+    more = SecureAggregation(graph="k-regular")
+    in_one, in_all = more.plan_for(100, 1), more.plan_for(100, 100)
+    assert in_one is not None
+    assert in_all is not None
+    assert in_one.degree < in_all.degree
+    sizes = {"template": {}, "buffers": {}, "clients": range(100), "run_id": "r", "round": 1, "max_examples": 2, "seed": bytes(32)}
+    assert more.parameters(rounds=100, **sizes).degree == in_all.degree
+
+
 def test_tails_are_exact_counts() -> None:
     """Every way to draw 4 of 9 of which 3 are marked, listed."""
     draws = list(itertools.combinations(range(9), 4))
@@ -92,7 +127,7 @@ def test_what_cannot_be_certified_is_refused() -> None:
         defense = SecureAggregation(graph="k-regular", **more)
         return defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,))) or ""
 
-    assert refusal() == refusal(degree=48, threshold=25) == refusal(clients=8) == ""
+    assert refusal() == refusal(degree=48, threshold=25) == ""
     for wrong in (
         {"degree": 46, "threshold": 24},
         {"degree": 3, "threshold": 3},  # as many shares as Flower lets one ask for in any cohort
@@ -100,11 +135,45 @@ def test_what_cannot_be_certified_is_refused() -> None:
         {"degree": 100, "threshold": 60},
         {"corrupt": 0.5, "dropout": 0.5},
     ):
-        assert "must reach 40 bits of security and 30 of correctness" in refusal(**wrong)
+        assert "must reach 40 bits of security and 30 of correctness over all 1 rounds together" in refusal(**wrong)
     with pytest.raises(ValueError, match="set together with threshold"):
         SecureAggregation(graph="k-regular", degree=48)
     with pytest.raises(ValueError, match="degree must be 0 on the complete graph"):
         SecureAggregation(degree=48, threshold=25)
+
+
+@pytest.mark.parametrize(
+    ("clients", "shares", "cure"),
+    [
+        (8, (0.2, 0.05), "a cohort of 65"),  # by the guard for small cohorts
+        (64, (0.2, 0.05), "a cohort of 65"),
+        (100, (0.33, 0.33), "a cohort of 154"),  # nothing below the complete graph is certified
+        (100, (0.015, 0.05), "a cohort of 134"),  # 2 clients that collude
+        (100, (0.0, 0.05), "other shares (with these no cohort up to 1024 has one)"),
+    ],
+)
+def test_who_asks_for_a_sparse_graph_never_gets_the_complete_one(clients: int, shares: tuple[float, float], cure: str) -> None:
+    plan = graph.solve(clients, *shares)
+    assert plan is not None
+    assert plan.complete
+    defense = SecureAggregation(graph="k-regular", corrupt=shares[0], dropout=shares[1])
+    reason = defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,))) or ""
+    assert f"graph must be certified with fewer than {clients - 1} neighbors to be k-regular" in reason
+    assert reason.endswith(f"Use graph = 'complete', or {cure}.")
+    assert defense.plan_for(clients, 1) is None
+    with pytest.raises(ProtocolAbort, match="graph must be certified, got no k-regular one"):
+        defense.parameters(run_id="r", round=1, rounds=1, clients=range(clients), max_examples=2, template={}, buffers={}, seed=bytes(32))
+
+
+@pytest.mark.parametrize("clients", [65, 69, 100])
+def test_the_cohort_that_a_refusal_names_is_accepted(clients: int) -> None:
+    larger = graph.next_sparse(clients - 1, 0.2, 0.05)
+    assert larger == clients
+    defense = SecureAggregation(graph="k-regular")
+    assert defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,))) is None
+    plan = defense.plan_for(clients, 1)
+    assert plan is not None
+    assert not plan.complete
 
 
 @pytest.mark.parametrize(
@@ -126,7 +195,7 @@ def test_complete_graph_is_certified_or_refused(more: dict, clients: int, compla
     defense = SecureAggregation(**more)
     reason = defense.refuses(World(data=None, model=None, federation=Federation(clients=clients), defenses=(defense,)))
     assert (complaint in (reason or "")) if complaint else reason is None
-    assert (defense.plan_for(clients) is None) is bool(complaint)
+    assert (defense.plan_for(clients, 1) is None) is bool(complaint)
 
 
 @pytest.mark.parametrize("n", [*range(2, 40), 64, 100, 1000])
@@ -134,14 +203,14 @@ def test_complete_graph_is_certified_or_refused(more: dict, clients: int, compla
 def test_defaults_are_certified_in_every_cohort(n: int, active: bool) -> None:
     defense = SecureAggregation(active=active)
     assert defense.refuses(World(data=None, model=None, federation=Federation(clients=n), defenses=(defense,))) is None
-    plan = defense.plan_for(n)
+    plan = defense.plan_for(n, 1)
     assert plan is not None
     assert plan.certified
 
 
 def test_a_client_without_a_certificate_does_not_start() -> None:
     with pytest.raises(ProtocolAbort, match="graph must be certified"):
-        SecureAggregation(corrupt=0.9).parameters(run_id="r", round=1, clients=range(6), template={}, buffers={})
+        SecureAggregation(corrupt=0.9).parameters(run_id="r", round=1, rounds=1, clients=range(6), max_examples=2, template={}, buffers={})
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from defenses.channel._secagg import messages
 from defenses.channel._secagg.encoding import ideal_sum
 from defenses.channel._secagg.masking import WIDTHS, pack, packed_bytes, reduced, unpack, word_type
+from defenses.channel._secagg.quantization import Scale
 from defenses.channel.secure_aggregation import SecureAggregation
 from experiments.benchmarks.secure_aggregation import setting
 from simulator.defense import Defense
 from simulator.errors import ProtocolAbort
 from simulator.types import Update
 from simulator.world import Federation, World
+from tests.federations import world
 from tests.secagg import expected_sum, make_parameters, random_vectors, rehearse
 
 
@@ -67,7 +69,7 @@ def aggregate(secagg: SecureAggregation, updates: list[torch.Tensor], noise: lis
         for i, (u, e) in enumerate(zip(updates, noise, strict=True))
     }
     return secagg.decode(
-        ideal_sum(words, secagg.bits_for(n)), kind="delta", template={"w": updates[0].double()}, buffer_template={}, senders=frozenset(words),
+        ideal_sum(words, secagg.bits_for(n, 2)), kind="delta", template={"w": updates[0].double()}, buffer_template={}, senders=frozenset(words),
         cohort=n, max_examples=2, noisy=noise[0] is not None,
     ).update.tensors["w"]  # fmt: skip
 
@@ -123,7 +125,23 @@ def test_plain_sums_have_no_integers_to_add_noise_to() -> None:
 def test_the_timed_settings_take_four_bytes_and_round_below_a_ten_thousandth(clients: int, bits: int) -> None:
     """Upload and precision together: what the benchmark measures is what a user may set."""
     timed = setting(clients, "k-regular")
-    assert timed.bits_for(clients) == bits
+    assert timed.bits_for(clients, 2) == bits
     error = timed.rounding_rms(cohort=clients, senders=clients, num_examples=clients, max_examples=2)
     assert error <= 1e-4 * 1e-3 / clients**0.5
-    assert SecureAggregation(graph="k-regular").bits_for(clients) == 64
+    assert SecureAggregation(graph="k-regular").bits_for(clients, 2) == 64
+
+
+def test_a_client_with_one_example_at_most_needs_no_room_for_a_smaller_weight() -> None:
+    """n_i / max_examples is 1 for certain: 50 clients at the default range round below a ten-thousandth with 4 bytes."""
+    for secagg, told in ((SecureAggregation(), 1), (SecureAggregation(max_examples=1), 600)):
+        for clients, bits in ((50, 32), (65, 32), (66, 64)):
+            assert secagg.bits_for(clients, told) == secagg.scale_for(clients, told).bits == bits
+            coarse = Scale(cohort=clients, bits=32, max_examples=1).rms_error(8.0, senders=clients, num_examples=clients)
+            assert (coarse <= 1e-4 * 1e-3 / clients**0.5) is (bits == 32)
+    assert [SecureAggregation().bits_for(clients, 2) for clients in (32, 33, 50)] == [32, 64, 64]
+    of = world(federation={"clients": 50, "rounds": 1}, model={"name": "linear"}, defenses=["secure_aggregation"])
+    assert of.training.batch_size == 1
+    assert of.channel.upload_bytes(1000, of) < 4.2 * 1000 + 131 * 49 + 200
+    assert of.channel.parameters(
+        run_id="r", round=1, rounds=1, clients=range(50), max_examples=of.channel.largest_upload(of), template={}, buffers={}
+    ).bits == 32  # fmt: skip

@@ -28,6 +28,7 @@ from defenses.channel._secagg.parameters import Parameters, run_tag
 from defenses.channel._secagg.quantization import Scale
 from defenses.channel._secagg.server import SecAggServer
 from defenses.channel.secure_aggregation import SecureAggregation
+from defenses.client.clip import clip_to_norm
 from simulator.errors import ProtocolAbort
 from simulator.types import LocalTraining, Update
 from simulator.world import Federation, World
@@ -108,7 +109,7 @@ def test_no_number_of_examples_in_clear() -> None:
     secagg, lengths = SecureAggregation(bits=64), []
     for num_examples in (1, 0x1234_5678_9ABC):
         update = Update("delta", {"w": torch.zeros(20)})
-        parameters = secagg.parameters(run_id="r", round=1, clients=(0, 1, 2), template=update.tensors, buffers={})
+        parameters = secagg.parameters(run_id="r", round=1, rounds=1, clients=(0, 1, 2), max_examples=1 << 48, template=update.tensors, buffers={})
         vector = secagg.encode(update, {}, num_examples, cohort=3, max_examples=1 << 48, rng=torch.Generator())
         log = rehearse(parameters, dict.fromkeys(parameters.clients, vector))
         crossed = [message for stage in log.sent.values() for message in stage.values()]
@@ -510,7 +511,7 @@ def test_rounding_error_is_small_and_as_reported(n: int, lost: int) -> None:
     got, exact = federate(secagg, updates, counts, lost=lost, max_examples=max_examples)
     rms = float(np.sqrt(((got - exact) ** 2).mean()))
     assert rms <= 1e-4 * exact.std()
-    if secagg.bits_for(n) == 32:  # with 64 bits, what is left is float64's own rounding
+    if secagg.bits_for(n, max_examples) == 32:  # with 64 bits, what is left is float64's own rounding
         expected = secagg.rounding_rms(cohort=n, senders=n - lost, num_examples=sum(counts[lost:]), max_examples=max_examples)
         assert rms == pytest.approx(expected, rel=0.05)
 
@@ -530,7 +531,7 @@ def test_encode_decode_restores_names_shapes_types_and_buffers() -> None:
     updates = [random_update(0), random_update(1)]
     words = {i: secagg.encode(update, BUFFERS, 5 * (i + 1), cohort=2, max_examples=16, rng=rng) for i, update in enumerate(updates)}
     backwards = {name: torch.zeros(SHAPES[name]) for name in reversed(SHAPES)}  # the order of names is nobody's business
-    parameters = secagg.parameters(run_id="r", round=1, clients=(0, 1), template=backwards, buffers=BUFFERS)
+    parameters = secagg.parameters(run_id="r", round=1, rounds=1, clients=(0, 1), max_examples=16, template=backwards, buffers=BUFFERS)
     assert parameters.length == len(words[0]) == 1200 + 11 + 1 + 4 + 1
     total, senders = (result := rehearse(parameters, words)).total, result.senders
     upload = secagg.decode(total, kind="delta", template=backwards, buffer_template=BUFFERS, senders=senders, cohort=2, max_examples=16)
@@ -548,7 +549,7 @@ def test_ideal_and_protocol_give_the_same_bits() -> None:
     secagg, updates = SecureAggregation(), [random_update(i) for i in range(5)]
     words = {i: secagg.encode(u, {}, i + 1, cohort=5, max_examples=5, rng=torch.Generator().manual_seed(i)) for i, u in enumerate(updates)}
     again = {i: secagg.encode(u, {}, i + 1, cohort=5, max_examples=5, rng=torch.Generator().manual_seed(i)) for i, u in enumerate(updates)}
-    parameters = secagg.parameters(run_id="r", round=3, clients=range(5), template=updates[0].tensors, buffers={})
+    parameters = secagg.parameters(run_id="r", round=3, rounds=3, clients=range(5), max_examples=5, template=updates[0].tensors, buffers={})
     for lost in (set[int](), {2}):
         result = rehearse(parameters, words, lost={"mask": lost})
         assert np.array_equal(result.total, ideal_sum({i: word for i, word in again.items() if i not in lost}))
@@ -612,6 +613,15 @@ def test_bad_counts_types_and_sums_are_refused() -> None:
             decode(total)
     with pytest.raises(ProtocolAbort, match="one type and length"):
         ideal_sum({0: good, 1: good[1:]})
+
+
+def test_who_clips_below_the_range_stays_in_the_round() -> None:
+    """The remedy that the page names: no coordinate exceeds the norm of its vector."""
+    far = Update("delta", {"w": torch.tensor([1e4, 0.0, -3.0])})
+    with pytest.raises(ProtocolAbort, match="coordinates of w must be at most 8 in magnitude"):
+        SecureAggregation().encode(far, {}, 1, cohort=2, max_examples=1, rng=torch.Generator())
+    near = Update("delta", clip_to_norm(far.tensors, 7.9))
+    assert len(SecureAggregation().encode(near, {}, 1, cohort=2, max_examples=1, rng=torch.Generator())) == 4
 
 
 def test_setting_of_max_examples_has_precedence() -> None:

@@ -15,13 +15,17 @@ from typer.testing import CliRunner
 
 from attacks.update.random_guess import RandomGuess
 from clients.private import held_by, private_batches, splits
+from defenses.channel._secagg.cost import upload_bytes
+from defenses.channel.secure_aggregation import SecureAggregation
 from experiments.benchmarks import strongest, strongest_page
+from experiments.benchmarks.secure_aggregation import setting
 from experiments.claims import benchmarks
 from experiments.claims import claim as claims_module
 from experiments.claims.__main__ import DOCS, page
 from experiments.claims.check import check
 from experiments.claims.claim import Figure, claims, read, select
 from experiments.claims.measures import AttackMeasure
+from experiments.claims.runs import SecureAggregationMeasure
 from experiments.claims.scores import Trial, summarize
 from experiments.cli import app, main
 from experiments.victims import trained, victim
@@ -65,6 +69,19 @@ def test_every_claim_that_ships_is_sound_and_the_table_in_the_docs_is_theirs() -
     assert [claim.id for claim in found] == list(claims())
     assert len(found) > 10
     assert DOCS.read_text(encoding="utf-8") == page(found), "run python -m experiments.claims"
+
+
+def test_claims_of_secure_aggregation_name_their_range_and_what_the_default_one_costs() -> None:
+    """4 bytes a word are those of a range that somebody set."""
+    timed = [claim for claim in select(["secure-aggregation-*"]) if isinstance(claim.measure, SecureAggregationMeasure)]
+    assert len(timed) >= 6
+    for claim in timed:
+        n, words, settings = claim.measure.clients, claim.measure.words, setting(claim.measure.clients, claim.measure.graph)
+        assert f" at clip_range = {settings.clip_range:g}" in claim.claim
+        default, plan = replace(settings, clip_range=SecureAggregation.clip_range), settings.plan_for(n, 1)
+        assert default.clip_range == 8
+        cost = upload_bytes(words, default.bits_for(n, 2), plan.degree) / words
+        assert (f"(at the default range of 8: {cost:.1f} bytes a word" in claim.claim) is (default.bits_for(n, 2) != settings.bits_for(n, 2))
 
 
 def test_claims_are_measured_and_one_that_does_not_hold_is_an_error(folder: Path) -> None:

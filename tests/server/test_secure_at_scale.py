@@ -65,8 +65,8 @@ def assert_exact(of: World, observation: Observation) -> None:
     senders, sent = observation.upload.senders, observation.broadcast
     words = {client: private_vector(of, model, client, sent, of.channel, cohort) for client in senders}
     wanted = of.channel.decode(
-        ideal_sum(words, of.channel.bits_for(cohort)), kind="gradient", template=sent.parameters, buffer_template=sent.buffers,
-        senders=senders, cohort=cohort, max_examples=of.channel.largest_upload(of),
+        ideal_sum(words, of.channel.bits_for(cohort, of.channel.largest_upload(of))), kind="gradient", template=sent.parameters,
+        buffer_template=sent.buffers, senders=senders, cohort=cohort, max_examples=of.channel.largest_upload(of),
     )  # fmt: skip
     assert observation.upload.num_examples == wanted.num_examples
     assert all(torch.equal(observation.upload.update.tensors[name], tensor) for name, tensor in wanted.update.tensors.items())
@@ -106,7 +106,7 @@ def test_clients_leave_at_all_stages_of_one_round_and_the_transcript_names_the_c
     assert_mean(of, record.observations[0])
     assert_exact(of, record.observations[0])
     facts = {event["stage"]["graph"] for event in events(tmp_path / "t") if event.get("stage", {}).get("graph")}
-    assert facts == {"46-regular graph of 66, t = 24: security 41.0 bits with 13 colluding, correctness certain with 3 dropped out"}
+    assert facts == {"46-regular graph of 66, t = 24: security 41.0 bits with 13 colluding, correctness certain with 3 dropped out, in one round"}
 
 
 def test_more_drop_outs_than_certified_stop_the_run(tmp_path: Path) -> None:
@@ -228,6 +228,8 @@ def test_clients_leave_in_every_round_and_come_back(graph: str, tmp_path: Path) 
     assert_mean(of, record.observations[0])
     for observation in record.observations:
         assert_exact(of, observation)
+    facts = {event["stage"]["graph"] for event in events(tmp_path / "t") if event.get("stage", {}).get("graph")}
+    assert all(fact.endswith("over 4 rounds together") for fact in facts)
 
 
 def test_a_client_that_lost_its_state_is_asked_for_new_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -30,9 +30,9 @@ SETUPS: dict[str, dict[str, Any]] = {"each round": {}, "active": {"active": True
 class Play:
     """All clients' replies and states, asked by a server without Flower."""
 
-    def __init__(self, clients: int = N, rounds: int = 3, **settings: Any) -> None:
+    def __init__(self, clients: int = N, rounds: int = 3, cohort: int = N, **settings: Any) -> None:
         self.world = world(
-            model={"name": "linear"}, federation={"clients": clients, "rounds": rounds, "cohort": N},
+            model={"name": "linear"}, federation={"clients": clients, "rounds": rounds, "cohort": cohort},
             defenses=[{"name": "secure_aggregation", **settings}],
         )  # fmt: skip
         self.model: nn.Module = network(self.world.model, self.world.data.load().schema, self.world.training, self.world.seed)
@@ -55,8 +55,8 @@ class Play:
 
     def parameters(self, round: int, clients: Sequence[int] = range(N)) -> Parameters:
         return self.channel.parameters(
-            run_id=os.urandom(4).hex(), round=round, clients=clients, seed=os.urandom(32),
-            template=dict(self.model.named_parameters()), buffers=dict(self.model.named_buffers()),
+            run_id=os.urandom(4).hex(), round=round, rounds=self.world.federation.rounds, clients=clients, seed=os.urandom(32),
+            max_examples=self.channel.largest_upload(self.world), template=dict(self.model.named_parameters()), buffers=dict(self.model.named_buffers()),
         )  # fmt: skip
 
     def start(self, parameters: Parameters) -> tuple[SecAggServer, dict[int, bytes]]:
@@ -134,20 +134,22 @@ def test_the_trusted_party_too_gets_a_round_once(mode: str) -> None:
             asked(round)
 
 
-@pytest.mark.parametrize("settings", [*SETUPS.values(), {"graph": "k-regular"}], ids=[*SETUPS, "k-regular"])
 @pytest.mark.parametrize(
-    "wrong",
+    ("cohort", "settings"), [*((N, settings) for settings in SETUPS.values()), (70, {"graph": "k-regular"})], ids=[*SETUPS, "k-regular"]
+)
+@pytest.mark.parametrize(
+    ("round", "clients"),
     [
-        {"round": 4}, {"round": 0}, {"clients": (0, 1, 2, 5)}, {"clients": (0, 1, 2)}, {"clients": (0, 1, 2, 3, 4)},
-        {"clients": tuple(range(5000))},
+        (4, range), (0, range), (1, lambda n: (*range(n - 1), n + 1)), (1, lambda n: range(n - 1)), (1, lambda n: range(n + 1)),
+        (1, lambda n: range(5000)),
     ],
     ids=["a round too late", "no round", "a stranger", "few", "many", "very many"],
 )  # fmt: skip
 def test_clients_and_rounds_are_those_of_the_world(
-    wrong: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    round: int, clients: Callable[[int], Sequence[int]], cohort: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play = Play(clients=5, **settings)
-    parameters, solved = play.parameters(wrong.get("round", 1), wrong.get("clients", range(N))), []
+    play = Play(clients=cohort + 1, cohort=cohort, **settings)
+    parameters, solved = play.parameters(round, clients(cohort)), []
     for name in ("solve", "certify"):
         planning = getattr(graph, name)
         monkeypatch.setattr(graph, name, lambda *sizes, planning=planning, **more: (solved.append(sizes), planning(*sizes, **more))[-1])
@@ -158,7 +160,7 @@ def test_clients_and_rounds_are_those_of_the_world(
     with pytest.raises(ProtocolAbort, match="left secure aggregation"):
         play.ask(stage, {0: payload})
     planned = {clients for clients, *_ in solved}
-    assert planned == ({N} if "round" in wrong else set()), "nobody plans a graph for as many as a server names"
+    assert planned == ({cohort} if round != 1 else set()), "nobody plans a graph for as many as a server names"
 
 
 def test_a_server_that_goes_on_making_up_peers_does_not_fill_a_clients_state() -> None:

@@ -27,7 +27,7 @@ def why_not(settings: SecureAggregation, world: World) -> str | None:
     n = world.federation.cohort_size
     if n < 2:
         return f"cohort must be ≥ 2 for secure aggregation, got {n}: the mean over one client is its update. Set federation.cohort."
-    reason = _graph(settings, n) or _identities(settings, world)
+    reason = _graph(settings, n, world.federation.rounds) or _identities(settings, world)
     if reason is None and sum(defense.channel for defense in world.defenses) > 1:
         names = [defense.name for defense in world.defenses if defense.channel]
         reason = f"a world must have at most 1 channel, got {names}. Keep one."
@@ -36,7 +36,7 @@ def why_not(settings: SecureAggregation, world: World) -> str | None:
     return _plain(settings, world) if settings.mode == "plain" else _words(settings, world)
 
 
-def _graph(settings: SecureAggregation, n: int) -> str | None:
+def _graph(settings: SecureAggregation, n: int, rounds: int) -> str | None:
     threshold = settings.threshold or 2 * n // 3 + 1
     if settings.graph == "complete":
         if threshold > n:
@@ -46,14 +46,17 @@ def _graph(settings: SecureAggregation, n: int) -> str | None:
                 f"threshold must be above half of the cohort of {n}, got {threshold}: two disjoint groups could open both of a client's "
                 f"secrets. Use threshold = 0 for {2 * n // 3 + 1}."
             )
-    elif settings.plan_for(n) is None:
+    elif settings.plan_for(n, rounds) is None:
+        if not settings.degree and graph.solve(n, settings.corrupt, settings.dropout, rounds) is not None:
+            return _not_sparse(settings, n, rounds)
         return (
-            f"(k, t) must reach {graph.SECURITY_BITS:g} bits of security and {graph.CORRECTNESS_BITS:g} of correctness, got "
+            f"(k, t) must reach {graph.SECURITY_BITS:g} bits of security and {graph.CORRECTNESS_BITS:g} of correctness over all "
+            f"{rounds} rounds together, got "
             f"{f'k = {settings.degree}, t = {settings.threshold}' if settings.degree else 'no such pair'} for {n} clients of which "
             f"{settings.corrupt:g} collude and {settings.dropout:g} drop out. Use 0 for both, lower the shares, or graph = 'complete'."
         )
     if not settings.active:
-        return _uncertified(settings, n)
+        return _uncertified(settings, n, rounds)
     if settings.graph != "complete":
         return (
             "graph must be complete against an active server, got k-regular: it could draw graphs until one suits it. "
@@ -63,12 +66,22 @@ def _graph(settings: SecureAggregation, n: int) -> str | None:
         return "setup must be 'each round' against an active server, got 'once': its keys are signed for a round. Use 'each round'."
     if 3 * threshold <= 2 * n:
         return f"threshold must be above 2/3 of the cohort of {n} against an active server, got {threshold}. Use threshold = 0."
-    return _uncertified(settings, n)
+    return _uncertified(settings, n, rounds)
 
 
-def _uncertified(settings: SecureAggregation, n: int) -> str | None:
+def _not_sparse(settings: SecureAggregation, n: int, rounds: int) -> str:
+    """All that can be certified is the complete graph; whoever asked for a sparse one would compare the complete one with itself."""
+    larger = graph.next_sparse(n, settings.corrupt, settings.dropout, rounds)
+    cure = f"a cohort of {larger}" if larger else f"other shares (with these no cohort up to {graph.LARGEST_SEARCHED} has one)"
+    return (
+        f"graph must be certified with fewer than {n - 1} neighbors to be k-regular, got none for a cohort of {n} of which "
+        f"{settings.corrupt:g} collude and {settings.dropout:g} drop out. Use graph = 'complete', or {cure}."
+    )
+
+
+def _uncertified(settings: SecureAggregation, n: int, rounds: int) -> str | None:
     """What a k-regular graph was asked for already: that shares of corrupt and lost clients leave both properties."""
-    if settings.graph != "complete" or (plan := settings.complete_plan(n)).certified:
+    if settings.graph != "complete" or (plan := settings.complete_plan(n, rounds)).certified:
         return None
     t, server = plan.threshold, "an active" if settings.active else "a semi-honest"
     if not plan.security_bits:
