@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from attacks._dropout import layers as dropping_layers
+from attacks._gradient import noise_level
 from attacks._matching.latents import bottlenecks, prepare_told
 from attacks._matching.simulate import Victim, flat
 from simulator.adversary import Knowledge
 from simulator.models.dropout import drawn_masks, masks_from
 from simulator.models.latent import drawn_noise, noise_from
-from simulator.training import local_update, per_example_gradients
+from simulator.training import GradientRule, local_update, mean_gradient, per_example_gradients
 from simulator.types import Batch, Observation, Tensors
 
 CHUNK_MB = 64
@@ -38,36 +40,65 @@ def prepared(view: Observation, knowledge: Knowledge, pool: Batch) -> Victim:
     return prepare_told(view, told)
 
 
+def path(view: Observation, knowledge: Knowledge, victim: Victim) -> tuple[Tensors, ...]:
+    """About where each local step of a client with several records began: on the straight line that its delta says.
+
+    There every record had its gradient taken, beside those of the others; by itself a record would have led elsewhere. Empty of one step,
+    of one record, whose own way is the true one, and of what does not tell the way: a mean over senders, or more noise than delta.
+    """
+    steps = len(victim.order)
+    if steps < 2 or knowledge.num_examples < 2 or len(view.upload.senders) > 1 or noise_level(view, knowledge) > 1:
+        return ()
+    moved = {name: victim.target[a:b].view_as(victim.parameters[name]) for name, (a, b) in zip(victim.names, victim.spans, strict=True)}
+    still = {name: tensor for name, tensor in victim.parameters.items() if name not in moved}
+    return tuple(still | {name: victim.parameters[name] + step / steps * by for name, by in moved.items()} for step in range(steps))
+
+
 def each_alone(
-    victim: Victim, pool: Batch, record_clip: float, *, draws: int, rng: torch.Generator
+    victim: Victim, pool: Batch, record_clip: float, way: tuple[Tensors, ...] = (), *, draws: int, rng: torch.Generator
 ) -> Iterator[Float[Tensor, "some coordinates"]]:
-    """The update that each candidate would cause if it were the only record, a chunk at a time, averaged over what the model draws."""
+    """The update that each candidate would cause if it were the only record, a chunk at a time, averaged over what the model draws.
+
+    ``way`` is where the gradients of local steps are taken, see :func:`path`; empty follows the candidate's own.
+    """
     random = bool(bottlenecks(victim.model) or dropping_layers(victim.model))
     masks, noise = drawn_masks(rng), drawn_noise(rng)
     for rows in chunks(len(pool), len(victim.target)):
         some = rows_of(pool, rows)
         if not random:
-            yield alone(victim, some, record_clip)
+            yield alone(victim, some, record_clip, way)
             continue
         with masks_from(masks), noise_from(noise):
-            total = alone(victim, some, record_clip) / draws
+            total = alone(victim, some, record_clip, way) / draws
             for _ in range(draws - 1):
-                total += alone(victim, some, record_clip) / draws
+                total += alone(victim, some, record_clip, way) / draws
         yield total
 
 
-def alone(victim: Victim, pool: Batch, record_clip: float) -> Float[Tensor, "candidates coordinates"]:
+def alone(victim: Victim, pool: Batch, record_clip: float, way: tuple[Tensors, ...] = ()) -> Float[Tensor, "candidates coordinates"]:
     """The update of each, under one draw of the model's randomness."""
     recipe, found = victim.recipe, []
     if recipe.algorithm == "fedsgd":
         each = per_example_gradients(victim.model, victim.parameters, victim.buffers, pool, label_smoothing=recipe.label_smoothing)
         return clipped(torch.cat([each[name].detach().flatten(1) for name in victim.names], 1), record_clip)
-    rule = clipping(recipe.label_smoothing, record_clip) if record_clip < float("inf") else None
+    clips = record_clip < float("inf")
+    rule = clipping(recipe.label_smoothing, record_clip) if clips else partial(mean_gradient, label_smoothing=recipe.label_smoothing)
     for place in range(len(pool)):
         steps = [rows_of(pool, torch.tensor([place]))] * len(victim.order)
-        update, _ = local_update(victim.model, victim.parameters, victim.buffers, steps, recipe, rule)
+        led = along(way, rule) if way else rule
+        update, _ = local_update(victim.model, victim.parameters, victim.buffers, steps, recipe, led)
         found.append(flat(update.tensors, victim.names).detach())
     return torch.stack(found)
+
+
+def along(way: tuple[Tensors, ...], rule: GradientRule) -> GradientRule:
+    """The rule at the points of a path, step by step, wherever the steps themselves lead."""
+    points = iter(way)
+
+    def at(model: torch.nn.Module, _: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:
+        return rule(model, next(points), buffers, batch)
+
+    return at
 
 
 def clipped(rows: Float[Tensor, "*rows coordinates"], limit: float) -> Float[Tensor, "*rows coordinates"]:
@@ -75,7 +106,7 @@ def clipped(rows: Float[Tensor, "*rows coordinates"], limit: float) -> Float[Ten
     return rows if limit == float("inf") else rows * (limit / rows.norm(dim=-1, keepdim=True).clamp(min=limit))
 
 
-def clipping(smoothing: float, limit: float) -> Callable[..., tuple[Tensors, Tensors]]:
+def clipping(smoothing: float, limit: float) -> GradientRule:
     """The gradient rule of one record that clips it."""
 
     def rule(model: torch.nn.Module, parameters: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensors]:

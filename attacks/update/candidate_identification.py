@@ -12,12 +12,12 @@ Source: Balle, Cherubin and Hayes, 2022, arXiv:2201.04845 (reconstruction robust
     Mahloujifar and Balle, 2023, arXiv:2302.07225, section 4 (the attack that matches the bound: inner products with each candidate's
     clipped gradient).
 Deviations: likelihoods of other mechanisms than Gaussian noise, those of adaptive_matching. Of several records those are named whose mean
-    update is likeliest, from nonnegative least squares over all candidates on and then by exchanges of one; several local steps count
-    as the mean of what each record alone would have caused. Senders' updates are clipped before their mean; of senders with several
-    records each, which records share one is a guess. Randomness of the model that the update does not give away is averaged over.
-    Rounds in which the same client takes the same records again add their evidence; of several records that were changed at random,
-    one round counts. The other records of the training set are not known, as they would be to the adversary of the bound: for one
-    record behind an upload there are none.
+    update is likeliest, from nonnegative least squares over all candidates on and then by exchanges of one; of several local steps
+    each record's gradients are taken along the straight line that the delta says, about where the client took them, and their mean counts.
+    Senders' updates are clipped before their mean; of senders with several records each, which records share one is a guess. Randomness
+    of the model that the update does not give away is averaged over. Rounds in which the same client takes the same records again add
+    their evidence; of several records that were changed at random, one round counts. The other records of the training set are not
+    known, as they would be to the adversary of the bound: for one record behind an upload there are none.
 Measured: random unit gradients of 2000 numbers, as the bound has them: in 1000 trials each within four standard errors of the exact
     rates .341, .674, .323 and .915 at (N, √T/z) = (10, 1), (10, 2), (100, 2) and (100, 4), which the ceilings .389, .764, .372 and .953
     allow (``pytest tests/attacks/test_identification.py -k likelihood_ratio``). What it names under each defense
@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attacks._gradient import clip_limit, unusable
-from attacks._identify.alone import clipped, each_alone, prepared, rows_of
+from attacks._identify.alone import clipped, each_alone, path, prepared, rows_of
 from attacks._identify.choice import Evidence, Told, by_candidate, named, surprises
 from attacks._identify.encoding import read, targets_of, unreadable, without_targets
 from attacks._identify.mixture import Population, weigh
@@ -151,7 +151,7 @@ class CandidateIdentification:
         if len(versions) <= most:
             return torch.arange(len(versions))
         victim, stack = prepared(view, knowledge, versions), known_stack(view, knowledge)
-        parts = each_alone(victim, versions, stack.record_clip, draws=1, rng=rng)
+        parts = each_alone(victim, versions, stack.record_clip, path(view, knowledge, victim), draws=1, rng=rng)
         alike = torch.cat([own @ victim.target / own.norm(dim=1).clamp(min=1e-30) for own in parts])
         return alike.topk(most).indices.sort().values
 
@@ -159,7 +159,7 @@ class CandidateIdentification:
         """What each version would have caused in this round, beside what was seen."""
         victim, stack = prepared(view, knowledge, versions), known_stack(view, knowledge)
         updates, first = torch.empty(len(versions), len(victim.target)), 0
-        for part in each_alone(victim, versions, stack.record_clip, draws=self.draws, rng=rng):
+        for part in each_alone(victim, versions, stack.record_clip, path(view, knowledge, victim), draws=self.draws, rng=rng):
             updates[first : first + len(part)] = part
             first += len(part)
         senders, limit = clipping_of(view, knowledge, stack.distance.clip_norm)

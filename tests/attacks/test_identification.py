@@ -11,10 +11,12 @@ from scipy.integrate import quad
 from scipy.stats import binom, multivariate_normal, norm
 from torch import Tensor
 
+from attacks._identify.alone import path
 from attacks._identify.choice import Evidence, by_candidate, named, surprises
 from attacks._identify.mixture import filtered
 from attacks._matching.defended import Defended
 from attacks._matching.stack import known_stack
+from attacks.update import candidate_identification
 from attacks.update.candidate_identification import CandidateIdentification, clipping_of
 from simulator import lookup
 from simulator.adversary import Knowledge
@@ -127,6 +129,21 @@ def test_several_local_steps() -> None:
     recipe = LocalTraining(algorithm="fedavg", batch_size=1, epochs=3, learning_rate=0.05)
     view, knowledge = attack_surface(build("mlp", SHAPE), [rows(7)], recipe)
     assert hits(view, replace(knowledge, candidates=POOL), rows(7)) == 1
+
+
+def test_records_of_several_local_steps_are_named_by_their_gradients_along_the_clients_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight steps of one record each, far enough that what a record would have caused by itself says little: 23 records of 24."""
+    recipe, counts = LocalTraining(algorithm="fedavg", batch_size=1, steps=8, learning_rate=0.05), []
+    for way in (path, lambda *_: ()):
+        monkeypatch.setattr(candidate_identification, "path", way)
+        found = 0
+        for places in ((1, 5, 8, 13, 21, 30, 33, 39), (0, 2, 4, 6, 7, 9, 11, 12), (3, 10, 14, 15, 16, 17, 18, 19)):
+            view, knowledge = attack_surface(build("cnn", SHAPE, width=8, hidden=64), [rows(*places)], recipe)
+            found += hits(view, replace(knowledge, candidates=POOL), rows(*places))
+        counts.append(found)
+    print(counts)
+    assert counts[0] >= 22
+    assert counts[1] < 20
 
 
 def test_noise_inside_the_model_is_averaged_over() -> None:
