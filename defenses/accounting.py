@@ -42,6 +42,9 @@ VIEWER: dict[Adversary, str] = {
 }
 
 
+BEHIND_A_CHANNEL = "the honest-but-curious server, whatever a channel hides from it"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
     """What a stack of defenses guarantees over the whole training, with all that must be printed beside it.
@@ -110,7 +113,8 @@ def guarantee(world: World, *, records_held: Sequence[int], delta: float = 1e-5,
         best, *others = kept
         return replace(best, sentence=" ".join(one.sentence for one in (best, *others)), others=tuple(others))
     nothing = "the accountant finds no finite ε" if world.defenses else "no defense is in place"
-    return no_guarantee(delta, adversary, reasons or [nothing])
+    hidden = adversary == "server" and any(defense.channel for defense in world.defenses)
+    return no_guarantee(delta, adversary, BEHIND_A_CHANNEL if hidden else VIEWER[adversary], reasons or [nothing])
 
 
 def covers(smaller: Guarantee, other: Guarantee) -> bool:
@@ -235,16 +239,16 @@ def certify(claim: Claim, delta: float, adversary: Adversary) -> Guarantee:
     )
 
 
-def no_guarantee(delta: float, adversary: Adversary, reasons: Sequence[str]) -> Guarantee:
+def no_guarantee(delta: float, adversary: Adversary, viewer: str, reasons: Sequence[str]) -> Guarantee:
     """ε = ∞, and why."""
     return Guarantee(
         epsilon=math.inf,
         delta=delta,
         adversary=adversary,
-        viewer=VIEWER[adversary],
+        viewer=viewer,
         unit="none",
         adjacency="none",
         sampling="none",
         accountant="none",
-        sentence=f"ε = ∞ against {VIEWER[adversary]}: {'; '.join(reasons)}.",
+        sentence=f"ε = ∞ against {viewer}: {'; '.join(reasons)}.",
     )

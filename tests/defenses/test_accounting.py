@@ -326,6 +326,7 @@ def test_everything_else_is_infinite_and_says_why(stack: tuple[Defense, ...], wh
     found = guarantee(world(*stack), records_held=HELD)
     assert found.epsilon == math.inf
     assert found.sentence.startswith("ε = ∞ against the honest-but-curious server")
+    assert ("sees every upload" in found.sentence) is not any(defense.channel for defense in stack)
     assert why in found.sentence
     assert (found.unit, found.accountant, found.claim) == ("none", "none", None)
 
