@@ -35,9 +35,10 @@ c clients of its own making, if it runs the directory; what a model made to leak
 A client counts its own share of its own secrets, as in the paper. So any t survivors can finish, also where n − 1 others could not:
 with the default threshold, a cohort of 2 or 3 works but tolerates no drop-out, one of 4 tolerates one.
 
-What it protects: each client's own update, from the server and up to t − 1 colluding clients on the complete graph (``active``:
-from a server that lies within the protocol and fewer than 2t − n colluders, too): they learn the sum over those who answered, and by
-the proof of Bonawitz et al. nothing else that can be computed. It hides who of the cohort contributed what, the better the more honest clients are in the sum, and has no ε.
+What it protects: each client's own update, from the server and up to t − 1 colluding clients on the complete graph (``active``: from a
+server that lies within the protocol and fewer than 2t − n colluders, too): they learn the sum over those who answered, and by the proof
+of Bonawitz et al. nothing else that can be computed. It hides who of the cohort contributed what, the better the more honest clients are
+in the sum, and has no ε.
 
 What it does not protect: the mean itself, which is a large-batch update and can be attacked as one; anybody from t colluders on, whose
 shares open every upload; a client which several means over different cohorts single out; who takes part, who drops out and when; Σ n_i;
