@@ -11,7 +11,8 @@ at 50 probes for a 64–32–10 network, reported with the estimate.
 
 It needs no clipping, so that it is the one formal figure that noise on the update alone gets. It assumes an **unbiased** attacker: one
 with a prior is biased and does better. It is about this record, this label and this model, and no guarantee for others. Several
-releases add up (``dfil`` of a sum of traces over s²); sampling is not accounted for, which leaves the figure an upper bound.
+releases add up (``dfil`` of a sum of traces over s²); sampling is not accounted for, which leaves the figure an upper bound. What is done
+to the noisy gradient alone takes information away or leaves it as it is, so that the figure bounds what comes of it, too.
 """
 
 from __future__ import annotations
