@@ -157,7 +157,7 @@ def tails(row: Measured) -> npt.NDArray[np.float64]:
     if not row.own:
         return np.asarray(stats.binom.sf(np.arange(row.trials + 1) - 1, row.trials, row.ceiling))
     law = reduce(np.convolve, [np.array([1 - one, one]) for one in row.own])
-    return np.minimum(1.0, np.cumsum(law[::-1])[::-1])
+    return np.asarray(np.minimum(1.0, np.cumsum(law[::-1])[::-1]))
 
 
 def p_value(row: Measured, successes: int) -> float:
