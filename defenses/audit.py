@@ -4,8 +4,14 @@ Each row is one measured attack beside its ceiling. The null hypothesis is that 
 where the exact one-sided p-value, corrected for having looked at all rows, falls below 1 − confidence. For one row this is the same as
 the lower Clopper–Pearson limit lying above the ceiling.
 
+Where trials have ceilings of their own, as in rounds that see more and more releases, the null hypothesis is that each one succeeds with
+probability at most its own ceiling, whatever the others did. The number of successes is then at its largest, stochastically, where each
+probability is its ceiling, so that the upper tail of their Poisson binomial distribution is the exact p-value. Neither the binomial tail
+at the highest ceiling, which is far too large, nor that at their mean is.
+
 Source: auditing by the lower confidence limit of an attack's success, Jagielski, Ullman and Oprea, 2020, arXiv:2006.07709; the exact
-binomial limit of Clopper and Pearson, 1934; the step-down correction of Holm, 1979; Tarone, 1990, for rows that cannot fail.
+binomial limit of Clopper and Pearson, 1934; the step-down correction of Holm, 1979; Tarone, 1990, for rows that cannot fail; Hoeffding,
+1956, on the distribution of the number of successes in independent trials.
 Deviations: success is that of naming one of N candidates and the ceiling is reconstruction robustness at 1/N, not ε by two
 hypotheses. Trials must be independent: one victim each, with its own noise.
 
@@ -14,10 +20,14 @@ A pass proves nothing: it says that this attack at this many trials found no vio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from statistics import fmean
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -34,8 +44,12 @@ class Measured:
         name: of the row, for the message.
         successes: trials in which the attack named the true candidate.
         trials: independent ones.
-        ceiling: the most that it may succeed, in [0, 1]: ``bounds.reconstruction_ceiling`` at the same number of candidates.
+        ceiling: the most that it may succeed, in [0, 1]: ``bounds.reconstruction_ceiling`` at the same number of candidates; the mean of
+            those in ``own`` where trials have ceilings of their own.
         chance: of a guess without any update, in [0, 1]: from :data:`NO_TEST` on, naming the true candidate tests nothing.
+        own: the ceiling of each trial, where they differ; else empty.
+        left_out: further independent trials, not counted because their own ceiling is 1, which nothing can exceed. Ceilings alone may say
+            which ones these are, never what was measured.
     """
 
     name: str
@@ -43,12 +57,25 @@ class Measured:
     trials: int
     ceiling: float
     chance: float = 0.0
+    own: tuple[float, ...] = ()
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.successes <= self.trials or self.trials < 1:
             raise ValueError(f"successes must be in 0..trials with trials ≥ 1, got {self.successes} of {self.trials}. Count both again.")
         if not 0 <= self.ceiling <= 1:
             raise ValueError(f"ceiling must be in [0, 1], got {self.ceiling}. Use 1 where nothing is claimed.")
+        if self.own and not (len(self.own) == self.trials and all(0 <= one <= 1 for one in self.own)):
+            raise ValueError(f"own must be a ceiling in [0, 1] for each of {self.trials} trials, got {self.own}. Leave it empty for one.")
+        if self.own and not math.isclose(self.ceiling, fmean(self.own)):
+            raise ValueError(f"ceiling must be the mean of own = {fmean(self.own)}, got {self.ceiling}. Use statistics.fmean.")
+
+    @property
+    def allowed(self) -> str:
+        """The ceiling in words, or the range of the trials' own and their mean."""
+        if not self.own:
+            return f"ceiling of {self.ceiling:.1%}"
+        return f"ceilings of {min(self.own):.1%} to {max(self.own):.1%}, {self.ceiling:.1%} on average"
 
 
 @dataclass(frozen=True)
@@ -57,9 +84,10 @@ class Verdict:
 
     Attributes:
         measured: the row.
-        low: one-sided lower limit of its success rate, at the level to which Holm's procedure held the row: it fails where, and only
-            where, this lies above the ceiling.
-        p_value: adjusted by Holm, of a success rate at most the ceiling; 1 where the row could not fail.
+        low: one-sided lower limit of its mean success rate, at the level to which Holm's procedure held the row. Where all trials have one
+            ceiling, the row fails where, and only where, this lies above it. Where they have their own, ``p_value`` alone decides: from
+            two successes on a limit above their mean suffices, and less may do, as unequal trials vary less (Hoeffding, 1956).
+        p_value: adjusted by Holm, of success rates at most the ceilings; 1 where the row could not fail.
         failed: whether the guarantee is refuted.
         fails_from: successes from which on the row fails whatever the others measured; None where no number does.
     """
@@ -74,22 +102,21 @@ class Verdict:
     def sentence(self) -> str:
         """The row in words."""
         row = self.measured
-        rate = f"{row.successes} of {row.trials} ({row.successes / row.trials:.1%})"
+        rate = f"{row.successes} of {row.trials} ({row.successes / row.trials:.1%}) named"
+        if row.left_out:
+            rate += f" in those of {row.trials + row.left_out} trials whose ceiling is below 1"
         if row.chance >= NO_TEST and not self.failed:
-            return f"{row.name}: {rate} named, no test: guessing alone names {row.chance:.0%}."
+            return f"{row.name}: {rate}, no test: guessing alone names {row.chance:.0%}."
         if row.ceiling >= 1:
-            return f"{row.name}: {rate} named, nothing is claimed, nothing can fail."
+            return f"{row.name}: {rate}, nothing is claimed, nothing can fail."
         if self.fails_from is None:
-            return f"{row.name}: {rate} named, cannot fail at {row.trials} trials beside a ceiling of {row.ceiling:.1%}."
+            return f"{row.name}: {rate}, cannot fail at {row.trials} trials beside {'' if row.own else 'a '}{row.allowed}."
+        limit, p = f"at least {self.low:.1%} with confidence", f"p = {self.p_value:.2g}"
         if not self.failed:
-            return (
-                f"{row.name}: {rate} named, at least {self.low:.1%} with confidence, within the ceiling of {row.ceiling:.1%}; fails from "
-                f"{self.fails_from / row.trials:.1%} on."
-            )
-        return (
-            f"{row.name}: AUDIT FAILED: {rate} named, at least {self.low:.1%} with confidence, above the ceiling of {row.ceiling:.1%} "
-            f"(p = {self.p_value:.2g}): the implementation is broken or claims too much."
-        )
+            kept = f"within {row.allowed} ({p})" if row.own else f"{limit}, within the {row.allowed}"
+            return f"{row.name}: {rate}, {kept}; fails from {self.fails_from / row.trials:.1%} on."
+        beaten = f"more than {row.allowed}, allow ({p})" if row.own else f"{limit}, above the {row.allowed} ({p})"
+        return f"{row.name}: AUDIT FAILED: {rate}, {beaten}: the implementation is broken or claims too much."
 
 
 def lower_limit(successes: int, trials: int, confidence: float = CONFIDENCE) -> float:
@@ -107,7 +134,7 @@ def audit(rows: Sequence[Measured], *, confidence: float = CONFIDENCE) -> list[V
         rows: what was measured.
         confidence: probability, at least, that no correct row fails, however many there are.
     """
-    alpha, smallest = 1 - confidence, [row.ceiling**row.trials for row in rows]
+    alpha, smallest = 1 - confidence, [p_value(row, row.trials) for row in rows]
     strictest = next((k for k in range(1, len(rows) + 1) if sum(p < alpha / k for p in smallest) <= k), 1)
     able = [place for place in range(len(rows)) if smallest[place] < alpha / strictest]
     p_values = {place: p_value(rows[place], rows[place].successes) for place in able}
@@ -125,12 +152,19 @@ def audit(rows: Sequence[Measured], *, confidence: float = CONFIDENCE) -> list[V
     return [verdicts[place] for place in range(len(rows))]
 
 
+def tails(row: Measured) -> npt.NDArray[np.float64]:
+    """The probability of k successes or more, k = 0 … trials, where each trial succeeds as often as its ceiling allows."""
+    if not row.own:
+        return np.asarray(stats.binom.sf(np.arange(row.trials + 1) - 1, row.trials, row.ceiling))
+    law = reduce(np.convolve, [np.array([1 - one, one]) for one in row.own])
+    return np.asarray(np.minimum(1.0, np.cumsum(law[::-1])[::-1]))
+
+
 def p_value(row: Measured, successes: int) -> float:
-    """The probability of so many successes or more where the ceiling is the success rate."""
-    return float(stats.binom.sf(successes - 1, row.trials, row.ceiling))
+    """The probability of so many successes or more where the ceilings are the success rates."""
+    return float(tails(row)[successes])
 
 
 def fewest_that_fail(row: Measured, level: float) -> int:
     """The fewest successes whose p-value is below ``level``; all trials are enough."""
-    falling = stats.binom.sf(np.arange(row.trials) - 1, row.trials, row.ceiling)
-    return int((falling >= level).sum())
+    return int((tails(row)[:-1] >= level).sum())

@@ -31,6 +31,7 @@ from dp_accounting import DpEvent, LaplaceDpEvent
 from scipy.stats import chi2, norm
 
 from defenses.distributed import success_of
+from defenses.fisher import ERRORS
 from defenses.privacy_loss import gaussian_mu, integer_curve, leaves, noise_multiplier, pld, too_long_for_pld, unknown
 from simulator.defense import Claim
 
@@ -46,8 +47,8 @@ ASSUMPTIONS = {
     ),
     "no_prior_psnr_db": "attacker inverts a linear layer, unbiased, without any prior on records; one with a prior does better",
     "dfil": (
-        "attacker is unbiased; at the most exposed of the first attacked records, 3 standard errors of the estimate added, at this model "
-        "and from one release; one with a prior does better"
+        f"attacker is unbiased; at the most exposed of the first attacked records, {ERRORS:g} standard errors of the estimate added on the "
+        "scale of logarithms, at this model and from one release; one with a prior does better"
     ),
 }
 """What each ceiling assumes: print it beside the figure."""

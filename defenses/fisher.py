@@ -11,7 +11,8 @@ at 50 probes for a 64–32–10 network, reported with the estimate.
 
 It needs no clipping, so that it is the one formal figure that noise on the update alone gets. It assumes an **unbiased** attacker: one
 with a prior is biased and does better. It is about this record, this label and this model, and no guarantee for others. Several
-releases add up (``dfil`` of a sum of traces over s²); sampling is not accounted for, which leaves the figure an upper bound.
+releases add up (``dfil`` of a sum of traces over s²); sampling is not accounted for, which leaves the figure an upper bound. What is done
+to the noisy gradient alone takes information away or leaves it as it is, so that the figure bounds what comes of it, too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from torch.func import grad, jvp
 from simulator.training import loss, root
 from simulator.types import Batch, Tensors
 
+ERRORS = 4.5
+"""Standard errors, on the scale of logarithms, from an estimate to the upper end that :meth:`Trace.above` says it has."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -39,7 +43,7 @@ class Trace:
         """Root of the mean Fisher information on a pixel, in 1/pixel range, where each release adds noise of ``std`` to the gradient."""
         return math.sqrt(releases * self.value / self.pixels) / std
 
-    def above(self, errors: float = 4.5) -> Trace:
+    def above(self, errors: float = ERRORS) -> Trace:
         """The same, ``errors`` standard errors higher on the scale of logarithms: of 20 probes below the truth once in 600 at the most.
 
         Squares of probes are about χ²_r/r at an effective rank r of J: the lower it is, the longer their tail above, and where the probes

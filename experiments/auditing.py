@@ -1,10 +1,11 @@
 """Holds a run's identifications against its ceilings: whoever was named more often than (ε, δ) allows refutes the guarantee.
 
 An attack is held against the ceiling for what it saw: where it used one round alone, that of the releases up to this round, which broken
-code beats even if an attack on the whole training could not. From each upload one record counts, its first: records of one upload share
-its noise, and the audit needs independent trials; for the same reason no record counts in two rounds. Where an attack used all rounds,
-one upload of each client counts. What is not audited is said, with the reason, and where guessing alone names half of the records,
-that this is no test.
+code beats even if an attack on the whole training could not. Each trial has the ceiling of its own round, and those whose ceiling is 1 are
+left out, since nothing can exceed it: the ceilings decide that, whatever was measured. From each upload one record counts, its first:
+records of one upload share its noise, and the audit needs independent trials; for the same reason no record counts in two rounds. Where an
+attack used all rounds, one upload of each client counts. What is not audited is said, with the reason, and where guessing alone names
+half of the records, that this is no test.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def measured(
 
     Args:
         trials: of a run.
-        facts: of its arms; an attack's ceiling is the highest over the seeds and rounds in which it counts.
+        facts: of its arms; each trial is held against the ceiling of its seed and round.
         one_round: whether an attack used one round alone, so that each attacked round is a trial of its own.
         candidates: N, of all arms or of each.
         skewed: whether clients hold classes of their own.

@@ -94,7 +94,8 @@ def flags_for(
         difference: PSNR minus that of the undefended arm in dB, paired; None for the control itself, and where none is left.
         exceeded: whether the audit of all rows refutes the claim by this one.
         epsilon: ∞ without a claim.
-        ceiling: the largest share of records that can be named under the claim, for what the attack saw.
+        ceiling: the largest share of records that can be named under the claim, for what the attack saw, in the round that allows least:
+            a guarantee excludes something if it does in any round.
         oracle: whether the attack was told labels.
         certified_wrong: whether a record with a certificate is not exact.
         active: whether the server tampered with the model.

@@ -134,9 +134,9 @@ def audit_(directory: Path) -> None:
     DIRECTORY: The directory of a run.
 
     Each attack is held against what the releases up to its round allow, or all where the threat model discloses all rounds. One record
-    of each upload counts, and none in two rounds, so that trials are independent. A limit above its ceiling, after Holm's correction, means
-    that the defense or its accounting is broken. That nothing fails proves nothing. `candidate_identification` (threat.candidates = true)
-    comes nearest to the ceilings.
+    of each upload counts, and none in two rounds, so that trials are independent; those whose own ceiling is 1 are left out. More successes
+    than the ceilings allow, after Holm's correction, mean that the defense or its accounting is broken. That nothing fails proves nothing.
+    `candidate_identification` (threat.candidates = true) comes nearest to the ceilings.
     """
     _audit(directory)
 

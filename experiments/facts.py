@@ -51,7 +51,7 @@ def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float], rounds: Se
         "epsilon": max((fact.epsilon for fact in facts), default=math.inf),
         "delta": max((fact.delta for fact in facts if fact.delta is not None), default=None),
         "epsilon_for": "; ".join(dict.fromkeys(fact.epsilon_for for fact in facts if fact.epsilon_for)),
-        "ceiling": max((ceiling_of(fact, round) for fact in facts for round in rounds), default=1.0),
+        "ceiling": max((most_of(facts, round) for round in rounds), default=1.0),
         "training_ceiling": max((fact.training_ceiling for fact in facts if fact.training_ceiling is not None), default=None),
         "ceilings": _ceilings(facts),
         "accuracy": mean([fact.accuracy for fact in facts if math.isfinite(fact.accuracy)]),
@@ -75,6 +75,11 @@ def _costs(facts: Sequence[ArmFacts]) -> Row:
 def ceiling_of(facts: ArmFacts, round: int) -> float:
     """The ceiling for an attack on ``round``, for what it saw; in results of an older version that of the whole training."""
     return (facts.ceiling_by_round or {}).get(str(round), facts.ceiling)
+
+
+def most_of(facts: Sequence[ArmFacts], round: int) -> float:
+    """The highest ceiling over the seeds for an attack on ``round``; 1 without facts."""
+    return max((ceiling_of(fact, round) for fact in facts), default=1.0)
 
 
 def accuracy_difference(facts: Sequence[ArmFacts], control: Sequence[ArmFacts]) -> Row | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from torch import nn
 
@@ -17,12 +18,11 @@ from clients.private import records_held
 from defenses import fisher
 from defenses.accounting import Guarantee, certified, guarantee, until
 from defenses.bounds import Ceilings, ceilings
-from defenses.client.clip import Clip
-from defenses.client.dp_sgd import DPSGD
-from defenses.client.gaussian_noise import GaussianNoise
 from experiments.under_attack import Victim
-from simulator.defense import Claim
+from simulator.defense import Claim, overrides
 from simulator.front import first_is_linear
+from simulator.models.dropout import Dropout
+from simulator.models.latent import Bottleneck
 from simulator.models.normalize import Normalize
 from simulator.rng import stream
 from simulator.world import World
@@ -31,8 +31,11 @@ RECORDS, PROBES = 5, 20
 """Of so many attacked records the Fisher information is estimated, which takes a second; the most exposed one counts. Fewer than 20 probes
 would be too few for what :meth:`defenses.fisher.Trace.above` says of its upper end."""
 
-RANDOM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-"""Under which a record has no gradient of its own, or no fixed one."""
+RANDOM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, Dropout, Bottleneck)
+"""Under which a record has no gradient of its own, or no fixed one; dropout only where it drops."""
+
+CHANGING = ("on_gradient", "on_step", "on_update")
+"""The hooks that change a gradient, in the order in which a client comes to them: every defense's first, then every one's second."""
 
 
 @dataclass(frozen=True)
@@ -101,31 +104,46 @@ def mean_seen(model: nn.Module) -> float:
 
 def leakage(world: World, victims: Sequence[Victim]) -> list[float]:
     """Fisher information leakage of some attacked records, from one release, at the upper end; empty where no formula holds."""
-    known = clipping_and_noise(world)
-    if known is None or not victims or any(isinstance(layer, RANDOM_LAYERS) for layer in victims[0].knowledge.model.modules()):
+    if not victims or any(isinstance(layer, RANDOM_LAYERS) and getattr(layer, "p", 1) for layer in victims[0].knowledge.model.modules()):
         return []
-    clip_norm, std = known
+    held, found = records_held(world), []
     records = [(victim, place) for victim in victims for place in range(len(victim.truth))][:RECORDS]
-    return [
-        fisher.trace(
+    for victim, place in records:
+        if (known := clipping_and_noise(world, held[victim.clients[place]])) is None:
+            return []  # the most exposed record is unknown
+        clip_norm, std = known
+        estimate = fisher.trace(
             victim.knowledge.model, victim.view.broadcast.parameters, victim.view.broadcast.buffers, victim.truth.inputs[place],
             victim.truth.labels[place], clip_norm=clip_norm, probes=PROBES, rng=stream(world.seed, "fisher", victim.round, place),
             label_smoothing=world.training.label_smoothing,
-        ).above().dfil(std)
-        for victim, place in records
-    ]  # fmt: skip
+        )  # fmt: skip
+        found.append(estimate.above().dfil(std))
+    return found
 
 
-def clipping_and_noise(world: World) -> tuple[float, float] | None:
-    """To which norm a record's gradient is clipped, and the noise beside it; None for what is no such mechanism of one gradient."""
-    recipe = world.training
-    if recipe.algorithm != "fedsgd" or not recipe.batch_size:
+def clipping_and_noise(world: World, held: int) -> tuple[float, float] | None:
+    """To which norm a record's gradient is clipped, and the Gaussian noise that then hides it, in its own unit; None where this is not so.
+
+    The noise that comes first counts. What follows it, channels included, gets the noisy update and nothing private, so that whoever is
+    unbiased from what is left is unbiased from the noisy update: the bound stays. There is none where anything but clipping changes the
+    gradient before the noise, where the private batch is looked at again, or where a report on the update leaves before the noise.
+
+    Args:
+        world: the federation.
+        held: records of the client in question.
+    """
+    recipe, defenses = world.training, world.defenses
+    if recipe.algorithm != "fedsgd" or any(defense.looks_again or overrides(defense, "on_batch") for defense in defenses):
         return None
-    match world.defenses:
-        case (DPSGD(clip_norm=bound, noise_multiplier=z),) if z:
-            return bound, z * bound
-        case (GaussianNoise(sigma=sigma),) if sigma:
-            return math.inf, sigma * recipe.batch_size  # the upload is the mean over the batch
-        case (Clip(clip_norm=bound), GaussianNoise(sigma=sigma)) if sigma and recipe.batch_size == 1:
-            return bound, sigma
+    batch, clip_norm = recipe.size_of_batch(held), math.inf
+    alone = batch == 1 and recipe.sampling == "shuffled"  # a Poisson sample of one expected record may hold two
+    for hook, place in product(CHANGING, range(len(defenses))):
+        if not overrides(defenses[place], hook):
+            continue
+        if (found := defenses[place].clipping_and_noise(batch, alone=alone)) is None:
+            return None
+        clip_norm, std = min(clip_norm, found[0]), found[1]
+        if std:
+            seen_before = defenses[: place + 1] if hook == "on_update" else ()  # each reports on the update as its own on_update gets it
+            return None if any(overrides(defense, "on_buffers") for defense in seen_before) else (clip_norm, std)
     return None

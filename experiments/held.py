@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from defenses.audit import Measured
-from experiments.facts import ceiling_of
+from experiments.facts import most_of
 from experiments.metrics import chance
 from experiments.result import ArmFacts, Trial
 
@@ -17,17 +17,18 @@ def hold(trials: Sequence[Trial], facts: Sequence[ArmFacts], *, one_round: bool,
 
     Args:
         trials: of one attack under one arm.
-        facts: of the arm, one for each seed; the ceiling is the highest over the seeds and rounds in which a trial counts.
+        facts: of the arm, one for each seed: a trial's ceiling is that of its seed and round. Where it is 1 the trial is left out, whatever
+            it measured: nothing can exceed it, and the others would have to be held against 1 with it.
         one_round: whether the attack used one round alone, so that each attacked round is a trial of its own.
         candidates: N.
         skewed: whether clients hold classes of their own.
     """
-    counted = _independent(trials, one_round=one_round)
-    ceiling = max(ceiling_of(fact, trial.round) for fact in facts for trial in counted or trials)
-    if ceiling >= 1:
+    independent = _independent(trials, one_round=one_round)
+    if min(_ceiling(trial, facts) for trial in independent or trials) >= 1:
         certified = all(math.isfinite(fact.epsilon) for fact in facts)
         why = "(ε, δ) lets everybody be named by what an attack saw" if certified else "nothing is certified against this adversary"
         return f"{trials[0].arm}: not audited: {why}."
+    counted = [trial for trial in independent if _ceiling(trial, facts) < 1]
     name = f"{trials[0].arm}, {trials[0].attack}"
     if _told_apart(counted, skewed=skewed):
         why = "the classes of the records beside it tell of each, where clients hold classes of their own"
@@ -35,8 +36,22 @@ def hold(trials: Sequence[Trial], facts: Sequence[ArmFacts], *, one_round: bool,
         return f"{name}: not audited: {why}, which the ceiling does not know of."
     if not counted:
         return f"{name}: not audited: it named nobody; see results.jsonl for the reason."
-    hits = sum(trial.records[0].identified for trial in counted)
-    return Measured(name, hits, len(counted), ceiling, fmean(chance(trial.tries, candidates) for trial in counted))
+    ceilings = tuple(_ceiling(trial, facts) for trial in counted)
+    differ = len(set(ceilings)) > 1
+    return Measured(
+        name,
+        successes=sum(trial.records[0].identified for trial in counted),
+        trials=len(counted),
+        ceiling=fmean(ceilings) if differ else ceilings[0],
+        chance=fmean(chance(trial.tries, candidates) for trial in counted),
+        own=ceilings if differ else (),
+        left_out=len(independent) - len(counted),
+    )
+
+
+def _ceiling(trial: Trial, facts: Sequence[ArmFacts]) -> float:
+    """The ceiling for what the attack saw in this trial; where nothing is known of its seed, the highest of the others."""
+    return most_of([fact for fact in facts if fact.seed == trial.seed] or facts, trial.round)
 
 
 def _independent(trials: Sequence[Trial], *, one_round: bool) -> list[Trial]:

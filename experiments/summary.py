@@ -15,7 +15,7 @@ from typing import Any
 from defenses.audit import Measured, audit
 from experiments.checks import flags_for
 from experiments.comparison import compare, correct
-from experiments.facts import accuracy_difference, ceiling_of, columns
+from experiments.facts import accuracy_difference, columns, most_of
 from experiments.groups import Group, Row, bounds, clusters, interval_of, mean, rate_of, seed_means
 from experiments.held import hold
 from experiments.json_lines import plain
@@ -169,7 +169,7 @@ def _row(
         exceeded=exceeded,
         chance=chances["chance"] if identified else None,
         epsilon=max((fact.epsilon for fact in facts), default=math.inf),
-        ceiling=max((ceiling_of(fact, trial.round) for fact in facts for trial in group.trials), default=1.0),
+        ceiling=min((most_of(facts, trial.round) for trial in group.trials), default=1.0),
         oracle=any("oracle_used" in trial.flags for trial in group.trials),
         active=any("active_server" in trial.flags for trial in group.trials),
         candidates_told=group.chosen,

@@ -207,6 +207,18 @@ class Defense:
         """Standard deviation of the noise that it adds to one coordinate of an upload: what a channel must make room for."""
         return 0.0
 
+    def clipping_and_noise(self, batch: int, *, alone: bool) -> tuple[float, float] | None:
+        """The norm that it clips a record's gradient to, and the standard deviation of the Gaussian noise that it then adds; else None.
+
+        Both are in the unit of that gradient; inf clips nothing and 0 adds nothing. What it does at other hooks than the one at which it
+        changes the gradient or the update is not asked here. None says that it does something else to the gradient.
+
+        Args:
+            batch: by how much the update is smaller than the sum of the records' gradients: what it is divided by.
+            alone: whether one record makes up the update for certain, so that what bounds the update bounds that record's gradient.
+        """
+        return None
+
     def upload_bytes(self, numbers: int, world: World) -> float | None:
         """Bytes that an efficient coding of one client's upload takes; None where it takes what it took before, 4 a number.
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 
-from defenses.client.clip import clip_to_norm, require_clip_norm
+from defenses.client.clip import clip_to_norm, clipping_of_the_record, require_clip_norm
 from defenses.client.gaussian_noise import add_gaussian, require_noise_multiplier
 from defenses.refusal import batch_norm_in_train_mode
 from simulator.defense import Claim, ClientContext, Defense
@@ -72,6 +72,11 @@ class ClientDP(Defense):
     def noise_std(self, world: World) -> float:
         """z·S."""
         return self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
+
+    def clipping_and_noise(self, batch: int, *, alone: bool) -> tuple[float, float] | None:
+        """S and z·S, where the update is one record's."""
+        bound = clipping_of_the_record(self.clip_norm, alone=alone)
+        return None if bound is None else (bound, self.noise_multiplier * bound if self.noise_multiplier else 0.0)
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Clip, then add noise."""

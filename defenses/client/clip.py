@@ -49,6 +49,11 @@ def require_clip_norm(clip_norm: float) -> None:
         raise ValueError(f"clip_norm must be > 0, got {clip_norm}. Use clip_norm = inf to disable clipping.")
 
 
+def clipping_of_the_record(clip_norm: float, *, alone: bool) -> float | None:
+    """To which norm clipping the update clips a record's gradient; None where others share the update and, with it, the factor."""
+    return clip_norm if alone or math.isinf(clip_norm) else None
+
+
 @register("defenses", "clip")
 @dataclass(frozen=True)
 class Clip(Defense):
@@ -64,6 +69,11 @@ class Clip(Defense):
 
     def __post_init__(self) -> None:
         require_clip_norm(self.clip_norm)
+
+    def clipping_and_noise(self, batch: int, *, alone: bool) -> tuple[float, float] | None:
+        """Clipping alone, where the update is one record's."""
+        bound = clipping_of_the_record(self.clip_norm, alone=alone)
+        return None if bound is None else (bound, 0.0)
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Scale the update down to ``clip_norm``."""

@@ -113,6 +113,10 @@ class DPSGD(Defense):
             return recipe.learning_rate * steps  # whatever the noise is, Adam scales its steps to about the learning rate
         return std * recipe.learning_rate * math.sqrt(steps) / (1 - min(recipe.momentum, 0.99))
 
+    def clipping_and_noise(self, batch: int, *, alone: bool) -> tuple[float, float] | None:
+        """C and z·C on the sum, of which the record's clipped gradient is one term, however many there are."""
+        return self.clip_norm, self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
+
     def on_gradient(self, per_example: Tensors, context: ClientContext) -> Tensors:
         """Sum the clipped gradients, add noise once, divide by the expected batch size."""
         total = clipped_sum(per_example, self.clip_norm)

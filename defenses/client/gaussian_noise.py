@@ -63,6 +63,10 @@ class GaussianNoise(Defense):
         """Sigma itself."""
         return self.sigma
 
+    def clipping_and_noise(self, batch: int, *, alone: bool) -> tuple[float, float] | None:
+        """No clipping, and sigma beside the gradient over ``batch``."""
+        return math.inf, self.sigma * batch
+
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Add the noise."""
         return replace(update, tensors=add_gaussian(update.tensors, self.sigma, context.rng))

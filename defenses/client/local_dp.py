@@ -36,7 +36,7 @@ import torch
 from dp_accounting import GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
 from torch import Tensor
 
-from defenses.client.clip import clip_to_norm, require_clip_norm
+from defenses.client.clip import clip_to_norm, clipping_of_the_record, require_clip_norm
 from defenses.client.gaussian_noise import add_gaussian, require_noise_multiplier
 from defenses.client.laplace_noise import add_laplace
 from defenses.refusal import batch_norm_in_train_mode
@@ -92,6 +92,11 @@ class LocalDP(Defense):
     def noise_std(self, world: World) -> float:
         """z·2S, times √2 for Laplace."""
         return self.scale * (math.sqrt(2) if self.mechanism == "laplace" else 1.0)
+
+    def clipping_and_noise(self, batch: int, *, alone: bool) -> tuple[float, float] | None:
+        """S and z·2S, where the update is one record's and the noise Gaussian."""
+        bound = clipping_of_the_record(self.clip_norm, alone=alone)
+        return None if bound is None or self.mechanism == "laplace" else (bound, self.scale)
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Clip, then add noise."""

@@ -35,7 +35,7 @@ from defenses.channel._secagg.refusal import tail
 from defenses.channel.ckks import CKKSAggregation
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.client_dp import ClientDP
-from defenses.client.clip import Clip, clip_to_norm, require_clip_norm
+from defenses.client.clip import Clip, clip_to_norm, clipping_of_the_record, require_clip_norm
 from defenses.client.distributed_dp import MARGIN
 from defenses.client.gaussian_noise import GaussianNoise, add_gaussian, require_noise_multiplier
 from defenses.client.laplace_noise import LaplaceNoise
@@ -191,6 +191,11 @@ class CentralDP(Defense):
         if (reason := undone(self, world)) is not None or not self.noise_multiplier:
             return reason
         return cramped(self, self.clip_norm, world) or blurred(self, world)
+
+    def clipping_and_noise(self, batch: int, *, alone: bool) -> tuple[float, float] | None:
+        """Clipping alone, where the update is one record's: the noise comes after the server has seen it."""
+        bound = clipping_of_the_record(self.clip_norm, alone=alone)
+        return None if bound is None else (bound, 0.0)
 
     def on_update(self, update: Update, context: ClientContext) -> Update:
         """Clip, at the client."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from scipy import stats
 
 from defenses.accounting import guarantee
-from defenses.audit import Measured, audit, lower_limit
+from defenses.audit import Measured, audit, lower_limit, p_value
 from defenses.bounds import reconstruction_ceiling
 from defenses.client.dp_sgd import DPSGD, clipped_sum
 from simulator.defense import ClientContext
@@ -155,6 +156,92 @@ def test_rows_that_cannot_fail_cost_the_others_nothing() -> None:
     (passing,) = audit([Measured("row", 30, 100, 0.3)])
     assert passing.fails_from == min(k for k in range(101) if stats.binom.sf(k - 1, 100, 0.3) < 0.05) == 39
     assert "fails from 39.0% on" in passing.sentence
+
+
+# --- ceilings of their own ---
+
+RISING = (0.36, 0.52, 0.65, 0.81)
+
+
+def own(successes: int, ceilings: tuple[float, ...], **more: int) -> Measured:
+    return Measured("row", successes, len(ceilings), float(np.mean(ceilings)), own=ceilings, **more)
+
+
+def test_unequal_ceilings_are_judged_by_their_own_distribution() -> None:
+    """Against the sum over all 2⁸ outcomes, and scipy's distribution where it has one (from 1.15 on)."""
+    ceilings = (0.05, 0.2, 0.36, 0.5, 0.52, 0.65, 0.81, 0.97)
+    outcomes = np.array(list(product((0, 1), repeat=8)))
+    chances = np.where(outcomes == 1, ceilings, 1 - np.array(ceilings)).prod(1)
+    for k in range(9):
+        assert p_value(own(k, ceilings), k) == pytest.approx(float(chances[outcomes.sum(1) >= k].sum()), rel=1e-12)
+    many = RISING * 50
+    same = Measured("row", 3, 200, 0.3, own=(0.3,) * 200)
+    for k in (0, 1, 80, 117, 140, 200):
+        if hasattr(stats, "poisson_binom"):
+            assert p_value(own(k, many), k) == pytest.approx(float(stats.poisson_binom.sf(k - 1, many)), rel=1e-6, abs=1e-15)
+        assert p_value(same, k) == pytest.approx(float(stats.binom.sf(k - 1, 200, 0.3)), rel=1e-9)
+
+
+def test_unequal_ceilings_keep_their_level_and_find_what_the_highest_one_would_hide() -> None:
+    """40 trials: the audit fails as soon as, and no sooner than, so many successes have a chance below 5 %."""
+    row = own(0, RISING * 10)
+    from_here = next(k for k in range(41) if audit([own(k, RISING * 10)])[0].failed)
+    assert audit([row])[0].fails_from == from_here == 29
+    assert p_value(row, from_here) < 0.05 <= p_value(row, from_here - 1)
+    rng = np.random.default_rng(0)
+    drawn = (rng.random((20_000, 40)) < RISING * 10).sum(1)
+    assert float((drawn >= from_here).mean()) == pytest.approx(p_value(row, from_here), abs=0.005)
+    assert audit([Measured("row", 0, 40, 0.81)])[0].fails_from == 37  # which is what its highest ceiling would ask for
+    apart = (0.1, 0.9) * 20
+    assert [audit([one])[0].fails_from for one in (own(0, apart), Measured("row", 0, 40, 0.5))] == [24, 26]  # so would their mean
+
+
+def test_a_limit_above_the_mean_of_unequal_ceilings_is_a_failure_among_any_rows() -> None:
+    rng = np.random.default_rng(1)
+    failures = 0
+    for _ in range(200):
+        rows = []
+        for _ in range(int(rng.integers(1, 5))):
+            ceilings = tuple(rng.uniform(0.02, 0.6, int(rng.choice([2, 5, 20, 60]))))
+            rows.append(own(int(sum(rng.random(len(ceilings)) < np.array(ceilings) * rng.uniform(0.8, 1.6))), ceilings))
+        for verdict in audit(rows):
+            failures += verdict.failed
+            assert verdict.failed == (verdict.p_value < 0.05)
+            assert verdict.failed or verdict.low <= verdict.measured.ceiling or verdict.measured.successes < 2
+            if verdict.fails_from is not None and verdict.measured.successes >= verdict.fails_from:
+                assert verdict.failed
+    assert failures > 20
+
+
+def test_rows_that_cannot_fail_are_told_by_the_product_of_their_ceilings() -> None:
+    """0.1·0.4 < 0.05 < 0.1·0.6, whatever the mean."""
+    assert audit([own(2, (0.1, 0.4))])[0].failed
+    (verdict,) = audit([own(2, (0.1, 0.6))])
+    assert not verdict.failed
+    assert verdict.sentence == "row: 2 of 2 (100.0%) named, cannot fail at 2 trials beside ceilings of 10.0% to 60.0%, 35.0% on average."
+
+
+def test_the_sentence_on_unequal_ceilings_says_their_range_what_was_counted_and_how_likely_it_is() -> None:
+    (kept,), (broken,) = (audit([own(k, RISING * 10, left_out=40)]) for k in (24, 36))
+    counted = "named in those of 80 trials whose ceiling is below 1"
+    assert kept.sentence == (
+        f"row: 24 of 40 (60.0%) {counted}, within ceilings of 36.0% to 81.0%, 58.5% on average (p = {kept.p_value:.2g}); fails from 72.5% on."
+    )
+    assert broken.sentence == (
+        f"row: AUDIT FAILED: 36 of 40 (90.0%) {counted}, more than ceilings of 36.0% to 81.0%, 58.5% on average, allow "
+        f"(p = {broken.p_value:.2g}): the implementation is broken or claims too much."
+    )
+    (equal,) = audit([Measured("row", 30, 100, 0.3, left_out=20)])
+    assert "30 of 100 (30.0%) named in those of 120 trials whose ceiling is below 1, at least 22.5% with confidence, within the" in equal.sentence
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "each", "message"),
+    [(0.3, (0.2, 0.4, 0.3), "for each of 2 trials, got"), (0.6, (0.2, 1.2), "in \\[0, 1\\] for each"), (0.4, (0.2, 0.4), "must be the mean")],
+)
+def test_own_ceilings_must_be_one_for_each_trial_with_the_stated_mean(ceiling: float, each: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Measured("row", 1, 2, ceiling, own=each)
 
 
 def test_without_a_claim_nothing_can_fail() -> None:

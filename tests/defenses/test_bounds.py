@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -191,6 +192,11 @@ def test_the_upper_end_of_twenty_probes_is_below_the_truth_once_in_600_whatever_
     assert np.mean(below) < 1 / 600
     assert Trace(1.0, 0.02, 1).above().value == pytest.approx(1.09, abs=0.01)
     assert Trace(0.0, 0.0, 1).above() == Trace(0.0, 0.0, 1)
+
+
+def test_the_sentence_says_how_many_standard_errors_were_added_and_on_which_scale() -> None:
+    (said,) = re.findall(r"([\d.]+) standard errors of the estimate added on the scale of logarithms", ASSUMPTIONS["dfil"])
+    assert Trace(2.0, 0.1, 64).above().value == pytest.approx(2.0 * math.exp(float(said) * 0.1 / 2.0))
 
 
 def test_dfil_of_the_reference_and_least_squares_keeps_to_it() -> None:

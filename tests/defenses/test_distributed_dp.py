@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from dp_accounting import ComposedDpEvent, GaussianDpEvent, SelfComposedDpEvent
@@ -14,12 +16,14 @@ from scipy import stats
 
 from clients.local import local_upload
 from defenses.accounting import certify, guarantee
+from defenses.audit import Measured, audit
 from defenses.bounds import reconstruction_ceiling
+from defenses.channel._secagg.encoding import ideal_sum
 from defenses.channel._secagg.quantization import Scale, to_words
 from defenses.channel.secure_aggregation import SecureAggregation
 from defenses.client.client_dp import ClientDP
 from defenses.client.clip import Clip
-from defenses.client.distributed_dp import DistributedDP
+from defenses.client.distributed_dp import DistributedDP, words
 from defenses.client.gaussian_noise import GaussianNoise
 from defenses.distributed import (
     ALL_ORDERS,
@@ -36,10 +40,12 @@ from defenses.distributed import (
     success_of,
 )
 from defenses.privacy_loss import epsilon, gaussian_dp_epsilon, unknown
-from simulator.defense import Defense
+from simulator.defense import ClientContext, Defense
 from simulator.errors import ProtocolAbort
 from simulator.network import network
 from simulator.rng import stream
+from simulator.types import Update
+from simulator.world import World
 from tests.defenses.tiny import Reporter
 from tests.defenses.tiny import world as tiny
 from tests.federations import federate, world
@@ -373,3 +379,63 @@ def test_colluding_clients_take_their_noise_with_them(tmp_path: Path) -> None:
     arms = ['arms = [{name = "d", defenses = [{name = "distributed_dp"}, {name = "secure_aggregation", bits = 24}]}]', "threat.colluding = 2"]
     with pytest.raises(SpecError, match=r"colluding of distributed_dp must be ≥ threat.colluding = 2, got 1"):
         check(load(None, arms))
+
+
+# --- held against its ceiling ---
+
+
+@dataclass(frozen=True)
+class HalvedNoise(DistributedDP):
+    """distributed_dp with a bug: it draws noise of half the deviation that it claims."""
+
+    def integer_noise(self, world: World, shape: tuple[int, ...], rng: torch.Generator) -> npt.NDArray[np.int64]:
+        return skellam((self.share(world) / 2 / words(world).grid(world, *shape)) ** 2, shape, rng)
+
+
+def named_in_sums(defense: DistributedDP, *, trials: int, candidates: int, seed: int) -> Measured:
+    """How often the likeliest candidate is the one behind a client's share of a sum: clipped, turned, rounded, noised and added up for real.
+
+    Four clients, all of whom a sum needs and none of whom colludes, so that it has just the noise of the claim. The attacker knows the
+    updates of the other three and names the candidate that maximizes ⟨y, c⟩ − ‖c‖²/2, y what is left of the sum. The noise is nearly
+    Gaussian: a coordinate's deviation is of many steps of the grid.
+    """
+    channel, clients = secagg(threshold=4), 4
+    of = tiny(defense, channel, clients=clients, rounds=1)
+    d = sum(tensor.numel() for tensor in network(of.architecture, of.data.load().schema, of.training, of.seed).parameters())
+    template, limit, draw, hits = {"w": torch.zeros(d)}, channel.range_for(of, d), np.random.default_rng(seed), 0
+
+    def clipped(update: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        return defense.on_update(Update("gradient", {"w": update}), ClientContext(0, 1, 1, rng)).tensors["w"]
+
+    for trial in range(trials):
+        rng, truth = stream(seed, "noise", trial), int(draw.integers(candidates))
+        drawn = torch.from_numpy(draw.standard_normal((candidates + clients - 1, d))).float()
+        each = torch.stack([clipped(update, rng) for update in drawn])
+        sent = {0: each[truth], **dict(enumerate(each[candidates:], 1))}
+        vectors = {
+            client: channel.encode(
+                Update("gradient", {"w": update}), {}, 1, cohort=clients, max_examples=1, rng=rng, limit=limit,
+                noise=defense.integer_noise(of, (d,), rng), longest=defense.longest_rounded(of, d), rotation=channel.rotation_for(of, 1),
+            )
+            for client, update in sent.items()
+        }  # fmt: skip
+        mean = channel.decode(
+            ideal_sum(vectors, channel.bits), kind="gradient", template=template, buffer_template={}, senders=frozenset(vectors),
+            cohort=clients, max_examples=1, noisy=True, limit=limit, rotation=channel.rotation_for(of, 1),
+        ).update.tensors["w"]  # fmt: skip
+        left = clients * mean - each[candidates:].sum(0)
+        hits += int((each[:candidates] @ left - each[:candidates].square().sum(1) / 2).argmax()) == truth
+    claim = guarantee(of, records_held=(1,) * clients).claim
+    return Measured(defense.name, hits, trials, reconstruction_ceiling(claim, candidates))
+
+
+def test_half_the_noise_of_a_sum_is_caught_and_the_claimed_noise_is_not() -> None:
+    """z = 1, 100 candidates: the ceiling by Rényi DP is 0.126; random candidates are named about as often as orthonormal ones, ∫φ(x − 1/z)Φ(x)⁹⁹."""
+    grid = np.linspace(-12, 20, 20_001)
+    for defense, noise, failed in ((DistributedDP(colluding=0), 1.0, False), (HalvedNoise(colluding=0), 0.5, True)):
+        for seed in range(2):
+            (verdict,) = audit([named_in_sums(defense, trials=150, candidates=100, seed=seed)])
+            assert verdict.measured.ceiling == pytest.approx(success_of(gaussian_curve(1.0), 0.01), rel=1e-3)
+            success = float(np.trapezoid(stats.norm.pdf(grid - 1 / noise) * stats.norm.cdf(grid) ** 99, grid))
+            assert stats.binomtest(verdict.measured.successes, 150, success).pvalue > 1e-3
+            assert verdict.failed == failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from dp_accounting import GaussianDpEvent
 
 from clients.private import private_record_ids, records_held
 from defenses.accounting import guarantee
-from defenses.audit import audit
+from defenses.audit import Measured, audit
 from defenses.bounds import success_ceiling
 from defenses.client import dp_sgd
 from experiments.auditing import audit_run, measured
@@ -112,7 +113,11 @@ def test_one_record_an_upload_counts_and_what_is_not_audited_is_said() -> None:
     again = trial(arm="dp", seed=0, round=3, records=(record(0, 1), record(0, 4)), answered="candidates")  # one of round 1 is in it
     rows, left_out = measured([batch, later, again, *arm("none", 25.0)], facts, one_round=True, candidates=10)
     (row,) = rows
-    assert (row.name, row.successes, row.trials, row.ceiling) == ("dp, ig", 1, 2, 0.3)  # the highest ceiling of the seeds
+    assert (row.name, row.successes, row.trials, row.ceiling, row.own) == ("dp, ig", 1, 2, 0.2, ())  # that of their seed
+    (both,), _ = measured([batch, replace(batch, seed=1)], facts, one_round=True, candidates=10)
+    assert (both.ceiling, both.own) == (0.25, (0.2, 0.3))
+    (unknown,), _ = measured([replace(batch, seed=2)], facts, one_round=True, candidates=10)
+    assert unknown.ceiling == 0.3  # the highest
     assert row.chance == 0.2
     assert left_out == ["none: not audited: nothing is certified against this adversary."]
     mixed = [trial(arm="dp", round=n, senders=who, records=(record(who[0], n),)) for n, who in enumerate(((0, 1), (0, 2), (2, 3)), 1)]
@@ -142,11 +147,49 @@ def test_a_trial_counts_against_the_ceiling_of_its_own_round() -> None:
     vacuous = ["dp: not audited: (ε, δ) lets everybody be named by what an attack saw."]
     assert [row.ceiling for row in measured([first], facts, one_round=True, candidates=10)[0]] == [0.2]
     assert measured([last], facts, one_round=True, candidates=10) == ([], vacuous)
-    assert measured([first, last], facts, one_round=True, candidates=10) == ([], vacuous)
+    (row,), _ = measured([first, last], facts, one_round=True, candidates=10)
+    assert (row.successes, row.trials, row.ceiling, row.own, row.left_out) == (1, 1, 0.2, (), 1)
     repeated = trial(arm="dp", round=4, records=(record(0, 1),))  # not counted, so that its round is none
     assert [row.ceiling for row in measured([first, repeated], facts, one_round=True, candidates=10)[0]] == [0.2]
     older = [ArmFacts(arm="dp", seed=0, accuracy=1.0, epsilon=8.0, ceiling=0.7)]
     assert [row.ceiling for row in measured([first, last], older, one_round=True, candidates=10)[0]] == [0.7]
+
+
+def test_rounds_that_allow_everything_do_not_hide_those_that_do_not() -> None:
+    """Distributed DP at z = 1.5 in eight attacked rounds: the first four are held against their own ceilings, whatever the others show."""
+    ceilings = {str(number): most for number, most in enumerate((0.36, 0.52, 0.65, 0.81, 1.0, 1.0, 1.0, 1.0), 1)}
+    facts = [ArmFacts(arm="dp", seed=seed, accuracy=1.0, epsilon=8.0, ceiling=1.0, ceiling_by_round=ceilings) for seed in range(6)]
+
+    def rows(hit: Callable[[int, int], bool]) -> list[Measured]:
+        every = [
+            trial(arm="dp", seed=seed, round=round, records=(record(0, round, identified=hit(seed, round)),))
+            for seed in range(6) for round in range(1, 9)
+        ]  # fmt: skip
+        found, skipped = measured(every, facts, one_round=True, candidates=10)
+        assert skipped == []
+        return found
+
+    (verdict,) = audit(rows(lambda seed, round: True))
+    row = verdict.measured
+    assert (row.successes, row.trials, row.left_out, row.ceiling) == (24, 24, 24, pytest.approx(0.585))
+    assert row.own == (0.36, 0.52, 0.65, 0.81) * 6
+    assert verdict.failed
+    assert verdict.p_value == pytest.approx((0.36 * 0.52 * 0.65 * 0.81) ** 6)
+    assert "24 of 24 (100.0%) named in those of 48 trials whose ceiling is below 1" in verdict.sentence
+    assert rows(lambda seed, round: round < 5) == [row]  # what the others showed makes no difference
+    (within,) = audit(rows(lambda seed, round: seed < 3))
+    assert not within.failed
+    assert "within ceilings of 36.0% to 81.0%, 58.5% on average" in within.sentence
+
+
+def test_of_a_record_in_several_rounds_the_first_counts_whatever_its_ceiling() -> None:
+    """Which of the trials that share noise counts is settled before any ceiling is looked at."""
+    facts = [ArmFacts(arm="dp", seed=0, accuracy=1.0, epsilon=8.0, ceiling=1.0, ceiling_by_round={"1": 1.0, "4": 0.2})]
+    twice = [trial(arm="dp", round=round, records=(record(0, 7),)) for round in (1, 4)]
+    assert measured(twice, facts, one_round=True, candidates=10)[0] == []
+    other = trial(arm="dp", round=4, records=(record(0, 8),))
+    (row,), _ = measured([*twice, other], facts, one_round=True, candidates=10)
+    assert (row.trials, row.left_out, row.ceiling) == (1, 1, 0.2)
 
 
 @pytest.mark.parametrize(("candidates", "said"), [(20, "within the ceiling of 60.0%"), (8, "no test: guessing alone names 50%.")])

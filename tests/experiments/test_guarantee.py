@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from experiments.under_attack import Victim
 from simulator import config
 from simulator.adversary import ThreatModel
 from simulator.dataset import take
+from simulator.defense import ClientContext, Defense
+from simulator.models.dropout import Dropout
 from simulator.network import tensors
 from simulator.rng import stream
-from simulator.types import Broadcast, Observation, Update, Upload
+from simulator.types import Broadcast, Observation, Tensors, Update, Upload
 from simulator.world import World
+from tests.defenses.tiny import Reporter
 from tests.federations import world
 
 
@@ -83,29 +87,159 @@ def test_the_fisher_information_of_a_linear_model_is_its_closed_form() -> None:
     assert leakage(of, attacked)[0] == pytest.approx(expected, rel=0.15)
 
 
+DP_SGD = {"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0}
+CLIENT_DP = {"name": "client_dp", "clip_norm": 0.5, "noise_multiplier": 2.0}
+LOCAL_DP = {"name": "local_dp", "clip_norm": 0.5, "noise_multiplier": 1.0}  # in units of 2S
+NOISE = {"name": "gaussian_noise", "sigma": 0.1}
+CLIP = {"name": "clip", "clip_norm": 2.0}
+HELD = 100
+
+
 @pytest.mark.parametrize(
     ("of", "expected"),
     [
         (defended(), None),
-        (defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 2.0}), (0.5, 1.0)),
-        (defended({"name": "dp_sgd", "clip_norm": 0.5, "noise_multiplier": 0.0}), None),
-        (defended({"name": "gaussian_noise", "sigma": 0.1}, batch_size=4), (math.inf, 0.4)),
-        (defended({"name": "clip", "clip_norm": 2.0}, {"name": "gaussian_noise", "sigma": 0.1}), (2.0, 0.1)),
-        (defended({"name": "clip", "clip_norm": 2.0}, {"name": "gaussian_noise", "sigma": 0.1}, batch_size=4), None),
-        (defended({"name": "gaussian_noise", "sigma": 0.1}, "secure_aggregation"), None),
-        (defended({"name": "gaussian_noise", "sigma": 0.1}, algorithm="fedavg"), None),
+        (defended(DP_SGD), (0.5, 1.0)),
+        (defended(DP_SGD, batch_size=4), (0.5, 1.0)),  # each record's is clipped
+        (defended(DP_SGD, batch_size=0), (0.5, 1.0)),
+        (defended(DP_SGD, batch_size=4, sampling="poisson"), (0.5, 1.0)),
+        (defended({**DP_SGD, "noise_multiplier": 0.0}), None),
+        (defended({**DP_SGD, "noise_multiplier": 0.0}, NOISE, batch_size=4), (0.5, 0.4)),
+        (defended(CLIENT_DP), (0.5, 1.0)),
+        (defended({**CLIENT_DP, "noise_multiplier": 0.0}, NOISE), (0.5, 0.1)),
+        (defended({**CLIENT_DP, "clip_norm": math.inf, "noise_multiplier": 0.0}, NOISE, batch_size=4), (math.inf, 0.4)),
+        (defended(CLIENT_DP, batch_size=4), None),
+        (defended(CLIENT_DP, sampling="poisson"), None),  # one record is expected, two may be drawn
+        (defended(LOCAL_DP), (0.5, 1.0)),
+        (defended(LOCAL_DP, batch_size=4), None),
+        (defended({**LOCAL_DP, "mechanism": "laplace"}), None),
+        (defended({**LOCAL_DP, "mechanism": "laplace", "noise_multiplier": 0.0}, NOISE), None),  # clips in another norm
+        (defended(NOISE, batch_size=4), (math.inf, 0.4)),
+        (defended(NOISE, batch_size=0), (math.inf, 0.1 * HELD)),
+        (defended(CLIP, NOISE), (2.0, 0.1)),
+        (defended(CLIP, {**CLIP, "clip_norm": 0.7}, NOISE), (0.7, 0.1)),
+        (defended(CLIP, NOISE, batch_size=4), None),
+        (defended({"name": "central_dp", "clip_norm": 0.7}, NOISE), (0.7, 0.1)),
+        (defended({"name": "central_dp", "clip_norm": 0.7}), None),
+        (defended("top_k", NOISE), None),
+        (defended("laplace_noise"), None),
+        (defended("laplace_noise", NOISE), None),
+        (defended("distributed_dp", {"name": "secure_aggregation", "bits": 20}), None),
+        (defended(NOISE, algorithm="fedavg"), None),
     ],
 )
 def test_the_mechanism_is_read_off_the_stack(of: World, expected: tuple[float, float] | None) -> None:
-    assert clipping_and_noise(of) == (expected if expected is None else pytest.approx(expected))
+    assert clipping_and_noise(of, HELD) == (expected if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("mechanism", [DP_SGD, CLIENT_DP, LOCAL_DP])
+@pytest.mark.parametrize(
+    "after",
+    ["sign_sgd", "top_k", "qsgd", "random_pruning", "clip", "gaussian_noise", "laplace_noise", "secure_aggregation", "ckks_aggregation",
+     "simulated_enclave", "central_dp", "group_norm", "model_inspection"],
+)  # fmt: skip
+def test_what_is_done_to_the_noisy_update_alone_leaves_the_bound(mechanism: dict[str, Any], after: str) -> None:
+    assert clipping_and_noise(defended(mechanism, after), HELD) == clipping_and_noise(defended(mechanism), HELD) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("mechanism", [DP_SGD, CLIENT_DP, LOCAL_DP, NOISE])
+@pytest.mark.parametrize("other", ["soteria", "censor", "outpost", "mixup", "instahide", "ats"])
+def test_where_the_private_batch_is_used_otherwise_there_is_no_bound(mechanism: dict[str, Any], other: str) -> None:
+    for stack in ((mechanism, other), (other, mechanism)):
+        assert clipping_and_noise(defended(*stack), HELD) is None
+
+
+def test_a_report_on_the_update_must_come_after_its_noise() -> None:
+    for mechanism, before in ((DP_SGD, True), (CLIENT_DP, False)):  # dp_sgd's noise is there before any update
+        (noise,) = defended(mechanism).defenses
+        assert clipping_and_noise(replace(defended(), defenses=(noise, Reporter())), HELD) == (0.5, 1.0)
+        assert (clipping_and_noise(replace(defended(), defenses=(Reporter(), noise)), HELD) is not None) == before
+
+
+@dataclass(frozen=True)
+class Doubling(Defense):
+    """Listed after the noise on updates, and acts before it: every on_step precedes every on_update."""
+
+    name = "doubling"
+
+    def on_step(self, gradient: Tensors, context: ClientContext) -> Tensors:
+        return {name: 2 * tensor for name, tensor in gradient.items()}
+
+
+def test_hooks_count_in_the_order_in_which_a_client_comes_to_them() -> None:
+    for mechanism, expected in ((DP_SGD, (0.5, 1.0)), (CLIENT_DP, None)):
+        (noise,) = defended(mechanism).defenses
+        assert clipping_and_noise(replace(defended(), defenses=(noise, Doubling())), HELD) == expected
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("stack", [(DP_SGD,), (CLIENT_DP,), (LOCAL_DP,), (NOISE,), (CLIP, NOISE)])
+def test_clip_norm_and_noise_are_those_that_the_hooks_apply(stack: tuple[dict[str, Any], ...], batch: int) -> None:
+    """What comes out of a long gradient among zeros, less what comes out of zeros alone, which is the noise: its clipped self, over the batch."""
+    of = defended(*stack, batch_size=batch)
+    stated = clipping_and_noise(of, HELD)
+    if batch > 1 and stack not in ((DP_SGD,), (NOISE,)):
+        assert stated is None
+        return
+    assert stated is not None
+    clip_norm, std = stated
+    rule = next((defense for defense in of.defenses if defense.per_example), Defense())
+
+    def uploaded(gradient: torch.Tensor) -> torch.Tensor:
+        context = ClientContext(client=0, round=1, batch_size=batch, rng=stream(0, "noise"))
+        update = Update("gradient", rule.on_gradient({"w": torch.cat([gradient[None], torch.zeros(batch - 1, len(gradient))])}, context))
+        for defense in of.defenses:
+            update = defense.on_update(update, context)
+        return batch * update.tensors["w"]
+
+    gradient = torch.randn(100_000, generator=stream(0, "gradient"))  # of norm 316: clipped by all that clip
+    noise = uploaded(torch.zeros_like(gradient))
+    assert float(noise.std()) == pytest.approx(std, rel=4 / math.sqrt(2 * len(noise)))
+    kept = float(gradient.norm()) if math.isinf(clip_norm) else clip_norm
+    assert float((uploaded(gradient) - noise).norm()) == pytest.approx(kept, rel=1e-3)
+
+
+def test_at_a_batch_of_one_clipped_updates_are_bounded_as_dp_sgd_is() -> None:
+    """Against the whole Jacobian of the clipped gradient of softmax regression, written out: (p − e) ⊗ (x − 1/2, 1)."""
+    attacked = victims(defended())[:2]
+    same = [leakage(defended(one), attacked) for one in (DP_SGD, CLIENT_DP, LOCAL_DP)]
+    after = [leakage(defended(one, *rest), attacked) for one, *rest in ((CLIENT_DP, "sign_sgd"), (LOCAL_DP, "qsgd", "secure_aggregation"))]
+    assert len(same[0]) == 2
+    assert same[0] == same[1] == same[2] == after[0] == after[1]
+    assert leakage(defended({**LOCAL_DP, "noise_multiplier": 2.0}), attacked) == pytest.approx([one / 2 for one in same[0]])
+    model, truth = attacked[0].knowledge.model, attacked[0].truth
+    weight, bias = (tensor.double() for tensor in tensors(model)[0].values())
+
+    def clipped(pixels: torch.Tensor) -> torch.Tensor:
+        seen = pixels.flatten() - 0.5
+        error = torch.softmax(weight @ seen + bias, 0) - torch.nn.functional.one_hot(truth.labels[0], len(bias))
+        gradient = torch.cat([torch.outer(error, seen).flatten(), error])
+        return gradient * torch.clamp(0.5 / gradient.norm(), max=1.0)
+
+    jacobian = torch.autograd.functional.jacobian(clipped, truth.inputs[0].double())
+    exact = math.sqrt(float(jacobian.square().sum()) / 64) / 1.0
+    assert exact < same[0][0] < 1.25 * exact
 
 
 def test_no_ceiling_without_victims_or_with_batch_statistics() -> None:
     of = defended({"name": "gaussian_noise", "sigma": 0.1})
     assert leakage(of, []) == []
     attacked = victims(of)
-    normed = torch.nn.Sequential(torch.nn.BatchNorm2d(1), attacked[0].knowledge.model)
-    assert leakage(of, [replace(attacked[0], knowledge=replace(attacked[0].knowledge, model=normed))]) == []
+    for random, bounded in (
+        (torch.nn.BatchNorm2d(1), False), (torch.nn.Dropout(0.5), False), (Dropout(0.5), False), (Dropout(0.0), True), (torch.nn.Identity(), True)
+    ):  # fmt: skip
+        model = torch.nn.Sequential(OrderedDict([("random", random), *attacked[0].knowledge.model.named_children()]))
+        assert bool(leakage(of, [replace(attacked[0], knowledge=replace(attacked[0].knowledge, model=model))])) == bounded
+
+
+def test_a_bottleneck_that_draws_ends_the_bound_and_other_models_of_defenses_keep_it() -> None:
+    for stack, bounded in (
+        (("precode", DP_SGD), False), (("no_first_bias", CLIENT_DP), True), (("frozen_first_layer", CLIENT_DP), True), ((CLIENT_DP,), True)
+    ):  # fmt: skip
+        of = replace_model(defended(*stack), "mlp")
+        assert bool(leakage(of, victims(of))) == bounded
+    of = replace_model(defended("group_norm", DP_SGD), "resnet20")
+    assert leakage(of, victims(of)[:1])[0] > 0
 
 
 @pytest.mark.parametrize(("model", "linear"), [("linear", True), ("mlp", True), ("lenet", False), ("cnn", False)])

@@ -589,6 +589,16 @@ def test_a_row_has_the_ceiling_of_its_rounds_and_beside_it_that_of_the_whole_tra
     assert (older["ceiling"], older["training_ceiling"]) == (0.6, None)
 
 
+def test_rounds_in_which_everybody_may_be_named_hide_no_others() -> None:
+    """Eight of eight in round 1 beside a ceiling of 0.4 refute it, though nothing can exceed that of round 8; the guarantee excludes something."""
+    trials = [trial(round=round, senders=(at,), records=(record(at, 10 * round + at),)) for round in (1, 8) for at in range(8)]
+    for first, flags in ((0.4, (True, False)), (1.0, (False, True))):
+        facts = ArmFacts(arm="none", seed=0, accuracy=1.0, epsilon=8.0, delta=1e-5, ceiling=1.0, ceiling_by_round={"1": first, "8": 1.0})
+        found = row(summary(trials, facts), "none")
+        assert found["ceiling"] == 1.0  # the highest of its rounds
+        assert tuple(flag in found["flags"] for flag in ("ceiling_exceeded", "ceiling_vacuous")) == flags
+
+
 def test_naming_one_of_few_candidates_is_no_test() -> None:
     batches = [trial(senders=(at,), records=tuple(record(at, 10 * at + n) for n in range(50))) for at in range(2)]
     (half,) = (each for each in summary(batches)["rows"] if each["attack"] == "ig")
