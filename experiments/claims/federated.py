@@ -2,6 +2,8 @@
 
 A row of a summary by itself has a bar that its counterpart may keep as well. Here both are of the same victims, and the figure is the
 difference, whose interval resamples whole federations where their uploads share records (:func:`experiments.groups.clusters`).
+
+Long for one file: three measurements, which share how records are paired.
 """
 
 from __future__ import annotations
