@@ -121,9 +121,9 @@ def clusters(scored: Sequence[Scored], others: Sequence[Scored] = ()) -> list[in
     return [numbers.setdefault(root(item.upload), len(numbers)) for item in scored]
 
 
-def interval_of(values: Sequence[float], scored: Sequence[Scored]) -> Interval:
-    """The mean of one value a record, with its interval over whole clusters."""
-    return bootstrap_mean(values, clusters(scored), rng=fixed_rng())
+def interval_of(values: Sequence[float], scored: Sequence[Scored], others: Sequence[Scored] = ()) -> Interval:
+    """The mean of one value a record, with its interval over whole clusters; ``others`` as for :func:`clusters`."""
+    return bootstrap_mean(values, clusters(scored, others), rng=fixed_rng())
 
 
 def rate_of(hits: Sequence[bool], scored: Sequence[Scored]) -> Rate:

@@ -61,11 +61,11 @@ def attributed(scored: Sequence[Scored]) -> Row | None:
     if not named:
         return None
     uploads = {id(item.trial): item.trial for item in named}.values()
-    chance = float(np.mean([_shuffled_owners(trial) for trial in uploads]))
+    chance = float(np.mean([dealt_owners(trial) for trial in uploads]))
     return bounds(rate_of([bool(item.record.attributed) for item in named], named)) | {"records": len(named), "chance": chance}
 
 
-def _shuffled_owners(trial: Trial) -> float:
+def dealt_owners(trial: Trial) -> float:
     """Share of records that go to their sender if the senders' records are dealt at random: who guesses knows n_i, and no more.
 
     Labels alone are interchangeable: within a class, as many as possible count as right, as they do for the attack.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.claims import federated, measures
 from experiments.claims.check import KEPT, READ, filed
 from experiments.claims.claim import Claim, select
-from experiments.claims.measures import UNITS
+
+UNITS = {**measures.UNITS, **federated.UNITS}
+"""Units by the name of the figure."""
 
 DOCS = Path(__file__).parents[2] / "docs" / "claims.md"
 

@@ -195,6 +195,7 @@ def read(path: Path) -> Claim:
         benchmarks,
         certificates,
         defended,
+        federated,
         foresight,
         measures,
         planted,

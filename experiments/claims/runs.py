@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from experiments.claims.claim import MEASURES
+from experiments.result import Trial
 from simulator.errors import FedpeekError, SpecError, did_you_mean
 
 
@@ -43,7 +44,7 @@ class SpecMeasure:
 
     def __call__(self) -> Mapping[str, float]:
         """Run the spec and read the row."""
-        rows = [row for row in _rows(self.spec, self.set) if (row["defense"], row["attack"]) == (self.arm, self.attack)]
+        rows = [row for row in ran(self.spec, self.set).rows if (row["defense"], row["attack"]) == (self.arm, self.attack)]
         rows = [row for row in rows if not self.round or row["rounds"] == [self.round]]
         if len(rows) != 1:
             raise SpecError(f"arm, attack and round must name one row of {self.spec}, got {len(rows)} for {self.arm!r}, {self.attack!r}.")
@@ -56,21 +57,39 @@ SECRET = "claims"
 """Of a spec that has none."""
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a run left: the rows of its summary, and the trials that they are of."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    trials: tuple[Trial, ...]
+
+
 @cache
-def _rows(spec: str, assignments: tuple[str, ...]) -> list[dict[str, Any]]:
+def ran(spec: str, assignments: tuple[str, ...], *, workers: int = 0) -> Ran:
+    """Run an example spec, once for all claims that ask for the same.
+
+    Args:
+        workers: processes; 0 means one for each core. To start one takes longer than a small federation, and changes no number.
+
+    Raises:
+        FedpeekError: a federation of it failed.
+    """
     from experiments.conclude import SUMMARY, conclude
+    from experiments.directory import read_trials
     from experiments.run import run
     from experiments.spec import load
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         given = load(spec, assignments)
-        failures = run(replace(given, secret=given.secret or SECRET), out)  # a fresh one would give other noise and luck each time
+        with_secret = replace(given, secret=given.secret or SECRET)  # a fresh one would give other noise and luck each time
+        failures = run(with_secret, out, workers=workers)
         if failures:
             raise FedpeekError(f"spec {spec} must run without failures, got: {failures[0].failure}")
         conclude(out)
-        rows: list[dict[str, Any]] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["rows"]
-    return rows
+        rows = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["rows"]
+        return Ran(tuple(rows), tuple(read_trials(out)))
 
 
 def _at(row: Mapping[str, Any], path: str) -> float:

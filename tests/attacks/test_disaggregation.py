@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attacks import strongest
-from attacks._cohorts import combination, covariance, mixed, separate
+from attacks._cohorts import combination, covariance, mixed, participation, separate
 from attacks._gradient import norm
 from attacks.strongest import Strongest
 from attacks.update.gradient_disaggregation import GradientDisaggregation
@@ -67,6 +67,79 @@ def test_the_number_of_examples_is_solved_from_the_totals() -> None:
     for item in found:
         truth = own(clients()[item.client], view.broadcast.parameters)
         assert all(torch.allclose(mixed(item, rounds)[name], truth[name], atol=1e-5) for name in truth)
+
+
+D, PEOPLE = 2000, 20
+"""Coordinates and clients of the reference's vectors for differencing over rounds of known participation."""
+
+
+def drifting(rounds: int, drift: float, seed: int) -> tuple[Observation, Knowledge, Tensor]:
+    """Sums of standard normal updates over cohorts by the toss of a coin, each client's with fresh drift in each round; and the updates.
+
+    The model stands still, so that to the attack all drift is rounding: as large in each round as it has senders, like here.
+    """
+    rng, model, recipe = stream(seed, "known participation", rounds), nn.Sequential(nn.Flatten(), nn.Linear(D // 10 - 1, 10)), LocalTraining(batch_size=0)
+    parameters: Tensors = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    updates, seen = torch.randn(PEOPLE, D, generator=rng), list[Observation]()
+    for number, there in enumerate(torch.rand(rounds, PEOPLE, generator=rng) < 0.5):
+        cohort = there.nonzero().flatten()
+        mean = (updates[cohort] + drift * torch.randn(len(cohort), D, generator=rng)).mean(0)
+        tensors = {"1.weight": mean[:-10].view(10, -1), "1.bias": mean[-10:]}
+        upload = Upload(frozenset(cohort.tolist()), Update("gradient", tensors), {}, len(cohort))
+        seen.append(Observation(Broadcast(number, parameters, {}, recipe), (upload,)))
+    schema = Schema((1, 1, D // 10 - 1), CLASSES)
+    return seen[0], Knowledge(model, schema, recipe, seen[0].upload.num_examples, history=tuple(seen[1:])), updates
+
+
+def cosines(rounds: int, drift: float, seed: int) -> tuple[float, float]:
+    """Mean cosine of the first round's senders to their updates, found and expected: drift·√(Σ_t c_t²·n_t) is the error's norm over theirs."""
+    view, knowledge, updates = drifting(rounds, drift, seed)
+    found, shown = separate(view, knowledge)
+    assert {item.client for item in found} == view.upload.senders
+    sizes = torch.tensor([float(len(each.upload.senders)) for each in shown], dtype=torch.float64)
+    right, due = list[float](), list[float]()
+    for item in found:
+        guess = torch.cat([tensor.flatten() for tensor in mixed(item, shown).values()])
+        right.append(float(torch.cosine_similarity(guess, updates[item.client], dim=0)))
+        due.append(float((1 + drift**2 * (item.weights.square() * sizes).sum()) ** -0.5))
+    return sum(right) / len(right), sum(due) / len(due)
+
+
+@pytest.mark.parametrize(
+    ("drift", "rounds", "cosine", "within"),
+    [
+        (0.0, 20, 1.00, 1e-3), (0.0, 30, 1.00, 1e-4), (0.1, 30, 0.98, 0.01), (0.5, 30, 0.72, 0.03), (1.0, 30, 0.47, 0.03),
+        (0.1, 60, 0.995, 0.002), (0.5, 60, 0.90, 0.015), (1.0, 60, 0.72, 0.02), (0.1, 200, 0.999, 0.001), (0.5, 200, 0.97, 0.01), (1.0, 200, 0.91, 0.01),
+    ],
+)  # fmt: skip
+def test_known_participation_gives_updates_back_as_well_as_the_reference_says(drift: float, rounds: int, cosine: float, within: float) -> None:
+    """Vectors of 20 clients with 2000 coordinates; rounded to two digits there, of one draw, hence the margins. Measured over five draws."""
+    draws = [cosines(rounds, drift, seed) for seed in range(5)]
+    found, due = (sum(each) / len(draws) for each in zip(*draws, strict=True))
+    assert found == pytest.approx(cosine, abs=within)
+    assert found == pytest.approx(due, abs=0.01)
+
+
+@pytest.mark.parametrize(("drift", "cosine"), [(0.1, 0.50), (0.5, 0.36), (1.0, 0.13)])
+def test_as_many_rounds_as_clients_amplify_drift_by_chance(drift: float, cosine: float) -> None:
+    """A square P is ill-conditioned, by how much depends on the draw: the vector lies among those of twenty, all below 30 rounds'."""
+    draws = [cosines(PEOPLE, drift, seed)[0] for seed in range(20)]
+    assert min(draws) < cosine < max(draws)
+    assert max(draws) < cosines(30, drift, 0)[0]
+
+
+def test_fewer_rounds_than_clients_give_blends_which_the_attack_does_not_take() -> None:
+    """Of 10 rounds the least-norm solution is half of each update and parts of others': a cosine of √½ = .70, and nobody alone."""
+    view, knowledge, updates = drifting(10, 0.0, 0)
+    sums = torch.stack([
+        torch.cat([tensor.flatten() for tensor in seen.upload.update.tensors.values()]) * seen.upload.num_examples
+        for seen in (view, *knowledge.history)
+    ])  # fmt: skip
+    matrix, clients = participation([view, *knowledge.history])
+    blends = torch.linalg.pinv(matrix) @ sums.double()
+    assert float(torch.cosine_similarity(blends, updates[clients].double(), dim=1).mean()) == pytest.approx(0.70, abs=0.02)
+    assert separate(view, knowledge)[0] == []
+    assert "other cohorts" in str(GradientDisaggregation().supports(view, knowledge))
 
 
 def test_cohorts_that_leave_nobody_alone_are_refused() -> None:

@@ -1,7 +1,7 @@
 """What the literature expects of defenses, as regression tests: through real federations, with truth and adversary kept apart.
 
 Elsewhere: Soteria and PRECODE against an attacker who knows them (tests/attacks/test_adaptive.py), secure aggregation under repeated
-known participation (tests/attacks/test_disaggregation.py), colluders bit by bit (test_collude.py).
+known participation (tests/attacks/test_disaggregation.py, claim rounds-known), colluders bit by bit (test_collude.py).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ NOISE = (0.01, 0.03)
 """Standard deviations on each weight, beside gradients with a norm of 1.3 to 2.3: as noise multipliers 0.004 to 0.023, at which (ε, δ)
 certifies nothing. Over all 9698 weights together the larger is 1.3 to 2.3 times the gradient."""
 NOISY = {"name": "gaussian_noise", "sigma": NOISE[1]}
+SEEDS = (0, 1, 2)
 EQUIVALENT_DB = 1.0
 """Largest change that is none: what a picture's PSNR moves when a different scale rounds differently."""
 
@@ -45,6 +46,11 @@ def rows(
     directory: Path, arms: list[dict[str, Any]], attacks: list[dict[str, Any]], seeds: Sequence[int] = (0,), **changes: Any
 ) -> dict[tuple[str, str], Any]:
     """The rows of the summary, by arm and attack."""
+    return summarized(attacked(directory, arms, attacks, seeds, **changes))
+
+
+def attacked(directory: Path, arms: list[dict[str, Any]], attacks: list[dict[str, Any]], seeds: Sequence[int], **changes: Any) -> list[Trial]:
+    """Every attack on every arm's federation under every seed."""
     table = {**BASE, **changes, "arms": arms, "attacks": attacks}
     experiment = config.build(spec.Experiment, table)
     check(experiment)
@@ -54,8 +60,19 @@ def rows(
         victims = find_victims(experiment, of, federate(of, directory / f"{arm.slug}-{seed}"))
         for attack in experiment.rungs:
             trials += attack_victims(attack, victims, experiment.evaluation, of, arm.name).trials
+    return trials
+
+
+def summarized(trials: Sequence[Trial]) -> dict[tuple[str, str], Any]:
+    """The rows of the summary, by arm and attack."""
     found = summarize(trials, (), candidates=40, control_arm="none", environment={}, version="0")
     return {(row["defense"], row["attack"]): row for row in found["rows"]}
+
+
+def equivalent(row: dict[str, Any]) -> bool:
+    """Whether the paired difference to the undefended arm is none, with its whole interval."""
+    difference = row["difference_to_control"]["psnr_db"]
+    return bool(-EQUIVALENT_DB < difference["low"] <= difference["high"] < EQUIVALENT_DB)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +99,7 @@ def test_small_noise_stops_matching_and_not_identification(matched: dict[tuple[s
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", HARMLESS)
 def test_clipping_and_central_dp_take_nothing_from_optimization(arm: str, matched: dict[tuple[str, str], Any]) -> None:
-    difference = matched[arm, "adaptive_matching"]["difference_to_control"]["psnr_db"]
-    assert -EQUIVALENT_DB < difference["low"] <= difference["high"] < EQUIVALENT_DB
+    assert equivalent(matched[arm, "adaptive_matching"])
     assert matched[arm, "candidate_identification"]["identified"]["rate"] == 1.0
 
 
@@ -101,10 +117,25 @@ def test_clipping_and_central_dp_take_nothing_from_a_closed_form_and_small_noise
         assert found[arm, "candidate_identification"]["identified"]["rate"] == 1.0, arm
 
 
-@pytest.mark.parametrize("colluding", [0, 11])
-def test_secure_aggregation_hides_among_honest_senders_alone(tmp_path: Path, colluding: int) -> None:
-    """One record of each of 12 clients: exact with 11 accomplices, far from it without."""
-    arm = {"name": "secagg", "defenses": [{"name": "secure_aggregation", "mode": "quantized"}]}
-    found = rows(tmp_path, [arm], [MATCHING], threat={"colluding": colluding})
-    psnr = found["secagg", "adaptive_matching"]["scores"]["psnr_db"]["mean"]
-    assert psnr > 25 if colluding else psnr < 20
+@pytest.mark.slow
+def test_secure_aggregation_hides_nothing_from_all_but_one_colluding_and_much_if_they_keep_silent(tmp_path: Path) -> None:
+    """The one honest client of six, in four rounds of three seeds: what it uploads alone, what five accomplices leave of the sum, the sum.
+
+    All three by the same attack, and paired by record. Where the accomplices tell nothing, equivalence fails by far: it is their
+    knowledge that the first comparison rests on.
+    """
+    secagg = {"name": "secagg", "defenses": [{"name": "secure_aggregation", "mode": "quantized"}]}
+    changes: dict[str, Any] = {
+        "federation": {"clients": 6, "rounds": 4}, "evaluation": {"rounds": [1, 2, 3, 4], "candidates": 40, "shuffled_control": False},
+    }  # fmt: skip
+    told = attacked(tmp_path / "told", [{"name": "none"}, secagg], [MATCHING], SEEDS, threat={"colluding": 5}, **changes)
+    untold = attacked(tmp_path / "untold", [{**secagg, "name": "silent"}], [MATCHING], SEEDS, threat={"colluding": 0}, **changes)
+    found = summarized([*told, *untold])
+    alone, left, whole = (found[arm, "adaptive_matching"] for arm in ("none", "secagg", "silent"))
+    assert [row["scored"] for row in (alone, left, whole)] == [12, 12, 72]
+    assert alone["gain"]["psnr_db"]["low"] > 5, "an attack that sees nothing is equivalent to everything"
+    for row in (left, whole):
+        assert (row["difference_to_control"]["pairs"], row["difference_to_control"]["undefended_missed"]) == (12, 0)
+    assert equivalent(left)
+    assert not equivalent(whole)
+    assert whole["difference_to_control"]["psnr_db"]["high"] < -5
