@@ -52,6 +52,7 @@ def columns(facts: Sequence[ArmFacts], upload_bytes: Sequence[float], rounds: Se
         "delta": max((fact.delta for fact in facts if fact.delta is not None), default=None),
         "epsilon_for": "; ".join(dict.fromkeys(fact.epsilon_for for fact in facts if fact.epsilon_for)),
         "ceiling": max((most_of(facts, round) for round in rounds), default=1.0),
+        "least_ceiling": min((most_of(facts, round) for round in rounds), default=1.0),
         "training_ceiling": max((fact.training_ceiling for fact in facts if fact.training_ceiling is not None), default=None),
         "ceilings": _ceilings(facts),
         "accuracy": mean([fact.accuracy for fact in facts if math.isfinite(fact.accuracy)]),

@@ -63,8 +63,9 @@ def assumptions(row: Mapping[str, object]) -> list[str]:
 
 
 def identification(row: Mapping[str, object]) -> str:
-    """The ceiling for what the attack saw, and in brackets that over the whole training where it is another."""
-    return f"{values.percent(number(row.get('ceiling')))} {over_training(row)}".rstrip()
+    """The ceiling for what the attack saw, from the least to the highest of its rounds, and :func:`over_training` where that is another."""
+    ends = [end for key in ("least_ceiling", "ceiling") if (end := number(row.get(key))) is not None]
+    return f"{values.percent_span(ends) or values.MISSING} {over_training(row)}".rstrip()
 
 
 def over_training(row: Mapping[str, object]) -> str:

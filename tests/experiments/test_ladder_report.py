@@ -81,6 +81,12 @@ def test_identification_beside_a_ceiling_is_that_of_one_guess() -> None:
     assert "20 % [15–25 %], 1 % strongest | 50 % [45–55 %], 3 %" in page.replace(values.NBSP, " ")
 
 
+def test_a_ceiling_of_several_rounds_is_printed_from_the_least_to_the_highest() -> None:
+    assert limits.identification({"ceiling": 1.0, "least_ceiling": 0.36, "training_ceiling": 1.0}) == "36–100\u00a0%"
+    assert limits.identification({"ceiling": 0.37, "least_ceiling": 0.37, "training_ceiling": 0.95}) == "37\u00a0% (all 95\u00a0%)"
+    assert limits.identification({"ceiling": 1.0}) == "100\u00a0%"  # of an older version
+
+
 def test_without_ladder_every_row_stays() -> None:
     rows = [row("none", attack="a"), row("none", attack="b")]
     assert not laddered(rows)
