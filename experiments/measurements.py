@@ -21,8 +21,8 @@ MEASURED = Path(__file__).parents[1] / "docs" / "defenses.json"
 KEPT = (
     "defense", "attack", "view", "answered", "control", "against", "rounds", "victims", "scored", "seeds", "uploads", "statuses",
     "stack", "identified", "attributed", "gain", "difference_to_control", "over_prior", "epsilon", "epsilon_for", "delta", "ceiling",
-    "least_ceiling", "training_ceiling", "ceilings", "accuracy", "accuracy_difference", "accuracy_by_seed", "tested_models", "quantization_error",
-    "quantization_relative", "cost", "solvers", "flags",
+    "least_ceiling", "training_ceiling", "ceilings", "accuracy", "accuracy_difference", "accuracy_by_seed", "tested_models",
+    "quantization_error", "quantization_relative", "cost", "solvers", "flags",
 )  # fmt: skip
 """What the pages need of a row of a summary."""
 
