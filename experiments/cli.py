@@ -199,7 +199,10 @@ def claims(
     from experiments.claims.claim import select
     from simulator import progress
 
-    chosen, broken, done = select(ids or ()), 0, 0
+    try:
+        chosen, broken, done = select(ids or ()), 0, 0
+    except SpecError as error:
+        raise SpecError(f"{error} See `fedpeek claims --list`.") from error
     missed: list[str] = []
     if not as_json:
         console.print(heading(), style="bold", highlight=False, soft_wrap=True)

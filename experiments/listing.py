@@ -8,10 +8,9 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from simulator import lookup
-from simulator.config import Plugin
 from simulator.errors import SpecError, did_you_mean
 from simulator.registry import Kind
 
@@ -94,13 +93,8 @@ def shown(kind: Kind, say: Callable[[str], None]) -> Iterator[tuple[str, type[An
         except SpecError as error:
             say(str(error))
             continue
-        if kind != "models" or not _wraps(cls):
+        if kind != "models" or not lookup.wraps(cls):
             yield name, cls
-
-
-def _wraps(model: type[Any]) -> bool:
-    hints = get_type_hints(model, include_extras=True).values()
-    return any(isinstance(extra, Plugin) and extra.kind == "models" for hint in hints for extra in getattr(hint, "__metadata__", ()))
 
 
 def first_line(cls: type[Any]) -> str:

@@ -228,7 +228,10 @@ def find(spec: str) -> Path:
         return path
     name = path.stem if path.suffix == ".toml" and path.parent.name in ("", "specs") else spec
     if name not in examples:
-        raise SpecError(f"spec must be a TOML file or an example's name, got {spec!r}. {did_you_mean(name, examples)}")
+        what = "which is a directory" if path.is_dir() else "and there is no such file"
+        raise SpecError(
+            f"spec must be a TOML file or an example's name, got {spec!r}, {what}. {did_you_mean(name, examples, 'fedpeek list specs')}"
+        )
     return examples[name]
 
 

@@ -78,6 +78,12 @@ BAD = {
     "unknown table": (["--set", "federaton.clients=3"], "Did you mean 'federation'?"),
     "unknown name": (["--set", "model=linea"], "Did you mean 'linear'?"),
     "unknown attack": (["--set", 'attacks=["dgl"]'], "Did you mean 'dlg'?"),
+    "unknown name, of models that a spec may name": (
+        ["--set", "model=convent"],
+        "Did you mean 'convnet'? Valid: cnn, convnet, lenet, linear, mlp, resnet18, resnet20, vit.",
+    ),
+    "no name, of models that a spec may name": (["--set", "model=3"], "got 3. Valid: cnn, convnet, lenet, linear, mlp, resnet18"),
+    "a user's own data": (["--set", "data=mydata.csv"], "For your own data set: package.module:Class."),
     "unknown choice": (["--set", "training.algorithm=fedsdg"], "Did you mean 'fedsgd'?"),
     "wrong type": (["--set", 'federation.clients="four"'], "federation.clients must be a whole number, got 'four'"),
     "not an assignment": (["--set", "clients"], "must be of the form a.b=value"),
@@ -136,6 +142,18 @@ def test_bad_input_is_explained_with_exit_code_2_and_nothing_is_written(
 
 def test_unknown_example_gets_a_suggestion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Did you mean 'demo'?" in refuse(capsys, monkeypatch, "run", "dem")
+    assert "got 'nosuch.toml', and there is no such file. " in refuse(capsys, monkeypatch, "run", "nosuch.toml")
+
+
+def test_of_many_names_the_nearest_are_printed_and_where_all_stand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refuse(capsys, monkeypatch, "claims", "demo-nune")
+    assert re.search(r"Did you mean 'demo-none'\? Also near: .* \d+ names are valid\. See `fedpeek claims --list`\.$", told)
+    told = refuse(capsys, monkeypatch, "claims", "B999")
+    assert len(told) < 200, told
+    told = refuse(capsys, monkeypatch, "run", "--set", 'attacks=["dgl"]')
+    assert "Did you mean 'dlg'? Also near: " in told
+    assert f"{len(lookup.names('attacks'))} names are valid, see `fedpeek list attacks`." in told
+    assert "trap_weights" not in told
 
 
 def test_occupied_directory_is_left_alone(
@@ -145,6 +163,10 @@ def test_occupied_directory_is_left_alone(
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "--out must be empty or new" in refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    told = refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out" / "thesis.txt")
+    assert "which is a file. Choose another name." in told
+    (tmp_path / "out" / "spec.toml").touch()
+    assert "Add --resume" in refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out")
 
 
 def test_out_below_a_file_and_missing_transcripts_are_refused(
@@ -152,6 +174,13 @@ def test_out_below_a_file_and_missing_transcripts_are_refused(
 ) -> None:
     assert "--out must be a directory that can be written" in refuse(capsys, monkeypatch, "run", spec, "--out", spec / "below")
     assert "transcript must be a directory" in refuse(capsys, monkeypatch, "attack", tmp_path / "no", "--attack", "dlg")
+    for number in range(14):
+        (tmp_path / "run" / "transcript" / f"arm-seed{number:02d}").mkdir(parents=True)
+        (tmp_path / "run" / "transcript" / f"arm-seed{number:02d}" / "transcript.jsonl").touch()
+    for given in ("run", "run/transcript"):
+        told = "".join(refuse(capsys, monkeypatch, "attack", tmp_path / given).split())  # lines are folded anywhere
+        assert "run/transcript/NAME,whereNAMEisoneofarm-seed00,arm-seed01," in told
+        assert told.endswith("arm-seed11and2more.")
 
 
 def test_help_teaches() -> None:
