@@ -20,7 +20,7 @@ import typer
 from rich.markup import escape
 
 from experiments.bars import progress_bars
-from experiments.listing import Listed, entry, rows
+from experiments.listing import HEADINGS, OF_CLASSES, Listed, entry, rows
 from experiments.terminal import console, errors, print_table, say, warn
 from simulator.errors import FedpeekError, SpecError
 
@@ -42,6 +42,7 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
   fedpeek run --set training.batch_size=2     the same with one setting changed
   fedpeek list attacks                        what there is; also defenses, data, models, metrics, specs
   fedpeek list attacks dlg                    one of them: its source, and what each setting means
+  fedpeek list settings                       every key of a spec: what it means, its default; also one section: training
   fedpeek run my.toml --out my-run            your own experiment; copy one of `fedpeek list specs` to start
   fedpeek attack my-run/transcript/none-seed0 --attack dlg
   fedpeek audit my-run                        does any attack beat a guarantee's ceiling? then the guarantee is wrong
@@ -229,14 +230,15 @@ def claims(
 
 @app.command("list")
 def list_(kind: Listed, name: Annotated[str | None, typer.Argument(show_default=False)] = None) -> None:
-    """List attacks, defenses, data sets, models, metrics or example specs; with a name, explain that one and each of its settings.
+    """List attacks, defenses, data sets, models, metrics, example specs or the settings of a spec; with a name, explain that one.
 
     KIND: What to list.
 
-    NAME: One of them, such as dlg; all in short if left out. A path package.module:Class is allowed, too.
+    NAME: One of them, such as dlg, or of the settings a section or key, such as training; all in short if left out. A path
+    package.module:Class is allowed, too.
     """
     if name is None:
-        print_table(kind, ("name", "what it is", "settings and defaults"), rows(kind, warn))
+        print_table(kind, HEADINGS.get(kind, OF_CLASSES), rows(kind, warn))
         return
     found = entry(kind, name)
     for line in (found.name, found.description, found.note, f"Source: {found.source}" if found.source else ""):

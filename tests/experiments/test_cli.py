@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from typer.testing import CliRunner
 
 from experiments.cli import app, main
 from experiments.directory import FACTS, RESULTS
-from experiments.listing import entry
+from experiments.listing import entry, keys, tables
 from simulator import lookup
+from simulator.adversary import ThreatModel
 from simulator.errors import SpecError, TranscriptError
 from simulator.events import broadcast_event, upload_event
 from simulator.transcript import Transcript, read
@@ -215,6 +217,7 @@ def test_version_is_that_of_the_distribution() -> None:
 
 def test_a_list_that_is_piped_is_not_folded() -> None:
     lines = fedpeek("list", "specs", COLUMNS="60").stdout.splitlines()
+    assert re.split(r"  +", lines[1]) == ["name", "what it is", "run with"]
     paths = [Path(line.rpartition("copy ")[2]) for line in lines[2:]]
     assert paths == sorted((ROOT / "experiments" / "specs").glob("*.toml"))
     assert all(line == line.rstrip() for line in lines)
@@ -261,6 +264,28 @@ def test_every_setting_has_a_default_and_a_meaning(kind: Any) -> None:
         assert [each.name for each in found if len(each.source) < 10] == []
 
 
+def test_every_key_of_a_spec_is_listed_with_its_default_and_a_meaning() -> None:
+    from experiments.spec import Experiment, load
+
+    listed = {setting.name: setting for section, cls in tables().items() for setting in keys(cls, section)}
+    assert set(tables()) == {"", "arms", "split", "federation", "training", "threat", "tampering", "evaluation"}
+    for section, cls in tables().items():
+        assert {f"{section}.{each.name}".lstrip(".") for each in dataclasses.fields(cls)} <= set(listed)
+    assert {field.name for field in dataclasses.fields(Experiment) if dataclasses.is_dataclass(get_type_hints(Experiment)[field.name])} < set(tables())
+    assert [name for name, setting in listed.items() if not (setting.default and len(setting.meaning) > 10)] == []
+    lines = CliRunner().invoke(app, ["list", "settings"]).stdout.splitlines()
+    assert lines[1].split("  ")[0] == "name"
+    assert [line.split()[0] for line in lines[2:]] == list(listed)
+    assert re.search(r"^training.batch_size +1 +records in a batch; 0 means all that the client holds\.$", "\n".join(lines), flags=re.MULTILINE)
+    assert CliRunner().invoke(app, ["list", "settings", "threat"]).stdout.count("threat.") == len(dataclasses.fields(ThreatModel))
+    assert "default: 1\n" in CliRunner().invoke(app, ["list", "settings", "training.batch_size"]).stdout
+    for name, setting in listed.items():  # what is printed is what --set takes
+        if name.partition(".")[0] in {"split", "federation", "training", "threat", "tampering", "evaluation"} and setting.default != "a table":
+            assert load(None, [f"{name}={setting.default}"])
+    with pytest.raises(SpecError, match=r"Did you mean 'training\.batch_size'"):
+        entry("settings", "batch_size")
+
+
 def test_a_file_that_is_not_there_is_the_example_of_its_name(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.spec import find, load, specs
 
@@ -285,6 +310,7 @@ def test_a_file_that_is_not_there_is_the_example_of_its_name(spec: Path, tmp_pat
         ("data", ["cifar10-sample", "digits", "faces", "imagenet-sample", "mnist5k", "svhn", "synthetic"]),
         ("models", ["convnet", "lenet", "linear", "mlp", "resnet18", "resnet20"]),
         ("metrics", ["identified", "psnr_db", "ssim"]),
+        ("settings", ["data", "driver", "training.batch_size", "arms.control"]),
         ("specs", ["demo"]),
     ],
 )
