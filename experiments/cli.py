@@ -38,18 +38,18 @@ private records from that, and puts leakage, formal guarantee, accuracy and cost
 
 [bold]Start here[/bold]
 
-  fedpeek run                                 the demo: faces, eight clients, seven arms; under two minutes
+  fedpeek run                                 the demo; 2.5 CPU minutes, 1:40 on two idle cores
   fedpeek run --set training.batch_size=2     the same with one setting changed
   fedpeek list attacks                        what there is; also defenses, data, models, metrics, specs
   fedpeek list attacks dlg                    one of them: its source, and what each setting means
-  fedpeek list settings                       every key of a spec: what it means, its default; also one section: training
+  fedpeek list settings                       every key of a spec, its default and its meaning
   fedpeek run my.toml --out my-run            your own experiment; copy one of `fedpeek list specs` to start
   fedpeek attack my-run/transcript/none-seed0 --attack dlg
   fedpeek audit my-run                        does any attack beat a guarantee's ceiling? then the guarantee is wrong
   fedpeek claims --list                       every figure that is filed with its bar; `fedpeek claims ID` measures it again
 
 [bold]Exit codes[/bold]  0 all well · 1 error, or a claim or guarantee that does not hold · 2 bad input, nothing written
-3 finished, but something was lost · 130 Ctrl-C
+3 finished, but something was lost · 130 Ctrl-C · 143 SIGTERM
 """
 
 # Arguments are explained in the docstrings: click 8.5 forgets the help of an Argument of typer < 0.21, which Flower asks for.
