@@ -749,6 +749,37 @@ def test_a_worker_that_dies_takes_only_its_own_task_along() -> None:
     assert sorted(deaths) == [(code, None, f"its process died with exit code {code}") for code in (5, 7, 9)]
 
 
+STOPPED = """
+import atexit, os, pathlib, signal, sys, threading, time
+from experiments.workers import each
+
+def job(number):
+    atexit.register(time.sleep, 0.5)  # as what ends the attack's process takes its time
+    pathlib.Path(f"started{number}").touch()
+    time.sleep(60)
+
+def stop(whom):
+    while len(list(pathlib.Path().glob("started*"))) < 2:
+        time.sleep(0.05)
+    whom(0 if whom is os.killpg else os.getpid(), signal.SIGTERM)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    threading.Thread(target=stop, args=(getattr(os, sys.argv[1]),), daemon=True).start()
+    list(each([1, 2, 3], job, 2))
+"""
+
+
+@pytest.mark.parametrize("whom", ["kill", "killpg"])
+def test_workers_that_are_stopped_print_nothing(whom: str, tmp_path: Path) -> None:
+    """A group's SIGTERM, as of ``timeout``, reaches a worker twice: from outside, and from the run that ends it."""
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "stopped.py", whom]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120, start_new_session=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 def test_a_worker_for_each_core_that_may_be_used() -> None:
     from experiments.workers import cores
 
@@ -792,7 +823,7 @@ def _trials(out: Path) -> dict[tuple[object, ...], object]:
 def test_estimate_times_a_sample_says_how_long_and_writes_nothing(spec: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["run", str(spec), "--estimate", "--out", str(tmp_path / "out")])
     assert told.exit_code == 0
-    assert "2 arms × 1 seeds = 2 federations; 1 attacks × 8 uploads = 8 reconstructions" in told.output
+    assert "2 arms × 1 seed = 2 federations; 1 attack × 8 uploads = 8 reconstructions" in told.output
     assert re.search(r"About \d+ (s|min) on \d+ workers? .* in 2 of 2 kinds of arms", " ".join(told.output.split()))
     assert "No bound is certain" in told.output or "Certain is only" in told.output
     assert not (tmp_path / "out").exists()
