@@ -28,6 +28,7 @@ class Arm:
     """One stack of defenses under a name; the arm without any is the control.
 
     Attributes:
+        name: in tables, and as lower-case letters, digits, dots and hyphens in the names of files.
         defenses: in the order in which they act.
         model: settings of the model that this arm changes, or with ``name`` another one: what a defense needs in order to act.
         training: settings of the recipe that this arm changes: a larger batch and more local steps are defenses, too. A record is

@@ -34,7 +34,7 @@ FLAGS: dict[str, str] = {
     "candidates_told": "the adversary was handed the candidates, the true record among them: that is the game that a ceiling bounds, and "
     "more than a server usually knows",
     "colluding_clients": "clients told the server what they sent: the leakage holds for a server with these accomplices",
-    "few_victims": f"fewer than {FEW_RECORDS} records (each once a seed) or {FEW_SEEDS} seeds: read the numbers as an example",
+    "few_victims": f"fewer than {FEW_RECORDS} distinct records, or fewer than {FEW_SEEDS} seeds: read the numbers as an example",
     "few_uploads": f"fewer than {FEW_UPLOADS} uploads without a common record: the intervals are only indicative",
     "ceiling_exceeded": "more records were identified than (ε, δ) allows, beyond chance and allowing for all rows, as in `fedpeek "
     "audit`: the defense or its accounting is broken",

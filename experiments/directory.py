@@ -110,6 +110,8 @@ def claim(out: Path, spec: str, resume: bool) -> None:
         SpecError: there is another run, or something else, or nothing to resume.
     """
     existing = out / SPEC
+    if out.exists() and not out.is_dir():
+        raise SpecError(f"--out must be a directory, got {out}, which is a file. Choose another name.")
     if resume:
         if not existing.is_file():
             raise SpecError(f"--resume must name a run, got {out} without {SPEC}. Leave out --resume to start one there.")
@@ -118,8 +120,9 @@ def claim(out: Path, spec: str, resume: bool) -> None:
                 f"--resume must go on with the same spec, got another than {existing}. Give the same options, or another --out."
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SpecError(f"--out must be empty or new, got {out}. Add --resume to go on with it, or choose another directory.")
+    if out.exists() and any(out.iterdir()):
+        advice = "Add --resume to go on with the run in it, or choose" if existing.is_file() else "Choose"
+        raise SpecError(f"--out must be empty or new, got {out}. {advice} another directory.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         existing.write_text(spec, encoding="utf-8")

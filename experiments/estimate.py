@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.arms import Arm
+from experiments.report.values import count
 from experiments.spec import Experiment
 
 
@@ -34,8 +35,9 @@ class Plan:
         federations, runs = self.arms * self.seeds, self.uploads * self.attacks
         more = "as many" if self.shuffled == runs else str(self.shuffled)
         return (
-            f"{self.arms} arms × {self.seeds} seeds = {federations} federations; {self.attacks} attacks × {self.uploads} uploads = {runs} "
-            f"reconstructions{f', and {more} on shuffled updates' if self.shuffled else ''}."
+            f"{count(self.arms, 'arm')} × {count(self.seeds, 'seed')} = {count(federations, 'federation')}; "
+            f"{count(self.attacks, 'attack')} × {count(self.uploads, 'upload')} = {count(runs, 'reconstruction')}"
+            f"{f', and {more} on shuffled updates' if self.shuffled else ''}."
         )
 
     def bound(self, workers: int) -> str:

@@ -1,27 +1,35 @@
-"""What ``fedpeek list`` shows: every name of a kind with its settings, the metrics, the example specs; or one of them in full."""
+"""What ``fedpeek list`` shows: every name of a kind with its settings, metrics, example specs, the keys of a spec; or one in full."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from simulator import lookup
-from simulator.config import Plugin
+from simulator import config, lookup
 from simulator.errors import SpecError, did_you_mean
 from simulator.registry import Kind
 
-Listed = Literal["attacks", "defenses", "data", "models", "metrics", "specs"]
+Listed = Literal["attacks", "defenses", "data", "models", "metrics", "specs", "settings"]
 REQUIRED = "required"
+
+HEADINGS: dict[str, tuple[str, str, str]] = {
+    "metrics": ("name", "what it is", "unit"),
+    "specs": ("name", "what it is", "run with"),
+    "settings": ("name", "default", "what it means"),
+}
+"""Of the columns of a list; of attacks, defenses, data sets and models :data:`OF_CLASSES`."""
+OF_CLASSES = ("name", "what it is", "settings and defaults")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a dataclass: its default as Python writes it, and what the documentation says of it."""
+    """A field of a dataclass: its default as Python writes it, or TOML a key of a spec, and what the documentation says of it."""
 
     name: str
     default: str
@@ -45,17 +53,21 @@ class Entry:
 
 
 def rows(kind: Listed, say: Callable[[str], None]) -> Iterator[tuple[str, str, str]]:
-    """Name, what it is, and its settings, for everything of a kind; ``say`` hears of other packages that cannot be used."""
+    """What :data:`HEADINGS` says, for everything of a kind; ``say`` hears of other packages that cannot be used."""
     if kind == "metrics":
         from experiments.metrics import METRICS
 
-        yield from ((metric.name, metric.description, f"unit: {metric.unit}") for metric in METRICS.values())
+        yield from ((metric.name, metric.description, metric.unit) for metric in METRICS.values())
         return
     if kind == "specs":
         from experiments.spec import specs
 
         for name, path in sorted(specs().items()):
             yield name, _description(path.read_text(encoding="utf-8")), f"fedpeek run {name}; copy {path}"
+        return
+    if kind == "settings":
+        for section, cls in tables().items():
+            yield from ((each.name, each.default, each.meaning) for each in keys(cls, section))
         return
     for name, cls in shown(kind, say):
         yield name, first_line(cls), ", ".join(settings(cls))
@@ -79,11 +91,61 @@ def entry(kind: Listed, name: str) -> Entry:
 
         path = find(name)
         return Entry(name, _description(path.read_text(encoding="utf-8")), note=f"fedpeek run {name}; copy {path}")
+    if kind == "settings":
+        return _key(name)
     cls = lookup.get(kind, name)
     explained = meanings(cls)
     defaults = dict(setting.partition("=")[::2] for setting in settings(cls) if "=" in setting)
     fields = tuple(Setting(each.name, defaults.get(each.name, REQUIRED), explained.get(each.name, "")) for each in dataclasses.fields(cls))
     return Entry(name, first_line(cls), source(cls), settings=fields)
+
+
+def tables() -> dict[str, type[Any]]:
+    """The tables of a spec, by the name of their section: what stands above all of them under ""; ``layers`` are like ``arms``."""
+    from experiments.arms import Arm
+    from experiments.spec import Experiment
+
+    hints = get_type_hints(Experiment)
+    sections = {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+    return {"": Experiment, **sections, "arms": Arm}
+
+
+def keys(cls: type[Any], section: str = "") -> tuple[Setting, ...]:
+    """The keys of one table of a spec, by the path that ``--set`` takes; in ``arms`` the number of an arm stands between."""
+    explained, hints, prefix = meanings(cls), get_type_hints(cls), f"{section}." if section else ""
+    return tuple(
+        Setting(prefix + each.name, _default(each), _with_choices(explained.get(each.name, ""), hints[each.name]))
+        for each in dataclasses.fields(cls)
+    )
+
+
+def _key(name: str) -> Entry:
+    """One table of a spec with its keys, or one key.
+
+    Raises:
+        SpecError: there is no such table or key.
+    """
+    found = {each.name: each for section, cls in tables().items() for each in keys(cls, section)}
+    if name in tables():
+        cls = tables()[name]
+        return Entry(name, first_line(cls), settings=keys(cls, name))
+    if name not in found:
+        raise SpecError(f"setting must be a key of a spec, got {name!r}. {did_you_mean(name, found, 'fedpeek list settings')}")
+    return Entry(name, found[name].meaning, note=f"default: {found[name].default}")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """The default of a key as TOML writes it; a table has none but those of its keys."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is dataclasses.MISSING:
+        return REQUIRED
+    return "a table" if dataclasses.is_dataclass(value) else json.dumps(config.dump(value), ensure_ascii=False)
+
+
+def _with_choices(meaning: str, hint: Any) -> str:
+    """What a key means, and the words that it may be where these are a few."""
+    choices = [f'"{choice}"' for choice in get_args(hint)] if get_origin(hint) is Literal else []
+    return f"{meaning} One of {', '.join(choices)}." if choices else meaning
 
 
 def shown(kind: Kind, say: Callable[[str], None]) -> Iterator[tuple[str, type[Any]]]:
@@ -94,13 +156,8 @@ def shown(kind: Kind, say: Callable[[str], None]) -> Iterator[tuple[str, type[An
         except SpecError as error:
             say(str(error))
             continue
-        if kind != "models" or not _wraps(cls):
+        if kind != "models" or not lookup.wraps(cls):
             yield name, cls
-
-
-def _wraps(model: type[Any]) -> bool:
-    hints = get_type_hints(model, include_extras=True).values()
-    return any(isinstance(extra, Plugin) and extra.kind == "models" for hint in hints for extra in getattr(hint, "__metadata__", ()))
 
 
 def first_line(cls: type[Any]) -> str:

@@ -20,7 +20,7 @@ from experiments.groups import bounds
 from experiments.report import values
 from experiments.report.headline import strongest
 from experiments.report.values import Estimate, estimate, lookup, number
-from experiments.statistics import Interval, above_chance, difference, paired_t
+from experiments.statistics import FEWEST_PAIRS, Interval, above_chance, difference, paired_t
 
 HEADINGS = ("identified above chance", "PSNR dB", "accuracy", "upload", "client time")
 
@@ -98,13 +98,13 @@ def _difference(before: Interval | None, after: Interval | None) -> dict[str, fl
 
 
 def _accuracy(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float | None] | None:
-    """The difference in accuracy; its interval is over the seeds that both have."""
+    """The difference in accuracy; its interval is over the seeds that both have, open where they are too few."""
     old, new = number(before.get("accuracy")), number(after.get("accuracy"))
     if old is None or new is None:
         return None
     pairs = [(number(lookup(before, "accuracy_by_seed", seed)), number(value)) for seed, value in after.get("accuracy_by_seed", {}).items()]
     changes = [now - then for then, now in pairs if then is not None and now is not None]
-    return bounds(replace(paired_t(changes), mean=new - old) if changes else Interval(new - old, -inf, inf))
+    return bounds(replace(paired_t(changes), mean=new - old) if len(changes) >= FEWEST_PAIRS else Interval(new - old, -inf, inf))
 
 
 def _ratio(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> float | None:

@@ -34,6 +34,9 @@ from simulator.types import LocalTraining, Observation, Schema
 
 Say = Callable[[str], None]
 
+MOST_HELD = 12
+"""Transcripts of a run that an error names."""
+
 
 def replay(
     directory: Path, attack: str, assignments: Sequence[str], round: int, out: Path | None, notify: Notify, say: Say
@@ -50,7 +53,7 @@ def replay(
     """
     directory = directory.resolve()
     if not (directory / LINES).is_file():
-        raise SpecError(f"transcript must be a directory with {LINES}, got {directory}. Give RUN/transcript/ARM-seedN.")
+        raise SpecError(f"transcript must be a directory with {LINES}, got {directory}. {_instead(directory)}")
     record = read(directory, whole=False)
     table: dict[str, Any] = {"name": attack}
     for assignment in assignments:
@@ -66,7 +69,8 @@ def replay(
     name = f"{directory.name}-{plugin.name}-{datetime.now():%Y%m%d-%H%M%S}"
     out = out or (root or directory) / "attacks" / name  # what is no part of a run keeps its answers in itself
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SpecError(f"--out must be empty or new, got {out}. Choose another directory.")
+        which = "" if out.is_dir() else ", which is a file"
+        raise SpecError(f"--out must be an empty or new directory, got {out}{which}. Choose another.")
     with progress.listening(lambda *tick: notify(plugin.name, *tick)):
         found = _run_of(directory, root) if root else None
         isolated.warm([plugin])
@@ -74,6 +78,15 @@ def replay(
             _scored(record, plugin, rounds, *found, out, say) if found is not None else _unscored(record, plugin, rounds, out, say)
         )
         return out, rows, [*_unread(record), *missing]
+
+
+def _instead(directory: Path) -> str:
+    """What to give in place of a directory that is no transcript: one of those that lie in it, if it is a run's."""
+    for folder in (directory / TRANSCRIPTS, directory):
+        if held := sorted(path.parent.name for path in folder.glob(f"*/{LINES}")):
+            more = f" and {len(held) - MOST_HELD} more" if len(held) > MOST_HELD else ""
+            return f"Give {folder}/NAME, where NAME is one of {', '.join(held[:MOST_HELD])}{more}."
+    return "Give RUN/transcript/ARM-seedN."
 
 
 def _unread(record: Record) -> list[str]:

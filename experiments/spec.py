@@ -86,12 +86,24 @@ class Experiment:
     """Everything that ``fedpeek run`` needs; see ``fedpeek list specs`` for examples.
 
     Attributes:
+        data: the data set, a name or a table with ``name`` and its settings.
+        model: the network that is trained, a name or a table with ``name`` and its settings.
         arms: the stacks of defenses that are compared.
         layers: instead of arms: every subset of them is one, from no defense to all of them, each in this order.
-        attacks: on each arm; none means :attr:`rungs`, the ladder of attackers that the threat model allows.
+        attacks: those that run on each arm; none means the ladder of attackers that the threat model allows (:attr:`rungs`).
         seeds: one federation for each arm and seed; a seed fixes victims and initial weights, the same in every arm.
-        secret: see :class:`simulator.world.World`; drawn for each run unless the spec gives it. The resolved spec holds it, so that
-            running that file again gives the same bits.
+        name: of the experiment: it names the directory of a run that is given none.
+        description: in a sentence, for ``fedpeek list specs``.
+        split: how the data set is divided into the clients' records, test records and public ones.
+        federation: who takes part, for how long, and who holds what.
+        training: the recipe that the server broadcasts.
+        threat: who attacks, and what it is told beyond its view.
+        tampering: what an active server plants in the model that it broadcasts.
+        evaluation: what is attacked and how it is judged.
+        secret: keys the randomness of the defenses, and who is in a Poisson sample, together with the seed; drawn for each run unless the
+            spec gives it. The resolved spec holds it, so that running that file again gives the same bits.
+        driver: what runs the federation: ``inprocess`` this process, ``simulation`` Flower's engine on Ray, ``deployment`` a SuperLink and
+            SuperNodes; the observations are the same.
     """
 
     data: Annotated[Any, Plugin("data")]
@@ -228,7 +240,10 @@ def find(spec: str) -> Path:
         return path
     name = path.stem if path.suffix == ".toml" and path.parent.name in ("", "specs") else spec
     if name not in examples:
-        raise SpecError(f"spec must be a TOML file or an example's name, got {spec!r}. {did_you_mean(name, examples)}")
+        what = "which is a directory" if path.is_dir() else "and there is no such file"
+        raise SpecError(
+            f"spec must be a TOML file or an example's name, got {spec!r}, {what}. {did_you_mean(name, examples, 'fedpeek list specs')}"
+        )
     return examples[name]
 
 

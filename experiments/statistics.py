@@ -156,6 +156,11 @@ def clustered_rate(
     return Rate(rate.rate, max(0.0, min(rate.low, between.low)), min(1.0, max(rate.high, between.high)))
 
 
+FEWEST_PAIRS = 3
+"""Below so many pairs Student's interval is not printed: with one degree of freedom it is 13 standard errors wide to each side, which of
+a few points between two seeds makes more than there are."""
+
+
 def paired_t(differences: Sequence[float]) -> Interval:
     """Return the mean of paired differences and Student's interval: for a few seeds, each of which is one number."""
     count, mean = len(differences), math.fsum(differences) / len(differences)

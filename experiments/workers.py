@@ -6,6 +6,7 @@ the next one.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -130,14 +131,31 @@ def _join(processes: Sequence[BaseProcess]) -> None:
 
 
 def _serve(connection: Connection, job: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds the stack: a driver stops the processes that it started
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        _work(connection, job)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python's last steps must not be interrupted: they would print where
+
+
+def _end(*_: object) -> None:
+    """Unwind the stack, so that a driver stops the processes that it started; once, whoever asks again meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def _work(connection: Connection, job: Callable[[Any], Any]) -> None:
     last = 0.0
+
+    def send(message: tuple[Any, ...]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the run is no more: waiting for its next task ends this process
+            connection.send(message)
 
     def tell(what: str, done: int, total: int, note: str) -> None:
         nonlocal last
         if done >= total or time.monotonic() - last > TICK_SECONDS:
             last = time.monotonic()
-            connection.send(("tick", what, done, total, note))
+            send(("tick", what, done, total, note))
 
     with progress.listening(tell):
         while True:
@@ -146,6 +164,6 @@ def _serve(connection: Connection, job: Callable[[Any], Any]) -> None:
             except (EOFError, KeyboardInterrupt):
                 return
             try:
-                connection.send(("done", job(task)))
+                send(("done", job(task)))
             except KeyboardInterrupt:
                 return

@@ -106,7 +106,8 @@ def build_plugin(kind: Kind, value: Any, path: str) -> Any:
     """Make a registered dataclass from its name, or from a table with ``name`` and its settings."""
     table = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else None
     if table is None or not isinstance(table.get("name"), str):
-        raise SpecError(f"setting {path} must be a name or a table with a name, got {value!r}. {did_you_mean('', lookup.names(kind))}")
+        valid = did_you_mean("", lookup.offered(kind), f"fedpeek list {kind}")
+        raise SpecError(f"setting {path} must be a name or a table with a name, got {value!r}. {valid}")
     cls = lookup.get(kind, table.pop("name"))
     return build(cls, table, f"{path}.")
 

@@ -34,9 +34,22 @@ class ProtocolAbort(FedpeekError):
     """A secure-aggregation party that refuses to go on because a check failed."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the valid names as a sentence, with the nearest one first when there is one."""
+MANY = 20
+"""More names than these are not printed: in a list of all attacks or claims nobody finds the one that was meant."""
+
+
+def did_you_mean(word: str, known: Iterable[str], see: str = "") -> str:
+    """Return the valid names as a sentence, with the nearest one first when there is one.
+
+    Args:
+        word: what was given.
+        known: the valid names.
+        see: the command that lists them; of many names it is printed in their place, behind the nearest ones.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Valid: {', '.join(known) or '(none)'}."
+    if len(known) <= MANY:
+        return f"{hint}Valid: {', '.join(known) or '(none)'}."
+    near = f"Also near: {', '.join(close[1:])}. " if close[1:] else ""
+    return f"{hint}{near}{len(known)} names are valid{f', see `{see}`' if see else ''}."

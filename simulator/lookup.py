@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, get_type_hints
 
 from simulator.errors import SpecError, did_you_mean
 from simulator.registry import Kind, register, registered
@@ -48,6 +48,19 @@ def names(kind: Kind) -> list[str]:
     return sorted({name for k, name in registered if k == kind} | set(_entries(kind)))
 
 
+def offered(kind: Kind) -> list[str]:
+    """The names that a spec should give: all but those of models that are made of another model."""
+    return [name for name in names(kind) if kind != "models" or (kind, name) not in registered or not wraps(registered[kind, name])]
+
+
+def wraps(model: type[Any]) -> bool:
+    """Whether a model is made of another model, which a defense puts around that one."""
+    from simulator.config import Plugin  # which builds what is looked up here
+
+    hints = get_type_hints(model, include_extras=True).values()
+    return any(isinstance(extra, Plugin) and extra.kind == "models" for hint in hints for extra in getattr(hint, "__metadata__", ()))
+
+
 def get(kind: Kind, name: str) -> type[Any]:
     """Return the class called ``name``, or the one at the dotted path ``package.module:Class``.
 
@@ -61,7 +74,10 @@ def get(kind: Kind, name: str) -> type[Any]:
         return registered[(kind, name)]
     if ":" in name:
         return _from_path(kind, name)
-    raise SpecError(f"{SINGULAR[kind]} name must be registered, got {name!r}. {did_you_mean(name, names(kind))}")
+    raise SpecError(
+        f"{SINGULAR[kind]} name must be registered, got {name!r}. {did_you_mean(name, offered(kind), f'fedpeek list {kind}')} "
+        f"For your own {SINGULAR[kind]}: package.module:Class."
+    )
 
 
 def _load(kind: Kind, entry: EntryPoint) -> None:

@@ -6,6 +6,7 @@ none is changed. Running statistics of BatchNorm go in and out as values; those 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,6 +19,9 @@ from simulator.models.dropout import dropping
 from simulator.models.elementary import ElementaryNorms
 from simulator.models.latent import noisy, penalties
 from simulator.types import Batch, LocalTraining, Tensors, Update
+
+# torch loads what its own forward-mode derivatives need by a function that it deprecates: nothing that a user of ours can mend
+warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning, r"torch\.jit\._script")
 
 GradientRule = Callable[[nn.Module, Tensors, Tensors, Batch], tuple[Tensors, Tensors]]
 """(model, parameters, buffers, batch) → (gradient, buffers after the step)."""

@@ -54,6 +54,7 @@ class LocalTraining:
     ``fedavg``: the local optimizer from the broadcast parameters on; the upload is the difference of parameters.
 
     Attributes:
+        algorithm: what the client uploads: ``fedsgd`` the gradient over one batch, ``fedavg`` what local steps changed.
         batch_size: records in a batch; 0 means all that the client holds.
         sampling: ``shuffled`` walks through fresh permutations; ``poisson`` takes each record into each batch on its own with probability
             batch_size / held, so that a batch varies in size and may be empty. Its gradient is divided by the expected size, and the

@@ -68,7 +68,12 @@ class Federation:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How a data set is divided before clients get theirs: shares held out for testing and given to the public."""
+    """How a data set is divided before clients get theirs.
+
+    Attributes:
+        test: share of the records that is held out; the accuracy of the model is measured on it.
+        public: share that belongs to no client; the adversary holds it where ``threat.public_data`` grants it.
+    """
 
     test: float = 0.2
     public: float = 0.2
@@ -83,8 +88,8 @@ class Tampering:
     """What an active server plants in the model that it broadcasts; an honest-but-curious one plants nothing.
 
     Attributes:
-        method: ``imprint`` brightness thresholds (Fowl et al., 2022, arXiv:2110.13057); ``trap_weights`` rows that fire for few
-            records (Boenisch et al., 2023, arXiv:2112.02918). See ``server.active``.
+        method: ``none`` plants nothing; ``imprint`` brightness thresholds (Fowl et al., 2022, arXiv:2110.13057); ``trap_weights`` rows
+            that fire for few records (Boenisch et al., 2023, arXiv:2112.02918). See ``server.active``.
         placed_by: where brightness and contrast of pictures are known from: a ``prior`` assumption, or ``public`` records.
     """
 

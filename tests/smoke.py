@@ -22,7 +22,7 @@ def check(out: Path) -> list[str]:
     transcripts = sorted((out / "transcript").glob("secure*/transcript.jsonl"))
     statements = {
         "none: at least 16 victims under 2 seeds": none["victims"] >= 32 and none["seeds"] >= 2,
-        "none: identification ≥ 95 %": none["identified"]["rate"] >= 0.95,
+        "none: identification ≥ 90 %": none["identified"]["rate"] >= 0.90,  # the bar of the claim demo-none
         "none: PSNR gain > 8 dB with its interval above 0": none["gain"]["psnr_db"]["mean"] > 8 and none["gain"]["psnr_db"]["low"] > 0,
         "clip takes nothing from the attack: no loss beyond the interval, at most 6 dB at its low end, ≥ 80 % identified": _as_undefended(clip),
         "central DP takes nothing from the attack: no loss beyond the interval, at most 6 dB at its low end, ≥ 80 % identified": _as_undefended(central),

@@ -26,7 +26,7 @@ import torch
 
 from attacks._choice import LADDER, Choice
 from attacks.strongest import Strongest
-from experiments.benchmarks.strongest_page import PAGE, TIE, Conditions, page, shared, table
+from experiments.benchmarks.strongest_page import PAGE, TIE, UNKNOWN, Conditions, page, shared, table
 from experiments.controls import best_floor, floors
 from experiments.directory import source_digest
 from experiments.groups import fixed_rng
@@ -179,7 +179,7 @@ def main() -> None:
         rows = json.loads(options.json.read_text(encoding="utf-8"))
     done = {entry["setting"] for entry in rows}
     pending = [setting for setting in SETTINGS if setting.name.startswith(options.only) and setting.name not in done]
-    stored = source_digest() if pending or not rows else rows[0].get("source", "unknown")
+    stored = source_digest() if pending or not rows else rows[0].get("source", UNKNOWN)
     under = shared(rows, Conditions(options.seconds, options.victims, stored))
     for setting in pending:
         rows.append(row(setting, under))

@@ -9,6 +9,7 @@ from experiments.ladder import BEST
 from experiments.report import values
 from experiments.report.headline import Row, name
 from experiments.report.values import estimate, lookup, number
+from experiments.statistics import FEWEST_PAIRS
 
 MOST_SOLVERS = 2
 """Solvers of one attack that are named beside it."""
@@ -18,11 +19,11 @@ CONTROL_FAILED = "control failed: says nothing"
 
 
 def accuracy(row: Row) -> str:
-    """Accuracy minus that of the arm's control in percentage points, with half of its interval; empty for a control."""
-    found = estimate(row, "accuracy_difference")
+    """Accuracy minus that of the arm's control in percentage points, from three seeds on with half of its interval; empty for a control."""
+    found, seeds = estimate(row, "accuracy_difference"), number(lookup(row, "accuracy_difference", "seeds")) or 0
     if found.value is None:
         return ""
-    half = "" if found.high is None else f" ± {values.fixed(100 * (found.high - found.value))}"
+    half = "" if found.high is None or seeds < FEWEST_PAIRS else f" ± {values.fixed(100 * (found.high - found.value))}"
     return values.fixed(100 * found.value, sign=True) + half
 
 

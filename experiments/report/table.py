@@ -14,6 +14,7 @@ from experiments.report.headline import laddered, rows_of
 from experiments.report.rows import Line, lines, main_lines
 from experiments.report.verdict import Level
 from experiments.report.words import explain
+from experiments.statistics import FEWEST_PAIRS
 
 MOST = 3
 """Comparisons with shuffled updates, and attacks that name senders, below the table; the others are in the report."""
@@ -84,7 +85,8 @@ def _caption(rows: list[Line], details: list[Line], letters: Mapping[str, str]) 
     if named := list(dict.fromkeys(line.identified_by for line in rows if line.identified_by)):
         parts.append(f"Identified by the one attack that named most: {values.join(named)}.")
     if over := list(dict.fromkeys(line.paired_seeds for line in rows if line.accuracy_against)):
-        parts.append(f"Below an accuracy: its difference to the arm's control, paired by seed ({values.join(over)}), in points ± 95 %.")
+        ends = " ± 95 %" if any("±" in line.accuracy_against for line in rows) else f"; no interval of fewer than {FEWEST_PAIRS}"
+        parts.append(f"Below an accuracy: its difference to the arm's control, paired by seed ({values.join(over)}), in points{ends}.")
     if any(line.over_training for line in rows):
         parts.append("Ceiling: for what the attack saw; (all …) for whoever has every upload of the training.")
     parts += _certified(rows)

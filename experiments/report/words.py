@@ -11,7 +11,7 @@ from experiments.report.headline import control_of, name, rows_of, strongest
 from experiments.report.threat import adversary
 from experiments.report.values import lookup, number
 from experiments.report.verdict import EQUAL, FAILED, MEANING, WORDS, Level, level, verdict
-from experiments.statistics import FEW_CLUSTERS
+from experiments.statistics import FEW_CLUSTERS, FEWEST_PAIRS
 
 CLAUSES: Mapping[Level, str] = {
     "recognizable": "can recognize the clients’ pictures under ",
@@ -98,7 +98,7 @@ GLOSSARY: Sequence[tuple[str, str]] = (
         "Accuracy",
         "Test accuracy of the model that was trained under the same defense to the end, what the defense costs in utility; where the spec "
         "tests several of the last rounds, the mean over the models after each of them. Below it, the "
-        "difference to the arm’s undefended control on the same seeds, with half of Student’s 95 % interval.",
+        f"difference to the arm’s undefended control on the same seeds, from {FEWEST_PAIRS} seeds on with half of Student’s 95 % interval.",
     ),
     (
         "Rounding",

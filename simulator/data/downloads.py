@@ -126,7 +126,9 @@ def _open(settings: Downloaded) -> Any:
         return getattr(torchvision.datasets, name)(settings.root, download=settings.download, **which)
     except (RuntimeError, OSError, EOFError, ValueError) as error:  # absent, damaged, or no network: torchvision raises any of these
         wanted = f"{name} must be downloadable into" if settings.download else f"{name} must be in folder"
+        absent = isinstance(error, RuntimeError) and not settings.download  # torchvision then advises an argument of its own
+        got = "no such files, or altered ones" if absent else error
         raise SpecError(
-            f"{wanted} {settings.root!r}, got: {error}. On a machine with a network set data.download = true, or copy the files from one; "
+            f"{wanted} {settings.root!r}, got: {got}. On a machine with a network set data.download = true, or copy the files from one; "
             "offline use mnist5k, digits, faces or synthetic."
         ) from error

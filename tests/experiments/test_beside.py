@@ -34,6 +34,10 @@ def test_accuracy_is_paired_by_seed_with_students_interval() -> None:
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((np.mean(differences), *interval))
     assert found["seeds"] == 3
     assert beside.accuracy({"accuracy_difference": found}) == "−7.3 ± 7.6"
+    two = accuracy_difference(facts("a", 0.8, 0.5), facts("none", 0.8, 0.8))
+    assert two is not None
+    assert two["high"] - two["mean"] == pytest.approx(0.15 * stats.t.ppf(0.975, 1))  # 191 points
+    assert beside.accuracy({"accuracy_difference": two}) == "−15.0"
     alone = accuracy_difference(facts("a", 0.7), facts("none", 0.8, 0.7))
     assert alone == {"mean": pytest.approx(-0.1), "low": None, "high": None, "seeds": 1}
     assert beside.accuracy({"accuracy_difference": alone}) == "−10.0"
@@ -107,6 +111,13 @@ def test_the_terminal_prints_rounding_accuracy_and_what_shuffled_updates_say() -
         "inverting_gradients, sum: +0.4\u00a0dB [−0.2 to 1.0], 10 records",
     ):
         assert words in " ".join(text.split("\n")) or words in text, words
+
+
+def test_the_terminal_says_why_there_is_no_interval() -> None:
+    difference = {"mean": -0.15, "low": -2.06, "high": 1.76, "seeds": 2}
+    text = terminal({"rows": [row("none"), row("sum", accuracy_difference=difference)]})
+    assert "±" not in text
+    assert "paired by seed (2 seeds), in points; no interval of fewer than 3." in " ".join(text.split())
 
 
 def test_pages_of_unequal_seeds_or_several_states_are_refused_or_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from typer.testing import CliRunner
 
 from experiments.cli import app, main
 from experiments.directory import FACTS, RESULTS
-from experiments.listing import entry
+from experiments.listing import entry, keys, tables
 from simulator import lookup
+from simulator.adversary import ThreatModel
 from simulator.errors import SpecError, TranscriptError
 from simulator.events import broadcast_event, upload_event
 from simulator.transcript import Transcript, read
@@ -78,6 +80,12 @@ BAD = {
     "unknown table": (["--set", "federaton.clients=3"], "Did you mean 'federation'?"),
     "unknown name": (["--set", "model=linea"], "Did you mean 'linear'?"),
     "unknown attack": (["--set", 'attacks=["dgl"]'], "Did you mean 'dlg'?"),
+    "unknown name, of models that a spec may name": (
+        ["--set", "model=convent"],
+        "Did you mean 'convnet'? Valid: cnn, convnet, lenet, linear, mlp, resnet18, resnet20, vit.",
+    ),
+    "no name, of models that a spec may name": (["--set", "model=3"], "got 3. Valid: cnn, convnet, lenet, linear, mlp, resnet18"),
+    "a user's own data": (["--set", "data=mydata.csv"], "For your own data set: package.module:Class."),
     "unknown choice": (["--set", "training.algorithm=fedsdg"], "Did you mean 'fedsgd'?"),
     "wrong type": (["--set", 'federation.clients="four"'], "federation.clients must be a whole number, got 'four'"),
     "not an assignment": (["--set", "clients"], "must be of the form a.b=value"),
@@ -136,6 +144,18 @@ def test_bad_input_is_explained_with_exit_code_2_and_nothing_is_written(
 
 def test_unknown_example_gets_a_suggestion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Did you mean 'demo'?" in refuse(capsys, monkeypatch, "run", "dem")
+    assert "got 'nosuch.toml', and there is no such file. " in refuse(capsys, monkeypatch, "run", "nosuch.toml")
+
+
+def test_of_many_names_the_nearest_are_printed_and_where_all_stand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = refuse(capsys, monkeypatch, "claims", "demo-nune")
+    assert re.search(r"Did you mean 'demo-none'\? Also near: .* \d+ names are valid\. See `fedpeek claims --list`\.$", told)
+    told = refuse(capsys, monkeypatch, "claims", "B999")
+    assert len(told) < 200, told
+    told = refuse(capsys, monkeypatch, "run", "--set", 'attacks=["dgl"]')
+    assert "Did you mean 'dlg'? Also near: " in told
+    assert f"{len(lookup.names('attacks'))} names are valid, see `fedpeek list attacks`." in told
+    assert "trap_weights" not in told
 
 
 def test_occupied_directory_is_left_alone(
@@ -145,6 +165,10 @@ def test_occupied_directory_is_left_alone(
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "--out must be empty or new" in refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    told = refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out" / "thesis.txt")
+    assert "which is a file. Choose another name." in told
+    (tmp_path / "out" / "spec.toml").touch()
+    assert "Add --resume" in refuse(capsys, monkeypatch, "run", spec, "--out", tmp_path / "out")
 
 
 def test_out_below_a_file_and_missing_transcripts_are_refused(
@@ -152,6 +176,13 @@ def test_out_below_a_file_and_missing_transcripts_are_refused(
 ) -> None:
     assert "--out must be a directory that can be written" in refuse(capsys, monkeypatch, "run", spec, "--out", spec / "below")
     assert "transcript must be a directory" in refuse(capsys, monkeypatch, "attack", tmp_path / "no", "--attack", "dlg")
+    for number in range(14):
+        (tmp_path / "run" / "transcript" / f"arm-seed{number:02d}").mkdir(parents=True)
+        (tmp_path / "run" / "transcript" / f"arm-seed{number:02d}" / "transcript.jsonl").touch()
+    for given in ("run", "run/transcript"):
+        told = "".join(refuse(capsys, monkeypatch, "attack", tmp_path / given).split())  # lines are folded anywhere
+        assert "run/transcript/NAME,whereNAMEisoneofarm-seed00,arm-seed01," in told
+        assert told.endswith("arm-seed11and2more.")
 
 
 def test_help_teaches() -> None:
@@ -186,6 +217,7 @@ def test_version_is_that_of_the_distribution() -> None:
 
 def test_a_list_that_is_piped_is_not_folded() -> None:
     lines = fedpeek("list", "specs", COLUMNS="60").stdout.splitlines()
+    assert re.split(r"  +", lines[1]) == ["name", "what it is", "run with"]
     paths = [Path(line.rpartition("copy ")[2]) for line in lines[2:]]
     assert paths == sorted((ROOT / "experiments" / "specs").glob("*.toml"))
     assert all(line == line.rstrip() for line in lines)
@@ -232,6 +264,28 @@ def test_every_setting_has_a_default_and_a_meaning(kind: Any) -> None:
         assert [each.name for each in found if len(each.source) < 10] == []
 
 
+def test_every_key_of_a_spec_is_listed_with_its_default_and_a_meaning() -> None:
+    from experiments.spec import Experiment, load
+
+    listed = {setting.name: setting for section, cls in tables().items() for setting in keys(cls, section)}
+    assert set(tables()) == {"", "arms", "split", "federation", "training", "threat", "tampering", "evaluation"}
+    for section, cls in tables().items():
+        assert {f"{section}.{each.name}".lstrip(".") for each in dataclasses.fields(cls)} <= set(listed)
+    assert {field.name for field in dataclasses.fields(Experiment) if dataclasses.is_dataclass(get_type_hints(Experiment)[field.name])} < set(tables())
+    assert [name for name, setting in listed.items() if not (setting.default and len(setting.meaning) > 10)] == []
+    lines = CliRunner().invoke(app, ["list", "settings"]).stdout.splitlines()
+    assert lines[1].split("  ")[0] == "name"
+    assert [line.split()[0] for line in lines[2:]] == list(listed)
+    assert re.search(r"^training.batch_size +1 +records in a batch; 0 means all that the client holds\.$", "\n".join(lines), flags=re.MULTILINE)
+    assert CliRunner().invoke(app, ["list", "settings", "threat"]).stdout.count("threat.") == len(dataclasses.fields(ThreatModel))
+    assert "default: 1\n" in CliRunner().invoke(app, ["list", "settings", "training.batch_size"]).stdout
+    for name, setting in listed.items():  # what is printed is what --set takes
+        if name.partition(".")[0] in {"split", "federation", "training", "threat", "tampering", "evaluation"} and setting.default != "a table":
+            assert load(None, [f"{name}={setting.default}"])
+    with pytest.raises(SpecError, match=r"Did you mean 'training\.batch_size'"):
+        entry("settings", "batch_size")
+
+
 def test_a_file_that_is_not_there_is_the_example_of_its_name(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.spec import find, load, specs
 
@@ -256,6 +310,7 @@ def test_a_file_that_is_not_there_is_the_example_of_its_name(spec: Path, tmp_pat
         ("data", ["cifar10-sample", "digits", "faces", "imagenet-sample", "mnist5k", "svhn", "synthetic"]),
         ("models", ["convnet", "lenet", "linear", "mlp", "resnet18", "resnet20"]),
         ("metrics", ["identified", "psnr_db", "ssim"]),
+        ("settings", ["data", "driver", "training.batch_size", "arms.control"]),
         ("specs", ["demo"]),
     ],
 )
@@ -694,6 +749,37 @@ def test_a_worker_that_dies_takes_only_its_own_task_along() -> None:
     assert sorted(deaths) == [(code, None, f"its process died with exit code {code}") for code in (5, 7, 9)]
 
 
+STOPPED = """
+import atexit, os, pathlib, signal, sys, threading, time
+from experiments.workers import each
+
+def job(number):
+    atexit.register(time.sleep, 0.5)  # as what ends the attack's process takes its time
+    pathlib.Path(f"started{number}").touch()
+    time.sleep(60)
+
+def stop(whom):
+    while len(list(pathlib.Path().glob("started*"))) < 2:
+        time.sleep(0.05)
+    whom(0 if whom is os.killpg else os.getpid(), signal.SIGTERM)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    threading.Thread(target=stop, args=(getattr(os, sys.argv[1]),), daemon=True).start()
+    list(each([1, 2, 3], job, 2))
+"""
+
+
+@pytest.mark.parametrize("whom", ["kill", "killpg"])
+def test_workers_that_are_stopped_print_nothing(whom: str, tmp_path: Path) -> None:
+    """A group's SIGTERM, as of ``timeout``, reaches a worker twice: from outside, and from the run that ends it."""
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "stopped.py", whom]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120, start_new_session=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 def test_a_worker_for_each_core_that_may_be_used() -> None:
     from experiments.workers import cores
 
@@ -737,7 +823,7 @@ def _trials(out: Path) -> dict[tuple[object, ...], object]:
 def test_estimate_times_a_sample_says_how_long_and_writes_nothing(spec: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["run", str(spec), "--estimate", "--out", str(tmp_path / "out")])
     assert told.exit_code == 0
-    assert "2 arms × 1 seeds = 2 federations; 1 attacks × 8 uploads = 8 reconstructions" in told.output
+    assert "2 arms × 1 seed = 2 federations; 1 attack × 8 uploads = 8 reconstructions" in told.output
     assert re.search(r"About \d+ (s|min) on \d+ workers? .* in 2 of 2 kinds of arms", " ".join(told.output.split()))
     assert "No bound is certain" in told.output or "Certain is only" in told.output
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ def row(defense: str, rate: float, psnr: float, accuracy: float, size: float) ->
     return {
         "defense": defense, "attack": "a", "answered": "inputs", "identified": {"rate": rate, "low": rate - 0.03, "high": rate + 0.04},
         "scores": {"psnr_db": {"mean": psnr, "low": None, "high": None}}, "accuracy": accuracy,
-        "accuracy_by_seed": {"0": accuracy - 0.01, "1": accuracy + 0.01}, "cost": {"upload_bytes": size, "client_seconds": None},
+        "accuracy_by_seed": {"0": accuracy - 0.01, "1": accuracy + 0.01, "2": accuracy}, "cost": {"upload_bytes": size, "client_seconds": None},
     }  # fmt: skip
 
 
@@ -66,6 +66,9 @@ def test_a_layer_is_worth_what_changes_with_it_alone() -> None:
     assert first["mean"]["identified"] == pytest.approx({"mean": -0.375, "low": -0.425, "high": -0.325})
     assert first["mean"]["psnr_db"] == {"mean": pytest.approx((-10 - 5) / 2), "low": None, "high": None}
     assert first["on_top_of_all"]["accuracy"] == pytest.approx({"mean": -0.2, "low": -0.2, "high": -0.2})  # the same on every seed
+    for each in rows:
+        del each["accuracy_by_seed"]["2"]
+    assert marginals([Arm(name="a"), Arm(name="b")], rows)[0]["alone"]["accuracy"] == pytest.approx({"mean": -0.1, "low": None, "high": None})
     assert second["alone"]["upload_bytes"] == pytest.approx(3.0)
     assert second["mean"]["client_seconds"] is None
     text = io.StringIO()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +35,7 @@ from simulator.training import (
 )
 from simulator.types import Batch, LocalTraining, Schema, Tensors, Update
 
+ROOT = Path(__file__).parents[2]
 SHAPE, CLASSES, RECORDS = (3, 16, 16), 4, 4
 WITHOUT_BATCH_NORM = [
     "linear",
@@ -452,3 +456,9 @@ def test_batch_indices_walk_through_permutations(recipe: LocalTraining, sizes: l
     used = recipe.steps_in_epoch(10) * recipe.size_of_batch(10) if recipe.drop_last else 10
     for start in range(0, len(drawn) - used + 1, used):
         assert len(set(drawn[start : start + used].tolist())) == used
+
+
+def test_forward_derivatives_print_no_warning_of_torch() -> None:
+    code = "import torch; from simulator import training; x = torch.ones(1); torch.func.jvp(torch.sin, (x,), (x,))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
