@@ -6,7 +6,6 @@ the next one.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -148,8 +147,10 @@ def _work(connection: Connection, job: Callable[[Any], Any]) -> None:
     last = 0.0
 
     def send(message: tuple[Any, ...]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the run is no more: waiting for its next task ends this process
+        try:
             connection.send(message)
+        except BrokenPipeError:  # the run is no more: nobody waits for what this task would find
+            sys.exit(1)
 
     def tell(what: str, done: int, total: int, note: str) -> None:
         nonlocal last
