@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import measurements
-from experiments.listing import meanings, settings
+from experiments.listing import first_line, meanings, settings
 from experiments.report import measured, pareto
 from experiments.report.headline import rows_of
 from simulator import lookup as registry
@@ -59,7 +59,7 @@ def pages() -> dict[str, str]:
     rows, lacking = rows_of(found), measurements.shortcomings(found)
     names = registry.names("defenses")
     written = {f"{each}.md": page(registry.get("defenses", each), rows) for each in names}
-    lines = [f"- [{each}]({each}.md): {_first_line(registry.get('defenses', each))}" for each in names]
+    lines = [f"- [{each}]({each}.md): {first_line(registry.get('defenses', each))}" for each in names]
     intro = (
         "# Defenses\n\nOne page a defense, written from its documentation by `python -m experiments.defense_pages`: where it acts, what it "
         "protects, what it does not, and the attack that breaks it.\n\n"
@@ -77,7 +77,7 @@ def draw() -> None:
 def page(cls: type[Any], rows: Sequence[Mapping[str, object]] = ()) -> str:
     """The page of one defense."""
     parts = sections(inspect.getmodule(cls).__doc__ or "")
-    body = [f"# {cls.name}", _first_line(cls)]
+    body = [f"# {cls.name}", first_line(cls)]
     parts |= {"What it does": parts.pop(""), "Settings": _settings(cls)}
     if table := _table(cls.name, rows):
         parts["Measured on our data"] = table
@@ -116,12 +116,6 @@ def _prose(lines: Sequence[str]) -> str:
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text.strip()).replace("``", "`")
     word = re.match(r"[a-z][a-z]+|a\b", text)  # a symbol such as ε or x keeps its case
     return text[:1].upper() + text[1:] if word else text
-
-
-def _first_line(cls: type[Any]) -> str:
-    """What it is, in one line: a pointer to the module means nothing on a page."""
-    first = (cls.__doc__ or "").strip().partition("\n")[0]
-    return first.partition("; see the module")[0].rstrip(".") + "."
 
 
 def _settings(cls: type[Any]) -> str:

@@ -161,8 +161,9 @@ def shown(kind: Kind, say: Callable[[str], None]) -> Iterator[tuple[str, type[An
 
 
 def first_line(cls: type[Any]) -> str:
-    """What the class is, in the first line of its documentation."""
-    return (cls.__doc__ or "").strip().partition("\n")[0]
+    """What the class is, in the first line of its documentation; a pointer to its module means nothing in a table."""
+    first, pointer, _ = plain((cls.__doc__ or "").strip().partition("\n")[0]).partition("; see the module")
+    return f"{first}." if pointer else first
 
 
 def source(cls: type[Any]) -> str:

@@ -19,7 +19,7 @@ class ThreatModel:
 
     Attributes:
         adversary: an ``honest-but-curious`` server follows the protocol and analyses what it received; an ``active`` one breaks it
-            and tampers with the model that it broadcasts (:class:`simulator.world.Tampering`).
+            and tampers with the model that it broadcasts (``tampering``).
         labels: what it is told of the private labels: nothing, how many of each class, or each one.
         public_data: whether it holds public records of the same kind (the data set's public split).
         rounds: what it may use of its own recording: the attacked round alone, or all rounds.

@@ -1,24 +1,46 @@
-"""README's tables are those of the registry, its figures those of the claims; its commands exist."""
+"""The catalog is that of the registry, README's figures are those of the claims, and it says what the defenses' measurements lack."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from experiments import measurements, readme
 from experiments.claims.claim import Figure, claims, select
-from experiments.readme import README, updated
+from experiments.readme import CATALOG, README, catalog, updated
 from experiments.readme_figures import BLOCKS, FIGURE, filled
+from simulator import lookup
+from simulator.registry import Kind
 
 TEXT = README.read_text(encoding="utf-8")
 
 
 def test_tables_and_figures_are_current() -> None:
     assert updated(TEXT) == TEXT, "run python -m experiments.readme"
-    assert "`linear_leak`" in TEXT
-    assert "`secure_aggregation`" in TEXT
+    assert CATALOG.read_text(encoding="utf-8") == catalog(), "run python -m experiments.readme"
+    assert "| `threat.labels` | `\"none\"` | " in TEXT
+
+
+def test_the_catalog_names_everything_in_words_that_mean_something_there() -> None:
+    text = catalog()
+    for kind in get_args(Kind):
+        assert set(lookup.offered(kind)) <= set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
+    assert "| `training.batch_size` | `1` | records in a batch; 0 means all that the client holds. |" in text
+    assert "| `secure_aggregation` | Secure aggregation by double masking. |" in text
+    assert "``" not in text
+    assert "see the module" not in text
+
+
+def test_what_the_defenses_measurements_lack_is_said_while_they_lack_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lacks, said in (({"unfinished": 3, "planned": 9}, "3 of 9 runs"), ({}, "")):
+        monkeypatch.setattr(measurements, "content", lambda lacks=lacks: {"rows": [], **lacks})
+        assert said in readme.preliminary()
+        assert bool(readme.preliminary()) == bool(said)
+        assert f"<!-- preliminary -->\n{readme.preliminary()}\n<!-- /preliminary -->" in updated(TEXT)
 
 
 def filed(name: str, figure: str) -> float:
@@ -27,9 +49,9 @@ def filed(name: str, figure: str) -> float:
 
 
 def test_numbers_are_those_of_the_files() -> None:
-    row = next(line for line in TEXT.splitlines() if "B16-against" in line)
-    assert f"by {filed('B16-against', 'difference_db'):.1f} dB in {filed('B16-against', 'cpu_ratio'):.2f} of its time" in row
-    assert f"| {filed('B15b', 'psnr_db'):.1f} dB | {filed('B15b', 'cpu_seconds'):.0f} |" in row
+    against, alone = (next(line for line in TEXT.splitlines() if f"| {name} |" in line) for name in ("B16-against", "B15b"))
+    assert f"{filed('B16-against', 'difference_db'):+.1f} dB, paired | {filed('B16-against', 'cpu_ratio'):.2f} of its time" in against
+    assert f"| {filed('B15b', 'psnr_db'):.1f} dB | {filed('B15b', 'cpu_seconds'):.0f} |" in alone
     assert f"{filed('learned-noise-adaptive', 'psnr_db'):.1f} by `adaptive_matching`" in TEXT
     bars = [figure for path in claims().values() for figure in tomllib.loads(path.read_text(encoding="utf-8"))["figures"].values()]
     missed = sum(not figure.get("met", True) for figure in bars)
