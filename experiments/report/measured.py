@@ -113,7 +113,8 @@ def _notes(shown: Sequence[Row], rows: Sequence[Row], letters: Mapping[str, str]
     seeds = list(dict.fromkeys(beside.paired_seeds(row) for row in shown if beside.accuracy(row)))
     tested = max((int(number(row.get("tested_models")) or 1) for row in shown), default=1)
     over = f" Accuracy is the mean over the models after the last {tested} rounds." if tested > 1 else ""
-    paired = f" Accuracy against the control is paired by seed ({values.join(seeds)}), from three seeds on ± half of the interval." if seeds else ""
+    half = ", from three seeds on ± half of the interval."
+    paired = f" Accuracy against the control is paired by seed ({values.join(seeds)}){half}" if seeds else ""
     rounded = any(map(beside.rounding, shown))
     rounding = " Rounding is the rms error of the released mean against the plain one, over the mean's own rms." if rounded else ""
     ceilings = " Ceilings are for what the attack saw, (all …) for every upload." if any(map(limits.over_training, shown)) else ""
