@@ -6,6 +6,8 @@ It fails closed: what it does not know, or cannot certify for this adversary, ha
 each valid alone, since what follows a mechanism is post-processing (hooks are handed the update and nothing private) and what precedes
 it is part of what it bounds; their claims are not combined, the best one is the guarantee. Claims for different units or kinds of neighbors
 say different things, and so do those against a server that sees less than every upload: the best of each is kept.
+
+Long for one file: every objection to a claim stands beside the claim that it refuses, to be read as one list.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """An experiment as data: one world, several arms of defenses, the attacks on each, and how they are judged.
 
 :func:`load` reads it from TOML; :func:`experiments.refusals.check` refuses what cannot run, before anything is written.
+
+Long for one file: a third of it says what each setting means, which ``fedpeek list settings`` prints.
 """
 
 from __future__ import annotations

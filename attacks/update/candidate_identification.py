@@ -13,7 +13,8 @@ Source: Balle, Cherubin and Hayes, 2022, arXiv:2201.04845 (reconstruction robust
     clipped gradient).
 Deviations: likelihoods of other mechanisms than Gaussian noise, those of adaptive_matching. Of several records those are named whose mean
     update is likeliest, from nonnegative least squares over all candidates on and then by exchanges of one; of several local steps
-    each record's gradients are taken along the straight line that the delta says, about where the client took them, and their mean counts.
+    each record's gradients are taken along the straight line that the delta says, about where the client took them, and their mean counts,
+    unless what each record would have caused by itself explains the update better.
     Senders' updates are clipped before their mean; of senders with several records each, which records share one is a guess. Randomness
     of the model that the update does not give away is averaged over. Rounds in which the same client takes the same records again add
     their evidence; of several records that were changed at random, one round counts. The other records of the training set are not
@@ -139,11 +140,15 @@ class CandidateIdentification:
         versions, owner = rows_of(versions, rows), owner[rows]
         if len(set(owner.tolist())) < knowledge.num_examples:
             versions, owner = transformed(pool, knowledge)
-        each = []
-        for place, (seen, known) in enumerate(rounds):
-            tick("candidate_identification", place, len(rounds))
-            each.append(self.evidence(seen, known, versions, rng))
-        best, surprise = named(each, owner, knowledge.num_examples, deadline=deadline, told=told_of(versions, knowledge))
+        led = bool(path(view, knowledge, prepared(view, knowledge, versions)))
+        tries = []
+        for along in (True, False) if led else (False,):  # signs, say, are no way: the likelier answer tells which it was
+            each = []
+            for place, (seen, known) in enumerate(rounds):
+                tick("candidate_identification", place, len(rounds))
+                each.append(self.evidence(seen, known, versions, rng, along=along))
+            tries.append(named(each, owner, knowledge.num_examples, deadline=deadline, told=told_of(versions, knowledge)))
+        best, surprise = min(tries, key=lambda found: found[1])
         return owner[best], surprise
 
     def shortlist(self, view: Observation, knowledge: Knowledge, versions: Batch, most: int, rng: torch.Generator) -> Int[Tensor, " rows"]:
@@ -155,11 +160,12 @@ class CandidateIdentification:
         alike = torch.cat([own @ victim.target / own.norm(dim=1).clamp(min=1e-30) for own in parts])
         return alike.topk(most).indices.sort().values
 
-    def evidence(self, view: Observation, knowledge: Knowledge, versions: Batch, rng: torch.Generator) -> Evidence:
-        """What each version would have caused in this round, beside what was seen."""
+    def evidence(self, view: Observation, knowledge: Knowledge, versions: Batch, rng: torch.Generator, *, along: bool) -> Evidence:
+        """What each version would have caused in this round, by itself or along the client's path, beside what was seen."""
         victim, stack = prepared(view, knowledge, versions), known_stack(view, knowledge)
         updates, first = torch.empty(len(versions), len(victim.target)), 0
-        for part in each_alone(victim, versions, stack.record_clip, path(view, knowledge, victim), draws=self.draws, rng=rng):
+        way = path(view, knowledge, victim) if along else ()
+        for part in each_alone(victim, versions, stack.record_clip, way, draws=self.draws, rng=rng):
             updates[first : first + len(part)] = part
             first += len(part)
         senders, limit = clipping_of(view, knowledge, stack.distance.clip_norm)

@@ -88,6 +88,8 @@ def bounded(world: World, channel: SecureAggregation) -> bool:
 class DistributedDP(Defense):
     """Adds each client's share of integer noise inside secure aggregation: ε against the server for less noise than client_dp.
 
+    The module is long because its documentation is the defense's page, a third of it.
+
     Attributes:
         clip_norm: S, largest L2 norm of an update.
         noise_multiplier: z, standard deviation in units of S of the noise that a sum of the fewest honest clients holds.

@@ -146,6 +146,19 @@ def test_records_of_several_local_steps_are_named_by_their_gradients_along_the_c
     assert counts[1] < 20
 
 
+def test_a_delta_that_is_no_way_misleads_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs alone as the client's path: no fewer are named than without it."""
+    recipe = LocalTraining(algorithm="fedavg", batch_size=1, steps=4, learning_rate=0.01)
+    batch = rows(1, 5, 8, 13)
+    view, knowledge = attack_surface(build("cnn", SHAPE, width=8, hidden=64), [batch], recipe)
+    update = Update("delta", signs(view.upload.update.tensors))
+    seen = replace(view, uploads=(replace(view.upload, update=update),))
+    told = replace(knowledge, candidates=POOL, defenses=(("sign_sgd", {"scale": "none"}),))
+    led = hits(seen, told, batch)
+    monkeypatch.setattr(candidate_identification, "path", lambda *_: ())
+    assert led >= hits(seen, told, batch) > 0
+
+
 def test_noise_inside_the_model_is_averaged_over() -> None:
     model = lookup.get("models", "precode")(lookup.get("models", "convnet")(width=4), 16).build(Schema(SHAPE, CLASSES), stream(0, "model"))
     for batch, least in ((rows(3), 1), (rows(3, 17), 1)):  # of one record the noise is read off; of two it is averaged over
