@@ -13,7 +13,7 @@ Deviations: the paper trains a perceptron of three layers of 3000 units; this is
     is trained without them, and where they change records (ATS, MixUp, InstaHide) it guesses at plain ones.
     The uploaded buffers (BatchNorm statistics) are not used. No polish by gradient matching.
 Measured: 20 digits, lenet, labels recovered: claims learned-digits (no defense) and learned-noise beside learned-noise-matching
-    (noise of 0.1). Behind noise, signs and pruning of 99 % it is at least 5 dB above matching at equal CPU seconds (``pytest --slow
+    (noise of 0.1). Behind noise, signs and pruning of 99 % it is at least 4 dB above matching at equal CPU seconds (``pytest --slow
     tests/attacks/test_learning_to_invert.py``). Which of the two serves a victim better ``strongest`` rehearses on public records,
     but where it takes the update for hidden: there it is asked alone.
 """

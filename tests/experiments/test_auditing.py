@@ -93,14 +93,18 @@ def test_a_right_defense_passes_under_poisson_sampling(tmp_path: Path) -> None:
     assert run(config.build(Experiment, sampled), tmp_path / "run", workers=1) == []
     (verdict,), _ = audit_run(tmp_path / "run")
     experiment = config.build(Experiment, sampled)
-    of = [experiment.world(experiment.arms[0], seed) for seed in (0, 1)]
-    most = max(len(private_record_ids(each, client, 1)) for each in of for client in range(40))  # more than are stated: so many are named
-    claim = guarantee(of[0], records_held=records_held(of[0])).claim
-    assert claim is not None
+    worlds = [experiment.world(experiment.arms[0], seed) for seed in (0, 1)]
+    most = [max(len(private_record_ids(world, client, 1)) for client in range(40)) for world in worlds]  # more than are stated: so many are named
+    own = [success_ceiling(GaussianDpEvent(0.4), 1 / ((101 - held) // held)) for held in most]
+    assert own[0] != own[1]
+    assert [fact.ceiling for fact in read_facts(tmp_path / "run")] == pytest.approx(own)
     assert not verdict.failed
     assert verdict.fails_from is not None
-    assert verdict.measured.ceiling == pytest.approx(success_ceiling(GaussianDpEvent(0.4), 1 / ((101 - most) // most)))
-    assert verdict.low > success_ceiling(claim.event, 1 / ((101 - most) // most))  # what was called a violation before
+    assert sorted(set(verdict.measured.own)) == pytest.approx(sorted(own))
+    assert verdict.measured.ceiling == pytest.approx(sum(verdict.measured.own) / verdict.measured.trials)
+    claim = guarantee(worlds[0], records_held=records_held(worlds[0])).claim
+    assert claim is not None
+    assert verdict.low > success_ceiling(claim.event, 1 / ((101 - max(most)) // max(most)))  # what was called a violation before
     table = json.loads((tmp_path / "run" / "summary.json").read_text()) if conclude(tmp_path / "run") else {}
     assert not any("ceiling_exceeded" in each["flags"] for each in table["rows"])
 
