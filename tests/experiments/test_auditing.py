@@ -94,7 +94,9 @@ def test_a_right_defense_passes_under_poisson_sampling(tmp_path: Path) -> None:
     (verdict,), _ = audit_run(tmp_path / "run")
     experiment = config.build(Experiment, sampled)
     worlds = [experiment.world(experiment.arms[0], seed) for seed in (0, 1)]
-    most = [max(len(private_record_ids(world, client, 1)) for client in range(40)) for world in worlds]  # more than are stated: so many are named
+    most = [
+        max(len(private_record_ids(world, client, 1)) for client in range(40)) for world in worlds
+    ]  # more than are stated: so many are named
     own = [success_ceiling(GaussianDpEvent(0.4), 1 / ((101 - held) // held)) for held in most]
     assert own[0] != own[1]
     assert [fact.ceiling for fact in read_facts(tmp_path / "run")] == pytest.approx(own)
