@@ -1,6 +1,7 @@
-"""What a client's upload costs by formula: the bytes of an efficient coding, beside which those on the wire are printed.
+"""What a round costs by formula: the bytes of an upload under an efficient coding, and the memory without which no round can be.
 
-Our wire sends every update as dense float32, whatever a defense left out of it, so that one tap and one attack interface serve all.
+Both are printed beside what was measured. Our wire sends every update as dense float32, whatever a defense left out of it, so that one
+tap and one attack interface serve all.
 """
 
 from __future__ import annotations
@@ -35,3 +36,22 @@ def upload_bytes(defenses: Sequence[Defense], numbers: int, world: World) -> flo
             best = dense
         best = min(best, inf if own is None else own)
     return best
+
+
+def memory_bytes(defenses: Sequence[Defense], numbers: int, world: World, batch: int) -> float:
+    """Return the bytes that the server and one client at work must hold at once, activations and what the libraries need left out.
+
+    The server: the model, every upload of the round, and their mean. The client: the model and its gradient, of which there is one for
+    each record where each is clipped by itself.
+
+    Args:
+        defenses: the stack.
+        numbers: parameters and buffers of the model.
+        world: the federation.
+        batch: records of a local step, of the client that has most.
+    """
+    dense = float(BYTES_OF_A_NUMBER * numbers)
+    own = [defense.upload_bytes(numbers, world) for defense in defenses if defense.channel]  # without one the wire is dense
+    arriving = next((size for size in own if size is not None), dense)
+    gradients = batch if any(defense.per_example for defense in defenses) else 1
+    return world.federation.cohort_size * arriving + (2 + 1 + gradients) * dense

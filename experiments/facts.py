@@ -15,11 +15,11 @@ from statistics import fmean
 import torch
 
 from clients.cost import seconds_of_a_round
-from clients.private import splits
+from clients.private import records_held, splits
 from defenses.bounds import ASSUMPTIONS
 from defenses.channel.ckks import CKKSAggregation
 from defenses.channel.secure_aggregation import SecureAggregation
-from experiments.cost import upload_bytes
+from experiments.cost import memory_bytes, upload_bytes
 from experiments.groups import Row, bounds, mean
 from experiments.guarantee import guarantee_of
 from experiments.result import ArmFacts
@@ -32,8 +32,10 @@ from simulator.transcript import Record
 from simulator.types import Upload
 from simulator.world import World
 
-COSTS = ("upload_bytes", "upload_bytes_formula", "download_bytes", "client_seconds", "server_seconds", "peak_bytes")
-"""Of one client and round, the server's of one round; ``upload_bytes_formula`` is what an efficient coding would take."""
+COSTS = (
+    "upload_bytes", "upload_bytes_formula", "download_bytes", "client_seconds", "server_seconds", "peak_bytes", "memory_bytes_formula",
+)  # fmt: skip
+"""Of one client and round, the server's and memory of one round; ``upload_bytes_formula`` is what an efficient coding would take."""
 
 
 FOR_THE_VIEW = "Ceilings are for what the attacks saw"
@@ -142,6 +144,7 @@ def gather(
     accuracies = [accuracy(world, splits(world), model) for number, model in sorted(record.models.items()) if number >= first]
     numbers = sum(tensor.numel() for part in record.released for tensor in floating(part).values())
     rounding = rounding_error(world, record)
+    batch = max(map(world.training.size_of_batch, records_held(world)))
     return ArmFacts(
         arm=arm, seed=world.seed, accuracy=fmean(accuracies), accuracy_per_round=tuple(accuracies),
         epsilon=guarantee.epsilon, delta=guarantee.delta, epsilon_for=guarantee.sentence,
@@ -153,6 +156,7 @@ def gather(
         ceiling=max(view.identification for view in views.values()), training_ceiling=proven.training.identification,
         ceiling_by_round={str(number): view.identification for number, view in views.items()}, latest_seen=max(proven.seen.values()),
         psnr_ceiling_db=max(psnrs, default=None), mse_floor=proven.training.mse_floor,
+        memory_bytes_formula=memory_bytes(world.defenses, numbers, world, batch),
     )  # fmt: skip
 
 

@@ -160,6 +160,7 @@ class ArmFacts:
         server_seconds: CPU seconds that the server works in a round, the mean over rounds; None in lines of an older version.
         peak_bytes: the most memory that server and clients took, in one process, beyond what that process held before; in lines of an older
             version with that.
+        memory_bytes_formula: the least that a round needs, see :func:`experiments.cost.memory_bytes`.
         quantization_error: rms difference of a coordinate to the exact aggregate, in the update's unit; None without quantization.
         quantization_relative: the same over the rms of the released aggregate; None in lines of an older version, too.
         train_seconds: wall-clock time of the federation.
@@ -190,6 +191,7 @@ class ArmFacts:
     ceiling_by_round: Mapping[str, float] | None = field(default=None, metadata=SINCE)
     training_ceiling: float | None = field(default=None, metadata=SINCE)
     latest_seen: int | None = field(default=None, metadata=SINCE)
+    memory_bytes_formula: float | None = field(default=None, metadata=SINCE)
 
     def to_json(self) -> str:
         """Return the facts as one line."""

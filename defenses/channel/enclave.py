@@ -37,7 +37,7 @@ Broken by: without noise every attack on the aggregate, as under secure aggregat
 
 Cost: up 4 bytes per parameter + 84 bytes for each client and round (36 of head, 48 of seal) and a nonce of 16; down one quote of 163
     bytes. CPU time of client and server is measured in every run and printed under "Cost" in its report; that of
-    the enclave's own process is not.
+    the enclave's own process, its start included, with the server's.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ class Cost:
     client: str
     server: str
     memory: str
+    least_memory: str
     training: str
 
     @property
@@ -48,8 +49,9 @@ def _cost(row: Mapping[str, object]) -> Cost:
         client=values.duration(found["client_seconds"]),
         server=values.duration(found["server_seconds"]),
         memory=values.size(found["peak_bytes"]),
+        least_memory=values.size(found["memory_bytes_formula"]),
         training=values.duration(number(row.get("train_seconds"))),
     )
 
 
-KEYS = ("upload_bytes", "upload_bytes_formula", "download_bytes", "client_seconds", "server_seconds", "peak_bytes")
+KEYS = ("upload_bytes", "upload_bytes_formula", "download_bytes", "client_seconds", "server_seconds", "peak_bytes", "memory_bytes_formula")

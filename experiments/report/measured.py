@@ -16,7 +16,7 @@ LEAKS = (
 )  # fmt: skip
 COSTS = (
     "arm", "ε", "ceiling of one guess", "PSNR without a prior ≤", "MSE without a prior ≥", "accuracy, points against control", "rounding",
-    "upload (coded)", "download", "client", "server", "memory",
+    "upload (coded)", "download", "client", "server", "memory (needed)",
 )  # fmt: skip
 """Of the columns after ``ε`` those are left out in which no arm has anything."""
 
@@ -24,8 +24,9 @@ OVER = "over the same attack on shuffled updates"
 FEWER = "Arms with fewer victims are those whose attacks take long: an inverter or a batch for each upload, sums, another network."
 PRICES = (
     "Bytes are of one client and round, in brackets what an efficient coding would send; client and server are CPU time of a round, a "
-    "simulated enclave's own left out; memory is the most that server and clients together took beyond what their process held before, the "
-    "least over the seeds."
+    "simulated enclave's with the server's; memory is the most that server and clients together took beyond what their process held "
+    "before, the least over the seeds, in brackets what a round needs by formula: the model, every upload and their mean at the "
+    "server, model and gradients at one client, no activations."
 )
 NAMED = "Senders that an attack names for the records of a sum, rightly; chance deals the records to the senders at random"
 
@@ -94,7 +95,7 @@ def _costs(row: Row, price: costs.Cost) -> tuple[str, ...]:
         price.download,
         price.client,
         price.server,
-        price.memory,
+        price.memory + (f" ({price.least_memory})" if values.MISSING not in (price.memory, price.least_memory) else ""),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clients.cost import FILE, noted, seconds_of_a_round
+from server import strategy
 from tests.federations import federate, world
 
 
@@ -48,3 +49,11 @@ def test_bytes_and_seconds_of_a_federation(tmp_path: Path) -> None:
     assert seconds_of_a_round(tmp_path) is not None
     assert len((tmp_path / FILE).read_text().splitlines()) == 3 * 3  # a greeting and two rounds
     assert "seconds" not in (tmp_path / "transcript.jsonl").read_text().replace("timeout_seconds", "").replace("server_seconds", "")
+
+
+def test_what_the_enclave_worked_counts_as_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a process of its own, in which Python and NumPy alone take a tenth of a second to start."""
+    of = world(federation={"clients": 3, "rounds": 1}, defenses=["simulated_enclave"])
+    whole = federate(of, tmp_path / "whole").end["server_seconds"]
+    monkeypatch.setattr(strategy, "_cpu_seconds", time.thread_time)
+    assert whole > federate(of, tmp_path / "host").end["server_seconds"] + 0.05

@@ -207,7 +207,8 @@ def test_the_plot_marks_baselines_families_and_dominated_arms() -> None:
 
 def test_the_page_holds_the_front_the_costs_and_the_ceilings(tmp_path: Path, no_plot: None) -> None:  # noqa: F811
     summary = ladder()
-    cost = {"upload_bytes": 4e5, "upload_bytes_formula": 1e4, "download_bytes": 5e5, "client_seconds": 0.012, "server_seconds": 0.003, "peak_bytes": 2.5e8}
+    cost = {"upload_bytes": 4e5, "upload_bytes_formula": 1e4, "download_bytes": 5e5, "client_seconds": 0.012, "server_seconds": 0.003}
+    cost |= {"peak_bytes": 2.5e8, "memory_bytes_formula": 7e7}
     ceilings = {"no_prior_psnr_db": 9.5, "mse_floor": 0.02, "sentences": ["PSNR: attacker has no prior."]}
     for each in summary["rows"]:  # type: ignore[union-attr]
         each["cost"] = cost
@@ -217,7 +218,7 @@ def test_the_page_holds_the_front_the_costs_and_the_ceilings(tmp_path: Path, no_
     page = Page(source)
     text = " ".join(page.text.split())
     assert (tmp_path / "pareto.svg").is_file()
-    for words_ in ("12 ms", "3 ms", "10 kB", "500 kB", "250 MB", "9.5 dB", "attacker has no prior", "What the protection costs"):
+    for words_ in ("12 ms", "3 ms", "10 kB", "500 kB", "250 MB", "70 MB", "9.5 dB", "attacker has no prior", "What the protection costs"):
         assert words_.replace(" ", "\u00a0", 1) in text or words_ in text, words_
     assert "What 2 clients sent, who collude with it" in text
     assert "A list of 100 records with their labels" in text

@@ -21,7 +21,7 @@ from defenses.client.top_k import TopK
 from experiments import directory, facts, parts
 from experiments import run as runs
 from experiments.conclude import conclude
-from experiments.cost import upload_bytes
+from experiments.cost import memory_bytes, upload_bytes
 from experiments.directory import FACTS, HOW, RESULTS, read_facts, read_trials
 from experiments.estimate import left, plan, span
 from experiments.result import Trial
@@ -227,6 +227,28 @@ class Channel(Defense):
 )
 def test_bytes_by_formula(stack: tuple[Defense, ...], expected: float) -> None:
     assert upload_bytes(stack, 1000, world()) == pytest.approx(expected)
+
+
+def test_memory_by_formula() -> None:
+    of = world(federation={"clients": 9, "cohort": 7})
+    plain = memory_bytes((), 1000, of, 16)
+    assert plain == 4000 * (2 + 7 + 2)  # the server's model, mean and uploads; the client's model and gradient
+    assert memory_bytes((TopK(pruned=0.99),), 1000, of, 16) == plain  # on our wire what was left out are zeros
+    assert memory_bytes((Channel(),), 1000, of, 16) == plain + 7 * (5000 - 4000)
+    assert memory_bytes((DPSGD(),), 1000, of, 16) == plain + 15 * 4000  # a gradient for each record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", [[], ["dp_sgd"], ["secure_aggregation"]], ids=["none", "dp_sgd", "secure_aggregation"])
+def test_a_federation_takes_what_the_formula_says_and_not_much_more(stack: list[str], tmp_path: Path) -> None:
+    """6.3 MB an upload. Beyond the formula: each upload is a message, too, whose bytes client and server share a process with."""
+    large = {"model": {"name": "mlp", "hidden": [21_000]}, "federation": {"clients": 12, "rounds": 1}, "training": {"batch_size": 8}}
+    spec = tiny(**large, attacks=["random_guess"], arms=[{"name": "the one", "defenses": stack}])
+    assert run(spec, tmp_path / "run", workers=1) == []
+    (found,) = read_facts(tmp_path / "run")
+    assert found.memory_bytes_formula is not None
+    assert found.peak_bytes is not None
+    assert 1 < found.peak_bytes / found.memory_bytes_formula < 6
 
 
 def test_formulas_of_channels_are_near_what_they_send(tmp_path: Path) -> None:
