@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attacks._sparse.alternate import alternate, distinct, left_over
-from attacks._sparse.certify import Atom, Pool, polish, separate, unmixed
+from attacks._sparse.certify import Atom, Pool, below, polish, separate, unmixed
+from attacks._sparse.parallel import parallel
 from attacks._sparse.space import Layer, Space, decompose
 
 __all__ = ["Factorization", "Guess", "Layer", "factorize"]
@@ -30,6 +31,9 @@ times :data:`EXACT`, the error that a certified record may have from noise, and 
 EXACT = 3e-4
 """Largest error of a certified record, relative to its size, that the noise of the update may cause."""
 
+
+LIKE = 1e-3
+"""Relative difference up to which a column is a multiple of the signal that all records share."""
 
 GUESSED = (0.3, 0.0)
 """Share of the schedule of :func:`alternate` that a guess skips, in turn: a good one needs no coarse sides, a poor one does."""
@@ -90,7 +94,18 @@ def is_mask(space: Space, atom: Atom, slack: float) -> bool:
         return False
     on, off = atom.on_off(space)
     violations, _ = separate(space.slopes, on, off)
-    return violations <= slack * len(on) + hidden(on, off)
+    return violations <= slack * len(on) + hidden(on, off) and is_cut(space, atom)
+
+
+def is_cut(space: Space, atom: Atom) -> bool:
+    """Whether ``atom`` is a multiple of the signal that all records share, wherever it is on; true where they share none."""
+    if space.signal is None:
+        return True
+    column = space.left @ atom.direction
+    zero = below(space, atom.direction, column.abs())
+    on = (column.abs() > 2 * zero) & space.signal.isfinite()
+    multiple = (column[on] / space.signal[on]).median() * space.signal[on]
+    return bool(((column[on] - multiple).abs() < 2 * zero[on] + LIKE * multiple.abs()).all())
 
 
 def hidden(on: Bool[Tensor, " neurons"], off: Bool[Tensor, " neurons"]) -> int:
@@ -108,6 +123,12 @@ def search(space: Space, deadline: float, rng: torch.Generator, slack: float, gu
     pool, tested = Pool(rank, 0.9999), Pool(rank, 1 - 1e-9)
     turns, stuck, known, trusted, planes = 20, False, list[Atom](), list[Atom](), set[bytes]()
     begins = itertools.cycle(GUESSED)
+    for q in parallel(live, rng):
+        atom = polish(live, q)
+        size = (live.left @ q).abs()
+        pool.add(replace(atom, direction=q, zeros=int((size < below(live, q, size)).sum())))  # proven: to polish it can only blur it
+    if len(trusted := pool.independent()) == rank:
+        return trusted
     while time.process_time() < deadline:
         # The coordinates of the records that are still missing are orthogonal to the columns found.
         found = directions(trusted, rank)

@@ -25,7 +25,8 @@ PRIOR_ENTRIES = 4
 class Layer:
     """A linear layer z = W·x + b before a ReLU, and what the update says of it, up to one common factor.
 
-    ``coarse``: whether the update was rounded to less than float32.
+    ``coarse``: whether the update was rounded to less than float32. ``signal``: what all records' backward signals are multiples of where
+    they are on, as between two classes; NaN where it is not known.
     """
 
     weight_gradient: Float[Tensor, "neurons inputs"]
@@ -33,6 +34,7 @@ class Layer:
     weight: Float[Tensor, "neurons inputs"]
     bias: Float[Tensor, " neurons"]
     coarse: bool = False
+    signal: Float[Tensor, " neurons"] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Space:
         values: singular values of L·R.
         noise: root mean square of the entries of each row of ∂W outside the space; rounding to few bits is in proportion to the row.
         coherence: factor by which errors that are alike add up to more in L than independent ones do.
+        signal: as the layer's.
     """
 
     left: Float[Tensor, "neurons rank"]
@@ -58,6 +61,7 @@ class Space:
     values: Float[Tensor, " rank"]
     noise: Float[Tensor, " neurons"]
     coherence: float = 1.0
+    signal: Float[Tensor, " neurons"] | None = None
 
     @property
     def rank(self) -> int:
@@ -73,7 +77,8 @@ class Space:
         """The space without the neurons that are off for every record: their rows are zero for every q."""
         size = self.left.norm(dim=1)
         keep = size > 1e-5 * size.max()
-        return replace(self, left=self.left[keep], slopes=self.slopes[keep], noise=self.noise[keep])
+        signal = None if self.signal is None else self.signal[keep]
+        return replace(self, left=self.left[keep], slopes=self.slopes[keep], noise=self.noise[keep], signal=signal)
 
 
 def numerical_rank(values: Float[Tensor, " values"], records: int | None) -> int:
@@ -116,4 +121,4 @@ def decompose(layer: Layer, records: int | None = None) -> Space | None:
     outside = (both - left @ (left.T @ both)).square().sum(1)
     typical = outside.sum() / max((len(both) - rank) * free, 1)
     noise = ((outside + PRIOR_ENTRIES * typical) / (free + PRIOR_ENTRIES)).sqrt()
-    return Space(left, right, slopes, unit, squares[:rank].sqrt(), noise, ALIKE if layer.coarse else 1.0)
+    return Space(left, right, slopes, unit, squares[:rank].sqrt(), noise, ALIKE if layer.coarse else 1.0, layer.signal)

@@ -35,6 +35,7 @@ from attacks._second_order.inversion import Inverted, finish, search, sensitivit
 from attacks._second_order.proof import RADIUS
 from attacks._settings import must_be_positive
 from attacks._sparse.factorize import Layer, factorize
+from attacks._sparse.parallel import shared_signal
 from attacks.update.labels import known_or_recovered
 from attacks.update.sparse_factorization import explained
 from simulator.adversary import Knowledge, Reconstruction
@@ -148,7 +149,8 @@ class Hybrid:
         if isinstance(entrance, str) or head is None:
             raise ValueError(f"the model must have a hidden linear layer with ReLU and end in nn.Linear, got {entrance}")
         gradient, parameters, name = mean_gradient(view, knowledge), view.broadcast.parameters, entrance.layer
-        layer = Layer(gradient[name.weight], gradient[name.bias], parameters[name.weight], parameters[name.bias])
+        signal = shared_signal(knowledge, view.broadcast, name.name)
+        layer = Layer(gradient[name.weight], gradient[name.bias], parameters[name.weight], parameters[name.bias], signal=signal)
         found = factorize(layer, rng=rng, seconds=self.seconds / 2, records=knowledge.num_examples)
         if found.inputs is None:
             shape = (knowledge.num_examples, *knowledge.schema.shape)

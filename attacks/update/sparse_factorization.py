@@ -11,9 +11,10 @@ Deviations: neither samples submatrices nor learns a dictionary: a candidate alt
     Each column is proven by its own mask before it is kept; of records that are nearly alike, whose mixtures are sparse too, the
     columns are read off the plane that they span. Labels by the record's own backward signal. Several local steps get no
     certificate, since masks move on the way; the model halfway is the guess of where they were (claims B10, B10-target). Where columns
-    are missing, the others' records are the middle of what their masks leave. Measured: claims B5, B6, B7, B7-target, B9-digits; of two
-    hidden layers and of 16-bit updates ``tests/attacks/test_sparse.py``. Two classes make all backward signals parallel, and records
-    whose masks are alike then may stay mixed: claim B9-lfw.
+    are missing, the others' records are the middle of what their masks leave. Between two classes all backward signals of one hidden
+    layer are parallel and so known: rows that one record tells apart give it away (``attacks._sparse.parallel``; claims B9-lfw,
+    B9-lfw-32). Measured: claims B5, B6, B7, B7-target, B9-digits; of two hidden layers and of 16-bit updates
+    ``tests/attacks/test_sparse.py``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from attacks._layers import backward_signals, first_linear, linear_before_relu
 from attacks._rest import in_order, labels_left
 from attacks._settings import must_be_positive
 from attacks._sparse.factorize import SLACK, Factorization, Guess, Layer, factorize
+from attacks._sparse.parallel import shared_signal
 from attacks.update.labels import known_or_recovered, unrecoverable
 from simulator.adversary import Knowledge, Reconstruction
 from simulator.registry import register
@@ -100,7 +102,8 @@ class SparseFactorization:
             for name in (call.weight, call.bias)
         }
         coarse = view.upload.update.tensors[call.weight].dtype != torch.float32 or knowledge.training.upload_dtype != "float32"
-        layer = Layer(gradient[call.weight], gradient[call.bias], between[call.weight], between[call.bias], coarse)
+        signal = shared_signal(knowledge, view.broadcast, call.name) if one_step else None
+        layer = Layer(gradient[call.weight], gradient[call.bias], between[call.weight], between[call.bias], coarse, signal)
         factors = factorize(layer, rng=rng, seconds=self.seconds, records=records, slack=SLACK if one_step else MOVED, guess=guess)
         inputs = factors.outlines if factors.inputs is None else factors.inputs
         images = torch.full((records, *knowledge.schema.shape), 0.5)

@@ -1,0 +1,112 @@
+"""Two classes: the one backward signal that all records share takes batches apart that sparsity alone does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from attacks._layers import first_linear, last_linear
+from attacks._sparse.factorize import Factorization, Layer, factorize
+from attacks._sparse.parallel import parallel, shared_signal
+from attacks._sparse.space import decompose
+from attacks.update.sparse_factorization import SparseFactorization
+from experiments.victims import Victim, victim
+from simulator import config
+from simulator.dataset import take
+from simulator.network import network
+from simulator.rng import stream
+from simulator.types import LocalTraining
+
+RECIPE = LocalTraining(batch_size=0)
+
+
+def faces(count: int, hidden: tuple[int, ...], seed: int) -> Victim:
+    data = config.build_plugin("data", "faces", "data").load()
+    family = config.build_plugin("models", {"name": "mlp", "hidden": list(hidden)}, "model")
+    own = torch.randperm(len(data.records), generator=stream(seed, "parallel"))[:count]
+    return victim(network(family, data.schema, RECIPE, seed), data.schema, [take(data.records, own)], RECIPE, seed=seed)
+
+
+def layer_of(target: Victim, dtype: torch.dtype = torch.float32) -> Layer:
+    """The first layer with its gradient, and what all backward signals are multiples of."""
+    found = first_linear(target.knowledge, target.view.broadcast)
+    assert not isinstance(found, str)
+    call, parameters = found[0], target.view.broadcast.parameters
+    by_weight, by_bias = (target.view.upload.update.tensors[name].to(dtype).float() for name in (call.weight, call.bias))
+    signal = shared_signal(target.knowledge, target.view.broadcast, call.name)
+    return Layer(by_weight, by_bias, parameters[call.weight], parameters[call.bias], dtype != torch.float32, signal)
+
+
+def missed(found: Factorization, target: Victim) -> Tensor:
+    """For each record the mean squared error of the nearest input that was found."""
+    truth = (target.truth.inputs.flatten(1).double() - 0.5) / 0.25
+    if found.inputs is None:
+        return torch.full((len(truth),), torch.inf)
+    return torch.cdist(truth, found.inputs).square().min(1).values / truth.shape[1]
+
+
+@pytest.mark.parametrize(("count", "width"), [(8, 64), (24, 256), (32, 512)])
+def test_faces_come_back_exactly_and_proven(count: int, width: int) -> None:
+    """Among them pictures that one neuron tells apart; in the same time sparsity alone gives no such batch back."""
+    target = faces(count, (width,), seed=0)
+    layer = layer_of(target)
+    found = factorize(layer, rng=stream(0, "sparse"), seconds=5, records=count)
+    assert float(missed(found, target).max()) < 1e-6
+    assert all(found.certified)
+    if count > 8:
+        assert factorize(replace(layer, signal=None), rng=stream(0, "sparse"), seconds=2 * found.seconds, records=count).inputs is None
+
+
+def test_the_shared_signal_is_the_difference_of_the_last_layers_rows() -> None:
+    """J^T(p − e_0) − J^T(p − e_1) = W_1 − W_0, in closed form, where a ReLU is on."""
+    target = faces(1, (256,), seed=3)
+    head = last_linear(target.knowledge, target.view.broadcast)
+    assert head is not None
+    last = target.view.broadcast.parameters[head.weight]
+    signal = layer_of(target).signal
+    assert signal is not None
+    known = signal.isfinite()
+    assert int(known.sum()) > 250
+    assert torch.allclose(signal[known].abs(), (last[1] - last[0]).double()[known].abs(), rtol=1e-3, atol=1e-5)
+
+
+def test_no_signal_is_shared_behind_a_second_hidden_layer_or_among_ten_classes() -> None:
+    assert layer_of(faces(2, (64, 64), seed=0)).signal is None
+    data = config.build_plugin("data", "digits", "data").load()
+    model = network(config.build_plugin("models", "mlp", "model"), data.schema, RECIPE, 0)
+    digits = victim(model, data.schema, [take(data.records, torch.arange(2))], RECIPE)
+    assert layer_of(digits).signal is None
+
+
+def test_another_signal_proves_nothing() -> None:
+    """The test of a difference is no formality: of another network's signal no cut lies in the space."""
+    layer = layer_of(faces(16, (512,), seed=1))
+    space = decompose(layer, 16)
+    assert space is not None
+    assert layer.signal is not None
+    assert len(parallel(space.live(), stream(0, "pairs"))) == 16
+    other = replace(space, signal=layer.signal[torch.randperm(512, generator=stream(0, "other"))])
+    assert len(parallel(other.live(), stream(0, "pairs"))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_coarse_updates_certify_nothing_wrong(dtype: torch.dtype) -> None:
+    for seed in range(3):
+        target = faces(8, (256,), seed)
+        found = factorize(layer_of(target, dtype), rng=stream(0, "sparse"), seconds=2, records=8)
+        assert not any(found.certified) or float(missed(found, target).max()) < 1e-4
+
+
+def test_records_of_one_class_and_copies_are_counted() -> None:
+    target = faces(6, (256,), seed=2)
+    twice = take(target.truth, torch.tensor([0, 0, 1, 2, 3, 4]))
+    data = config.build_plugin("data", "faces", "data").load()
+    again = victim(target.knowledge.model, data.schema, [twice], RECIPE)
+    guess = SparseFactorization(seconds=5)(again.view, again.knowledge, rng=stream(0, "attack"))
+    assert guess.inputs is not None
+    errors = torch.cdist(again.truth.inputs.flatten(1).double(), guess.inputs.flatten(1).double()).square().min(1).values
+    assert float(errors.max()) < 1e-6
+    assert sum(map(bool, guess.certificate)) == 6 or guess.certificate.count("") == 2
