@@ -63,9 +63,14 @@ def assumptions(row: Mapping[str, object]) -> list[str]:
 
 
 def identification(row: Mapping[str, object]) -> str:
-    """The ceiling for what the attack saw, from the least to the highest of its rounds, and :func:`over_training` where that is another."""
+    """:func:`of_the_view`, and :func:`over_training` where that is another."""
+    return f"{of_the_view(row)} {over_training(row)}".rstrip()
+
+
+def of_the_view(row: Mapping[str, object]) -> str:
+    """The ceiling for what the attack saw, from the least to the highest of its rounds."""
     ends = [end for key in ("least_ceiling", "ceiling") if (end := number(row.get(key))) is not None]
-    return f"{values.percent_span(ends) or values.MISSING} {over_training(row)}".rstrip()
+    return values.percent_span(ends) or values.MISSING
 
 
 def over_training(row: Mapping[str, object]) -> str:

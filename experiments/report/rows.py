@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from experiments.ladder import BEST
 from experiments.report import beside, values
 from experiments.report.headline import control_of, headlines, laddered, name, rows_of, strongest, texts_of
-from experiments.report.limits import over_training
+from experiments.report.limits import of_the_view, over_training
 from experiments.report.values import Estimate, estimate, lookup, number
 from experiments.report.verdict import Verdict, verdict
 
@@ -71,7 +71,7 @@ def _lines(rows: Sequence[Mapping[str, object]], everything: Sequence[Mapping[st
             delta=values.significant(number(row.get("delta"))) if number(row.get("delta")) else "",
             note=sentences.index(str(row["epsilon_for"])) + 1 if row.get("epsilon_for") else 0,
             sentence=str(row.get("epsilon_for") or ""),
-            ceiling=number(row.get("ceiling")),
+            ceiling=of_the_view(row),
             over_training=over_training(row),
             accuracy=estimate(row, "accuracy"),
             accuracy_against=beside.accuracy(row),
@@ -228,7 +228,7 @@ class Line:
     delta: str
     note: int
     sentence: str
-    ceiling: float | None
+    ceiling: str
     over_training: str
     accuracy: Estimate
     accuracy_against: str

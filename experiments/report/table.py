@@ -50,7 +50,7 @@ def table(summary: Mapping[str, object]) -> Table:
             Text(_labels(line) or _with_range(values.percent(rate.value), values.percent_range(rate.low, rate.high)), style=style),
             Text(_with_range(values.fixed(gain.value, sign=True), values.fixed_range(gain.low, gain.high)), style=style),
             Text(line.epsilon),
-            _over(values.percent(line.ceiling), line.over_training),
+            _over(line.ceiling, line.over_training),
             _over(values.percent(line.accuracy.value, 1), line.accuracy_against.replace(" ± ", "\n±")),
             Text(" ".join(letters[flag] for flag in line.flags)),
         )

@@ -243,3 +243,10 @@ def test_an_arm_without_an_upper_limit_dominates_none_and_says_so() -> None:
     assert all("sign" not in other.dominated_by for other in arms.values())
     legend = [text.get_text() for text in pareto.pareto(rows).legends[0].get_texts()]
     assert "mean; too few uploads for an upper limit" in legend
+
+
+def test_a_ceiling_that_differs_from_round_to_round_is_printed_from_the_least_to_the_highest() -> None:
+    spread = row("DP-SGD", ceiling=0.4, least_ceiling=0.2, training_ceiling=0.9)
+    (line,) = lines({"rows": [spread]})
+    assert (line.ceiling, line.over_training) == ("20–40\u00a0%", "(all 90\u00a0%)")
+    assert "20–40\u00a0%" in terminal({"rows": [spread]})
