@@ -98,7 +98,7 @@ def panel(rows: Sequence[Mapping[str, object]], which: str) -> list[Arm]:
         drops = _drops(row, control)
         drop = fmean(drops.values()) if drops else 100 * (undefended - accuracy)
         arm = Arm(
-            name=name(row, "defense"), family=family_of(row), drop=drop, drops=drops, leak=high,
+            name=name(row, "defense"), family=_elsewhere(family_of(row), control, first), drop=drop, drops=drops, leak=high,
             least=-math.inf if leak.low is None else leak.low, cost=cost if cost is not None and math.isfinite(cost) else None,
             mean=high if leak.value is None else leak.value, unbounded=not bounded, shaky=not SHAKY.isdisjoint(texts_of(row, "flags")),
         )  # fmt: skip
@@ -124,6 +124,11 @@ def apart(rows: Sequence[Mapping[str, object]]) -> list[str]:
 def family_of(row: Mapping[str, object]) -> tuple[str, ...]:
     """The names of the arm's defenses: arms of one family differ in strength only."""
     return tuple(texts_of(row, "stack")) or (() if row.get("control") else (name(row, "defense"),))
+
+
+def _elsewhere(family: tuple[str, ...], control: Mapping[str, object], first: Mapping[str, object]) -> tuple[str, ...]:
+    """A baseline's family, with its control's name where that is another than the first: on another network it is no baseline here."""
+    return (*family, f"beside {name(control, 'defense')}") if family in BASELINES and control is not first else family
 
 
 def sentences(rows: Sequence[Mapping[str, object]]) -> list[str]:

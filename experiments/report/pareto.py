@@ -118,7 +118,7 @@ def _draw(axes: Axes, arms: Sequence[Arm], colors: Mapping[tuple[str, ...], str]
         axes.text(0.5, 0.5, "no arm has both numbers, or none is undefended", transform=axes.transAxes, ha="center", color=theme.quiet)
         return
     for family in dict.fromkeys(arm.family for arm in arms):
-        members = [arm for arm in arms if arm.family == family]
+        members = sorted((arm for arm in arms if arm.family == family), key=lambda arm: arm.drop)
         baseline, color = members[0].baseline, _color(family, colors, theme)
         if len(members) > 1:
             style = (0, (5, 2.5)) if baseline else "-"

@@ -250,3 +250,15 @@ def test_a_ceiling_that_differs_from_round_to_round_is_printed_from_the_least_to
     (line,) = lines({"rows": [spread]})
     assert (line.ceiling, line.over_training) == ("20–40\u00a0%", "(all 90\u00a0%)")
     assert "20–40\u00a0%" in terminal({"rows": [spread]})
+
+
+def test_dp_sgd_on_another_network_is_no_baseline() -> None:
+    """What it loses is lost against that network, which the heuristics are not on."""
+    wide = arm("DP-SGD, wide", ["dp_sgd"], accuracy=0.7, named=0.1, against="none, wide")
+    both = [*rows_of(ladder()), *arm("none, wide", [], accuracy=0.9, named=1.0), *wide]
+    arms = {each.name: each for each in front.panel(both, "identified")}
+    assert "none, wide" not in arms
+    assert arms["DP-SGD, wide"].drop == pytest.approx(20.0)
+    assert [each.name for each in arms.values() if each.baseline] == ["noise 1", "noise 2", "DP-SGD"]
+    (dashed,) = [line for line in pareto.pareto(both).axes[0].lines if line.get_linestyle() == "--" and line.get_linewidth() > 1.5 and len(line.get_xdata()) > 1]
+    assert list(dashed.get_xdata()) == sorted(dashed.get_xdata())
