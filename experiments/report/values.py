@@ -114,7 +114,7 @@ def duration(value: float | None) -> str:
         return MISSING
     if value >= 120:
         return f"{value / 60:.1f}{NBSP}min"
-    return f"{value:.1f}{NBSP}s" if value >= 0.1 else f"{value * 1e3:.2g}{NBSP}ms"
+    return f"{value:.1f}{NBSP}s" if value >= 0.995 else f"{significant(value * 1e3, 2)}{NBSP}ms"
 
 
 def count(number: int, noun: str) -> str:

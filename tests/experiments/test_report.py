@@ -565,6 +565,10 @@ def test_a_picture_that_is_no_number_is_still_drawn(tmp_path: Path) -> None:
         (values.significant(2.5e-7), "2.5·10⁻⁷"),
         (values.size(856_000), "856\u00a0kB"),
         (values.duration(0.0123), "12\u00a0ms"),
+        (values.duration(0.0996), "100\u00a0ms"),
+        (values.duration(0.264), "260\u00a0ms"),
+        (values.duration(0.9949), "990\u00a0ms"),
+        (values.duration(0.996), "1.0\u00a0s"),
         (values.duration(None), "—"),
     ],
 )
