@@ -12,6 +12,8 @@ from attacks._layers import first_linear, last_linear
 from attacks._sparse.factorize import Factorization, Layer, factorize
 from attacks._sparse.parallel import parallel, shared_signal
 from attacks._sparse.space import decompose
+from attacks.update import hybrid
+from attacks.update.hybrid import Hybrid
 from attacks.update.sparse_factorization import SparseFactorization
 from experiments.victims import Victim, victim
 from simulator import config
@@ -110,3 +112,19 @@ def test_records_of_one_class_and_copies_are_counted() -> None:
     errors = torch.cdist(again.truth.inputs.flatten(1).double(), guess.inputs.flatten(1).double()).square().min(1).values
     assert float(errors.max()) < 1e-6
     assert sum(map(bool, guess.certificate)) == 6 or guess.certificate.count("") == 2
+
+
+@pytest.mark.slow
+def test_pictures_behind_convolutions_come_back_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden layer's records are features then; each is inverted by itself."""
+    data = config.build_plugin("data", "faces", "data").load()
+    model = network(config.build_plugin("models", "cnn", "model"), data.schema, RECIPE, 0)
+    own = torch.randperm(len(data.records), generator=stream(0, "x"))[:24]
+    target = victim(model, data.schema, [take(data.records, own)], RECIPE)
+    guess = Hybrid(seconds=20)(target.view, target.knowledge, rng=stream(0, "attack"))
+    assert guess.inputs is not None
+    errors = torch.cdist(target.truth.inputs.flatten(1).double(), guess.inputs.flatten(1).double()).square().min(1).values
+    assert float(errors.max()) / target.truth.inputs[0].numel() < 1e-6
+    monkeypatch.setattr(hybrid, "shared_signal", lambda *_: None)
+    alone = Hybrid(seconds=2 * guess.seconds)(target.view, target.knowledge, rng=stream(0, "attack"))
+    assert not any(alone.certificate)
