@@ -8,8 +8,8 @@ Source: Dimitrov et al., 2024, arXiv:2403.03945 (SPEAR: the factorization); Kari
     inversion after unmixing). The labels are the linear-algebra reading of Zhao et al., 2020, arXiv:2001.02610, with the features known.
 Deviations: where a defense (Soteria) changed the last layer's gradient, a record's label is that whose signal came back to the hidden
     layer. The inversion is finished by Gauss–Newton, since with the right pattern of active units the convolutions are linear: exact from
-    near (tests/attacks/test_hybrid.py, -k finish). Measured: claims B16, B16-against and two-classes-hybrid. Where dark regions leave too few active features
-    the prior decides, and nothing is certified.
+    near (tests/attacks/test_hybrid.py, -k finish). Measured: claims B16, B16-against and two-classes-hybrid. Where dark regions leave
+    too few active features the prior decides, and nothing is certified.
 """
 
 from __future__ import annotations
