@@ -32,8 +32,8 @@ EXACT = 3e-4
 """Largest error of a certified record, relative to its size, that the noise of the update may cause."""
 
 
-LIKE = 1e-3
-"""Relative difference up to which a column is a multiple of the signal that all records share."""
+SETTLED = 1e-8
+"""1 − cosine by which polishing may move a column that the shared signal gave: it makes that more exact, and finds no other."""
 
 GUESSED = (0.3, 0.0)
 """Share of the schedule of :func:`alternate` that a guess skips, in turn: a good one needs no coarse sides, a poor one does."""
@@ -94,18 +94,7 @@ def is_mask(space: Space, atom: Atom, slack: float) -> bool:
         return False
     on, off = atom.on_off(space)
     violations, _ = separate(space.slopes, on, off)
-    return violations <= slack * len(on) + hidden(on, off) and is_cut(space, atom)
-
-
-def is_cut(space: Space, atom: Atom) -> bool:
-    """Whether ``atom`` is a multiple of the signal that all records share, wherever it is on; true where they share none."""
-    if space.signal is None:
-        return True
-    column = space.left @ atom.direction
-    zero = below(space, atom.direction, column.abs())
-    on = (column.abs() > 2 * zero) & space.signal.isfinite()
-    multiple = (column[on] / space.signal[on]).median() * space.signal[on]
-    return bool(((column[on] - multiple).abs() < 2 * zero[on] + LIKE * multiple.abs()).all())
+    return violations <= slack * len(on) + hidden(on, off)
 
 
 def hidden(on: Bool[Tensor, " neurons"], off: Bool[Tensor, " neurons"]) -> int:
@@ -123,12 +112,13 @@ def search(space: Space, deadline: float, rng: torch.Generator, slack: float, gu
     pool, tested = Pool(rank, 0.9999), Pool(rank, 1 - 1e-9)
     turns, stuck, known, trusted, planes = 20, False, list[Atom](), list[Atom](), set[bytes]()
     begins = itertools.cycle(GUESSED)
-    for q in parallel(live, rng):
-        atom = polish(live, q)
-        size = (live.left @ q).abs()
-        pool.add(replace(atom, direction=q, zeros=int((size < below(live, q, size)).sum())))  # proven: to polish it can only blur it
+    for atom in told_by_signal(live, rng, deadline, slack):
+        tested.add(atom)
+        pool.add(atom)
     if len(trusted := pool.independent()) == rank:
-        return trusted
+        if agree(live, trusted, slack).all():
+            return trusted
+        pool, trusted = Pool(rank, 0.9999), []
     while time.process_time() < deadline:
         # The coordinates of the records that are still missing are orthogonal to the columns found.
         found = directions(trusted, rank)
@@ -166,13 +156,32 @@ def search(space: Space, deadline: float, rng: torch.Generator, slack: float, gu
                 spreads = torch.tensor([atom.spread for atom in known])
                 keep = spreads > torch.rand(1, generator=rng) * spreads.median()
         else:
-            preactivations = (live.slopes @ torch.linalg.inv(scaled(live, known)).T).T
-            wrong = [disagreements(live, atom, z) for atom, z in zip(known, preactivations, strict=True)]
-            keep = torch.tensor(wrong) <= slack * len(live.left)
+            keep = agree(live, known, slack)
             if keep.all():
                 break
         trusted = [atom for atom, kept in zip(known, keep.tolist(), strict=True) if kept]
     return known
+
+
+def told_by_signal(space: Space, rng: torch.Generator, deadline: float, slack: float) -> list[Atom]:
+    """Columns that :func:`parallel` finds, each with zeros that are a mask."""
+    found = list[Atom]()
+    for q in parallel(space, rng, deadline):
+        atom, size = polish(space, q), (space.left @ q).abs()
+        zeros = int((size < below(space, q, size)).sum())
+        if zeros >= atom.zeros or float((atom.direction @ q).abs()) < 1 - SETTLED:  # nothing is gained, or another vector is zero there
+            atom = replace(atom, direction=q, zeros=zeros)
+        on, off = atom.on_off(space)
+        if separate(space.slopes, on, off)[0] <= slack * len(on) + hidden(on, off):
+            found.append(atom)
+    return found
+
+
+def agree(space: Space, atoms: list[Atom], slack: float) -> Bool[Tensor, " atoms"]:
+    """Whether each of all columns is zero where its own record is off, but for the share ``slack`` of the neurons."""
+    preactivations = (space.slopes @ torch.linalg.inv(scaled(space, atoms)).T).T
+    wrong = [disagreements(space, atom, z) for atom, z in zip(atoms, preactivations, strict=True)]
+    return torch.tensor(wrong) <= slack * len(space.left)
 
 
 def outlines(space: Space, atoms: list[Atom]) -> tuple[Float[Tensor, "found inputs"], Float[Tensor, "neurons found"]]:

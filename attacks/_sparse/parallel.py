@@ -1,21 +1,25 @@
 """Two classes: each column of D is one known signal, cut by its record's mask, so that rows of ∂W are sums over subsets of the records.
 
-Between two classes every record pulls along the same line of the logits, each with its own force f. Before a ReLU that only a linear
-layer follows, D[j, i] = f_i·v[j] where record i is on, with v the same for all records, and known. So row j of L = D·Q⁻¹ over v[j] is the
-sum of f_i·c_i over the records that are on, c_i their coordinates, and rows of neurons that disagree about one record differ by f_i·c_i.
-Each such difference proves itself: c_i gives a mask, and v cut by it lies in the space of columns, or it does not. What is proven is
-taken out of all rows, after which more of them differ by one record.
+Between two classes every record pulls along the same line of the logits, each with its own force f (up to float32, which a record that
+the model is sure of feels). Before a ReLU that only a linear layer follows, D[j, i] = f_i·v[j] where record i is on, with v the same for
+all records, and known. So row j of L = D·Q⁻¹ over v[j] is the sum of f_i·c_i over the records that are on, c_i their coordinates, and
+rows of neurons that disagree about one record differ by f_i·c_i. Each such difference is tested by itself: c_i gives a mask, and v cut by
+it lies in the space of columns, as far as noise lets that be seen, or it does not. What passes is taken out of all rows, after which
+more of them differ by one record. It is a candidate: certificates rest on what follows. Records with equal masks count as one.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attacks._dropout import layers
 from attacks._layers import backward_signals
+from attacks._matching.latents import bottlenecks
 from attacks._sparse.certify import CLEAR
 from attacks._sparse.space import Space
 from simulator.adversary import Knowledge
@@ -24,11 +28,11 @@ from simulator.types import Broadcast
 PROBES = 64
 """Random pictures, which show each neuron's signal where it is on."""
 
-SAME = 0.01
-"""Difference up to which two signals are one, relative to the typical one; float32 and a softmax that is nearly sure take 1e-4 of it."""
+SAME = 1e-3
+"""Difference up to which the probes' signals are one, relative to the typical one; float32 takes 1e-4 of it."""
 
 ROUNDED = 1e-9
-"""Share of a column's square that may lie outside the space beside what the update's noise puts there: that of v, and of two near signs."""
+"""Share of a column's square that may lie outside the space beside what the update's noise puts there: v is known in float32 only."""
 
 NEAR = 0.02
 """The same share beyond which nothing else is looked at."""
@@ -46,9 +50,10 @@ MOST = 1 << 17
 def shared_signal(knowledge: Knowledge, broadcast: Broadcast, name: str) -> Float[Tensor, " neurons"] | None:
     """v of the layer ``name``: the derivative of the difference of the two logits by each output that is on, NaN where none was on.
 
-    None with other than two classes, and where it depends on the record.
+    None with other than two classes, where the model draws dropout or noise of its own for each record, and where the random pictures
+    have different signals, as behind a second ReLU.
     """
-    if knowledge.schema.num_classes != 2:
+    if knowledge.schema.num_classes != 2 or layers(knowledge.model) or bottlenecks(knowledge.model):
         return None
     images = torch.rand(PROBES, *knowledge.schema.shape, generator=torch.Generator().manual_seed(0))
     one, other = backward_signals(knowledge, broadcast, name, images).double()
@@ -73,19 +78,22 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Proven:
+class Passing:
     """Records that differences gave away: f·c, mask, direction q of the column, and the share of its square that lies outside."""
 
-    steps: Float[Tensor, "proven rank"]
-    masks: Bool[Tensor, "proven neurons"]
-    directions: Float[Tensor, "proven rank"]
-    outside: Float[Tensor, " proven"]
+    steps: Float[Tensor, "passing rank"]
+    masks: Bool[Tensor, "passing neurons"]
+    directions: Float[Tensor, "passing rank"]
+    outside: Float[Tensor, " passing"]
 
 
-def parallel(space: Space, rng: torch.Generator) -> Float[Tensor, "found rank"]:
-    """Directions q of the columns of D that differences of rows prove: v cut by the mask of the record that such a difference is."""
+def parallel(space: Space, rng: torch.Generator, deadline: float) -> Float[Tensor, "found rank"]:
+    """Directions q of columns of D that differences of rows give away: v cut by the mask of the record that such a difference is.
+
+    ``deadline`` is in CPU seconds of this process.
+    """
     found = space.left[:0]
-    if space.signal is None:
+    if space.signal is None or space.coherence > 1:  # rounding to few bits is alike in all rows and passes for records
         return found
     usable = space.signal.isfinite()
     if int(usable.sum()) <= 2 * space.rank:  # any cut would lie in the space
@@ -98,11 +106,15 @@ def parallel(space: Space, rng: torch.Generator) -> Float[Tensor, "found rank"]:
     while before < len(found) < space.rank:
         before = len(found)
         for first, second in _pairs(len(left), rng):
-            records = _proven(rows, first, second)
+            if time.process_time() > deadline:
+                return found
+            records = _passing(rows, first, second)
             for place in records.outside.argsort().tolist():
+                if len(found) == space.rank:
+                    break
                 q = records.directions[place]
                 known = torch.linalg.lstsq(found.T, q[:, None])[0][:, 0] @ found if len(found) else 0 * q
-                if len(found) < space.rank and float((q - known).norm()) > INDEPENDENT:
+                if float((q - known).norm()) > INDEPENDENT:
                     found = torch.cat([found, q[None]])
                     rows = replace(rows, sums=rows.sums - records.masks[place, :, None] * records.steps[place])
             if len(found) == space.rank:
@@ -112,14 +124,20 @@ def parallel(space: Space, rng: torch.Generator) -> Float[Tensor, "found rank"]:
 
 def _pairs(neurons: int, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
     """Each row by itself, with −1 as the second, and pairs of rows at random, at most :data:`MOST` of them, in parts."""
-    first, second = torch.triu_indices(neurons, neurons, 1)
-    some, alone = torch.randperm(len(first), generator=rng)[:MOST], torch.arange(neurons)
-    first, second = torch.cat([alone, first[some]]), torch.cat([torch.full_like(alone, -1), second[some]])
+    alone = torch.arange(neurons)
+    if neurons * (neurons - 1) // 2 <= MOST:
+        first, second = torch.triu_indices(neurons, neurons, 1)
+        mixed = torch.randperm(len(first), generator=rng)
+        first, second = first[mixed], second[mixed]
+    else:
+        first = torch.randint(neurons, (MOST,), generator=rng)
+        second = (first + torch.randint(1, neurons, (MOST,), generator=rng)) % neurons
+    first, second = torch.cat([alone, first]), torch.cat([torch.full_like(alone, -1), second])
     return list(zip(torch.split(first, PAIRS), torch.split(second, PAIRS), strict=True))
 
 
-def _proven(of: Rows, first: Tensor, second: Tensor) -> Proven:
-    """Those of some differences that are one record's."""
+def _passing(of: Rows, first: Tensor, second: Tensor) -> Passing:
+    """Those of some differences that look like one record's."""
     padded = torch.cat([of.sums, torch.zeros_like(of.sums[:1])])
     steps = padded[first] - padded[second]
     masks = (steps / (steps @ of.unit)[:, None]) @ of.slopes.T > 0
@@ -133,4 +151,4 @@ def _proven(of: Rows, first: Tensor, second: Tensor) -> Proven:
     kept = outside[near] < (CLEAR * (q * of.blur).norm(dim=1)).square() / size[near] + ROUNDED
     chosen, q = near[kept], q[kept]
     signed = torch.where(on, 1.0, -1.0)[chosen, None] * steps[chosen]
-    return Proven(signed, masks[chosen], q / q.norm(dim=1, keepdim=True), outside[chosen])
+    return Passing(signed, masks[chosen], q / q.norm(dim=1, keepdim=True), outside[chosen])

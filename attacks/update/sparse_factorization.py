@@ -12,9 +12,9 @@ Deviations: neither samples submatrices nor learns a dictionary: a candidate alt
     columns are read off the plane that they span. Labels by the record's own backward signal. Several local steps get no
     certificate, since masks move on the way; the model halfway is the guess of where they were (claims B10, B10-target). Where columns
     are missing, the others' records are the middle of what their masks leave. Between two classes all backward signals of one hidden
-    layer are parallel and so known: rows that one record tells apart give it away (``attacks._sparse.parallel``; claims B9-lfw,
-    two-classes-sparse). Measured: claims B5, B6, B7, B7-target, B9-digits; of two hidden layers and of 16-bit updates
-    ``tests/attacks/test_sparse.py``.
+    layer are parallel, where a linear layer follows, and so known: rows that one record tells apart give it away
+    (``attacks._sparse.parallel``; claims B9-lfw, two-classes-sparse). Measured: claims B5, B6, B7, B7-target, B9-digits; of two hidden
+    layers and of 16-bit updates ``tests/attacks/test_sparse.py``.
 """
 
 from __future__ import annotations
