@@ -31,7 +31,6 @@ times :data:`EXACT`, the error that a certified record may have from noise, and 
 EXACT = 3e-4
 """Largest error of a certified record, relative to its size, that the noise of the update may cause."""
 
-
 SETTLED = 1e-8
 """1 − cosine by which polishing may move a column that the shared signal gave: it makes that more exact, and finds no other."""
 

@@ -92,7 +92,7 @@ def parallel(space: Space, rng: torch.Generator, deadline: float) -> Float[Tenso
 
     ``deadline`` is in CPU seconds of this process.
     """
-    found = space.left[:0]
+    found = spanned = space.left[:0]
     if space.signal is None or space.coherence > 1:  # rounding to few bits is alike in all rows and passes for records
         return found
     usable = space.signal.isfinite()
@@ -113,9 +113,9 @@ def parallel(space: Space, rng: torch.Generator, deadline: float) -> Float[Tenso
                 if len(found) == space.rank:
                     break
                 q = records.directions[place]
-                known = torch.linalg.lstsq(found.T, q[:, None])[0][:, 0] @ found if len(found) else 0 * q
-                if float((q - known).norm()) > INDEPENDENT:
-                    found = torch.cat([found, q[None]])
+                rest = q - spanned.T @ (spanned @ q)
+                if float(rest.norm()) > INDEPENDENT:
+                    found, spanned = torch.cat([found, q[None]]), torch.cat([spanned, rest[None] / rest.norm()])
                     rows = replace(rows, sums=rows.sums - records.masks[place, :, None] * records.steps[place])
             if len(found) == space.rank:
                 break

@@ -54,7 +54,7 @@ def missed(found: Factorization, target: Victim) -> Tensor:
 
 @pytest.mark.parametrize(("count", "width"), [(8, 64), (24, 256), (32, 512)])
 def test_faces_come_back_exactly_and_proven(count: int, width: int) -> None:
-    """Among them pictures that one neuron tells apart; of 24 and of 32 sparsity alone gives none of these batches back in seconds."""
+    """Among them pictures that one neuron tells apart."""
     target = faces(count, (width,), seed=0)
     layer = layer_of(target)
     found = factorize(layer, rng=stream(0, "sparse"), seconds=5, records=count)
